@@ -1,0 +1,24 @@
+// What a launcher reports. Launchers know no Python; csrc/bindings turns a Status into an exception.
+#pragma once
+
+#include <cstdint>
+
+namespace antdiff {
+
+struct Status {
+  enum class Code : int32_t {
+    ok,
+    bad_id,       // a cluster id outside [0, K): `where` is its row, `value` the id
+    not_finite,   // NaN or infinity where numbers are needed: `where` is the flat index
+    infeasible,   // no partition satisfies the constraints
+    interrupted,  // the caller's interrupt callback asked to stop
+    cuda,         // a CUDA call failed: `value` is the cudaError_t
+  };
+  Code code = Code::ok;
+  int64_t where = 0;
+  int64_t value = 0;
+
+  bool ok() const { return code == Code::ok; }
+};
+
+}  // namespace antdiff
