@@ -1,0 +1,14 @@
+// antdiff._C: what Python can call. One bind_ function a family of ops, in the order of the data's way.
+#include <pybind11/pybind11.h>
+
+namespace antdiff {
+
+void bind_tensor(pybind11::module_& m);
+void bind_cluster_loss(pybind11::module_& m);
+
+}  // namespace antdiff
+
+PYBIND11_MODULE(_C, m) {
+  antdiff::bind_tensor(m);
+  antdiff::bind_cluster_loss(m);
+}

@@ -1,0 +1,13 @@
+// Every CPU launcher. Each mirrors its namesake in cuda/launchers.h.
+#pragma once
+
+#include "core/cluster_loss.h"
+#include "core/status.h"
+
+namespace antdiff {
+
+Status cpu_cluster_loss_forward(const ClusterLossParams& p);
+Status cpu_cluster_loss_backward(const ClusterLossParams& p);
+Status cpu_cluster_loss_and_grad(const ClusterLossParams& p);  // forward and backward in one pass over the data
+
+}  // namespace antdiff

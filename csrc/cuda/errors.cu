@@ -1,0 +1,47 @@
+// The sticky error word of each device, and CUDA's own error texts.
+#include <array>
+#include <atomic>
+
+#include "cuda/launch.h"
+
+namespace antdiff {
+namespace {
+__device__ uint32_t error_word;
+constexpr int kMostDevices = 64;
+}  // namespace
+
+uint32_t* device_errors(int device) {
+  static std::array<std::atomic<uint32_t*>, kMostDevices> found{};
+  if (device < 0 || device >= kMostDevices) return nullptr;
+  uint32_t* word = found[device].load(std::memory_order_acquire);
+  if (!word) {
+    void* address = nullptr;
+    if (cudaGetSymbolAddress(&address, error_word) != cudaSuccess) {
+      (void)cudaGetLastError();  // not this call's failure: without the word, kernels poison but do not record
+      return nullptr;
+    }
+    word = static_cast<uint32_t*>(address);
+    found[device].store(word, std::memory_order_release);
+  }
+  return word;
+}
+
+Status cuda_take_errors(int device, uint32_t* errors) {
+  DeviceGuard guard(device);
+  if (!guard.status().ok()) return guard.status();
+  if (Status s = cuda_status(cudaDeviceSynchronize()); !s.ok()) return s;
+  uint32_t* word = device_errors(device);
+  *errors = 0;
+  if (!word) return {};
+  if (Status s = cuda_status(cudaMemcpy(errors, word, sizeof *errors, cudaMemcpyDeviceToHost)); !s.ok()) return s;
+  return *errors ? cuda_status(cudaMemset(word, 0, sizeof *errors)) : Status{};
+}
+
+const char* cuda_error_text(int64_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+Status cuda_versions(int* driver, int* runtime) {
+  if (Status s = cuda_status(cudaDriverGetVersion(driver)); !s.ok()) return s;
+  return cuda_status(cudaRuntimeGetVersion(runtime));
+}
+
+}  // namespace antdiff

@@ -1,0 +1,26 @@
+// Every CUDA launcher, declared without a CUDA header. Each mirrors its namesake in cpu/launchers.h.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cluster_loss.h"
+#include "core/status.h"
+
+namespace antdiff {
+
+struct Stream {
+  void* handle = nullptr;  // a cudaStream_t; null is the default stream
+  int device = 0;
+};
+
+Status cuda_cluster_loss_forward(const ClusterLossParams& p, Stream stream);
+Status cuda_cluster_loss_backward(const ClusterLossParams& p, Stream stream);
+Status cuda_cluster_loss_and_grad(const ClusterLossParams& p, Stream stream);
+
+// ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
+enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };
+Status cuda_take_errors(int device, uint32_t* errors);  // bits of DeviceError since the last call; clears them
+const char* cuda_error_text(int64_t code);
+Status cuda_versions(int* driver, int* runtime);
+
+}  // namespace antdiff

@@ -1,0 +1,7 @@
+"""The kernels, as functions on tensors. They need only torch and NumPy, and know nothing of models or training loops."""
+
+from antdiff.ops import reference
+from antdiff.ops._extension import check_errors
+from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
+
+__all__ = ["check_errors", "cluster_loss", "cluster_loss_and_grad", "cluster_mean", "reference"]

@@ -1,0 +1,91 @@
+"""The one door to ``antdiff._C``: loads it, hands it torch's tensor exchange, and holds what every op needs to choose
+between the raw call and the ``torch.library`` registration.
+
+Each op has two routes to the same kernel:
+
+* eager: one C call on plain tensors, wrapped in a ``torch.autograd.Function`` only when a gradient is wanted. The
+  dispatcher and ``register_autograd`` would add 15-50 us a call.
+* compiled, fake or exported: the registration in the ``antdiff`` library (schema, fake kernel, autograd).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from antdiff import _C
+except ImportError as error:  # pragma: no cover - needs a broken installation
+    raise ImportError(
+        f"antdiff's compiled extension could not be loaded ({error}). In a source checkout, build it with "
+        "`pip install .`; `python -m antdiff.info` shows what is present."
+    ) from error
+
+if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"antdiff needs torch >= 2.10 (DLPack's C exchange API); this is torch {torch.__version__}.")
+
+_C.attach(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
+
+LIBRARY = torch.library.Library("antdiff", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
+
+
+def define(schema: str) -> None:
+    """Declares an op of the ``antdiff`` library."""
+    LIBRARY.define(schema, tags=_TAGS)
+
+
+def traced(*tensors: object) -> bool:
+    """True where the op must go through its registration: under torch.compile, or on fake tensors."""
+    if _is_compiling():
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and isinstance(tensor, torch._subclasses.FakeTensor):
+            return True
+    return False
+
+
+def as_count(name: str, value: object, least: int = 1) -> int | torch.SymInt:
+    """``value`` as an int >= ``least``, with an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = value.__index__()  # type: ignore[attr-defined]  # NumPy integers
+        except AttributeError:
+            raise TypeError(f"{name} must be an int; got {type(value).__name__}. Pass a Python int.") from None
+    if isinstance(value, int) and value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")
+    return value
+
+
+def check_errors(device: torch.device | str | int | None = None) -> None:
+    """Raises what kernels on a CUDA device could only note, and forgets it.
+
+    A cluster id out of range or a Gram matrix with NaN cannot raise inside a CUDA kernel without a synchronisation, so
+    the kernel poisons its result with NaN and sets a sticky flag. This reads the flag: it waits for the device, so call
+    it once an epoch or when a loss turns NaN, not every step. On the CPU errors were raised at once; nothing to read.
+
+    Args:
+        device: a CUDA device; default the current one where CUDA is present.
+
+    Raises:
+        ValueError: a kernel since the last call met such an input.
+    """
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    errors = _C.take_errors(index)
+    found = [text for bit, text in _ERRORS.items() if errors & bit]
+    if found:
+        raise ValueError(f"on {device}, since the last check: " + "; ".join(found))
+
+
+_ERRORS = {
+    1: "cluster must be int64 [B] with 0 <= id < k; some id was out of range (that call's losses are NaN)",
+    2: "gram must be finite with a non-negative diagonal; some entry was not (that call's weights are NaN)",
+    4: "perms must list, in row i, the k-1 other rows; some row did not (that call's weights are NaN)",
+}

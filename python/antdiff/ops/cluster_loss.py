@@ -1,0 +1,402 @@
+"""Per-cluster losses in one pass over the data.
+
+For K clusters of timesteps, ``losses[i]`` is the mean over the samples of cluster i of weight x (mean error of the
+sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic, and differentiable
+once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from antdiff.ops._extension import LIBRARY, _C, as_count, define, traced
+
+Kind = Literal["mse", "huber", "l1"]
+
+
+def cluster_loss(
+    pred: Tensor,
+    target: Tensor,
+    cluster: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    *,
+    kind: Kind = "mse",
+    delta: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Mean error of each cluster's samples.
+
+    ``losses[i] = sum_{b in i} weight[b] * mean_n error(pred[b, n] - target[b, n]) / counts[i]``
+
+    Args:
+        pred: ``[B, ...]`` float32, float64, float16 or bfloat16; differentiable. Contiguous or channels_last without a
+            copy; other strides cost one.
+        target: as ``pred`` in shape, dtype and device; not differentiable.
+        cluster: int64 ``[B]``, ids in ``[0, k)``, in any order.
+        k: the number of clusters, at least 1.
+        weight: ``[B]`` in the losses' dtype, default ones; differentiable.
+        kind: ``"mse"`` (d^2), ``"huber"`` (torch's ``huber_loss``) or ``"l1"`` (|d|).
+        delta: where Huber turns linear; positive.
+
+    Returns:
+        ``losses [k]``, float32 (float64 for float64 input), and ``counts [k]`` int64. An empty cluster has loss 0,
+        count 0 and sends no gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or layout; on the CPU also an id out of range. On CUDA an id
+            out of range makes the call's losses NaN and is reported by :func:`antdiff.ops.check_errors`.
+    """
+    k = as_count("k", k)
+    if traced(pred, target, cluster, weight):
+        losses, counts, _ = torch.ops.antdiff.cluster_loss(pred, target, cluster, weight, k, kind, float(delta))
+        return losses, counts
+    if torch.is_grad_enabled() and _wants_grad(pred, target, weight):
+        losses, counts = _ClusterLoss.apply(pred, target, cluster, weight, k, kind, delta)  # type: ignore[no-untyped-call]
+        return losses, counts
+    losses, counts, _ = _forward(pred, target, cluster, weight, k, kind, delta)
+    return losses, counts
+
+
+def cluster_loss_and_grad(
+    pred: Tensor,
+    target: Tensor,
+    cluster: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    *,
+    cluster_weight: Tensor | None = None,
+    kind: Kind = "mse",
+    delta: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and ``d(sum_i cluster_weight[i] losses[i]) / d pred`` in one pass, for ``pred.backward(grad)``.
+
+    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype, default
+    ones; the other arguments are those of :func:`cluster_loss`.
+
+    Returns:
+        ``losses [k]``, ``counts [k]`` int64, and ``grad`` like ``pred``. None of them carries a gradient.
+    """
+    k = as_count("k", k)
+    if traced(pred, target, cluster, weight, cluster_weight):
+        return torch.ops.antdiff.cluster_loss_and_grad(  # type: ignore[no-any-return]
+            pred, target, cluster, weight, k, cluster_weight, kind, float(delta)
+        )
+    return _loss_and_grad(pred, target, cluster, weight, k, cluster_weight, kind, delta)
+
+
+def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean of each cluster's samples, for losses that are already one number a sample (learned-variance terms, say).
+
+    Args:
+        per_sample: ``[B]`` float; differentiable. Half precision is accumulated and returned in float32.
+        cluster, k, weight: as in :func:`cluster_loss`.
+
+    Returns:
+        ``losses [k]`` and ``counts [k]`` int64.
+    """
+    k = as_count("k", k)
+    if isinstance(per_sample, Tensor) and per_sample.dtype in (torch.float16, torch.bfloat16):
+        per_sample = per_sample.float()
+    if traced(per_sample, cluster, weight):
+        return torch.ops.antdiff.cluster_mean(per_sample, cluster, weight, k)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and _wants_grad(per_sample, None, weight):
+        losses, counts = _ClusterMean.apply(per_sample, cluster, weight, k)  # type: ignore[no-untyped-call]
+        return losses, counts
+    return _mean(per_sample, cluster, weight, k)
+
+
+# ---- plain calls -----------------------------------------------------------------------------------------------------
+
+
+def _wants_grad(pred: object, target: object, weight: object) -> bool:
+    if isinstance(target, Tensor) and target.requires_grad:
+        raise ValueError("target must not require grad (the loss is not differentiated in it). Pass target.detach().")
+    return getattr(pred, "requires_grad", False) or getattr(weight, "requires_grad", False)
+
+
+def _rows(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """pred and target as contiguous ``[B, N]``, and whether N runs in channels_last order (a view, not a copy)."""
+    for name, x in (("pred", pred), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
+        if x.layout != torch.strided or x.is_meta:
+            raise TypeError(f"{name} must be a dense tensor with storage; got layout {x.layout} on {x.device}.")
+    if pred.dim() < 1 or pred.shape != target.shape:
+        raise ValueError(
+            f"pred and target must have one shape [B, ...]; got {list(pred.shape)} and {list(target.shape)}. "
+            "Broadcast target yourself if that is meant."
+        )
+    B = pred.shape[0]
+    N = pred[0].numel() if B else max(1, pred.shape[1:].numel())
+    if N == 0:
+        raise ValueError(f"pred must have at least one element a sample; got {list(pred.shape)}.")
+    channels_last = (
+        pred.dim() == 4
+        and not pred.is_contiguous()
+        and pred.is_contiguous(memory_format=torch.channels_last)
+        and target.is_contiguous(memory_format=torch.channels_last)
+    )
+    if channels_last:  # the mean does not care for the order of elements, so both are read as they lie
+        pred, target = rearrange(pred, "b c h w -> b h w c"), rearrange(target, "b c h w -> b h w c")
+    return pred.detach().contiguous().view(B, N), target.detach().contiguous().view(B, N), channels_last
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return x.detach().contiguous() if isinstance(x, Tensor) else x
+
+
+def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """losses [k], counts [k], per_sample [B], and on CUDA the scratch of partial sums."""
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    device = pred.device
+    scratch = None
+    if device.type == "cuda" and pred.dim() == 2:
+        scratch = torch.empty(_C.cluster_loss_tiles(*pred.shape), dtype=torch.float64, device=device)
+    return (
+        torch.empty(k, dtype=dtype, device=device),
+        torch.empty(k, dtype=torch.int64, device=device),
+        torch.empty(pred.shape[0], dtype=dtype, device=device),
+        scratch,
+    )
+
+
+def _forward(
+    pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_delta(kind, delta)
+    pred, target, _ = _rows(pred, target)
+    losses, counts, per_sample, scratch = _outputs(pred, k)
+    _C.cluster_loss_forward(
+        pred, target, _vector(cluster), _vector(weight), k, kind, delta, losses, counts, per_sample, scratch
+    )
+    return losses, counts, per_sample
+
+
+def _backward(
+    grad_losses: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    cluster: Tensor,
+    weight: Tensor | None,
+    counts: Tensor,
+    kind: str,
+    delta: float,
+) -> Tensor:
+    rows, target_rows, channels_last = _rows(pred, target)
+    grad = torch.empty_like(rows)
+    _C.cluster_loss_backward(
+        grad_losses.contiguous(), rows, target_rows, _vector(cluster), _vector(weight), counts, kind, delta, grad
+    )
+    return _like(grad, pred, channels_last)
+
+
+def _loss_and_grad(
+    pred: Tensor,
+    target: Tensor,
+    cluster: Tensor,
+    weight: Tensor | None,
+    k: int,
+    cluster_weight: Tensor | None,
+    kind: str,
+    delta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_delta(kind, delta)
+    rows, target_rows, channels_last = _rows(pred, target)
+    losses, counts, per_sample, scratch = _outputs(rows, k)
+    if cluster_weight is None:
+        cluster_weight = torch.ones_like(losses)
+    grad = torch.empty_like(rows)
+    _C.cluster_loss_and_grad(
+        rows,
+        target_rows,
+        _vector(cluster),
+        _vector(weight),
+        k,
+        _vector(cluster_weight),
+        kind,
+        delta,
+        losses,
+        counts,
+        per_sample,
+        scratch,
+        grad,
+    )
+    return losses, counts, _like(grad, pred, channels_last)
+
+
+def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(per_sample, Tensor) or per_sample.dim() != 1 or not per_sample.is_floating_point():
+        raise TypeError(f"per_sample must be a float tensor [B]; got {_describe(per_sample)}.")
+    losses, counts, _, _ = _outputs(per_sample, k)
+    _C.cluster_mean_forward(_vector(per_sample), _vector(cluster), _vector(weight), k, losses, counts)
+    return losses, counts
+
+
+def _like(grad: Tensor, pred: Tensor, channels_last: bool) -> Tensor:
+    if channels_last:
+        B, C, H, W = pred.shape
+        return rearrange(grad.view(B, H, W, C), "b h w c -> b c h w")
+    return grad.view(pred.shape)
+
+
+def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+    """d losses[cluster[b]] / d (weight[b] * error[b]), times the incoming gradient: [B]."""
+    return (grad_losses / counts.clamp(min=1))[cluster]
+
+
+def _check_delta(kind: str, delta: float) -> None:
+    if kind == "huber" and not delta > 0:
+        raise ValueError(f"delta must be positive; got {delta}.")
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+# ---- eager autograd --------------------------------------------------------------------------------------------------
+
+
+def refuse_double_backward(op: str) -> None:
+    """For use in ``backward``: cheaper than ``once_differentiable`` and says more."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"antdiff.ops.{op} is differentiable once; use antdiff.ops.reference.{op} for create_graph.")
+
+
+class _ClusterLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
+    ) -> tuple[Tensor, Tensor]:
+        losses, counts, per_sample = _forward(pred, target, cluster, weight, k, kind, delta)
+        ctx.save_for_backward(pred, target, cluster, weight, counts, per_sample)
+        ctx.kind, ctx.delta = kind, delta
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return losses, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor | None, _grad_counts: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("cluster_loss")
+        if grad_losses is None:
+            return (None,) * 7
+        pred, target, cluster, weight, counts, per_sample = ctx.saved_tensors
+        grad_pred = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_pred = _backward(grad_losses, pred, target, cluster, weight, counts, ctx.kind, ctx.delta)
+        if ctx.needs_input_grad[3]:
+            grad_weight = _per_sample_scale(grad_losses, cluster, counts) * per_sample
+        return grad_pred, None, None, grad_weight, None, None, None
+
+
+class _ClusterMean(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int
+    ) -> tuple[Tensor, Tensor]:
+        losses, counts = _mean(per_sample, cluster, weight, k)
+        ctx.save_for_backward(per_sample, cluster, weight, counts)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return losses, counts
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor | None, _grad_counts: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("cluster_mean")
+        if grad_losses is None:
+            return (None,) * 4
+        return _mean_backward(grad_losses, *ctx.saved_tensors, *ctx.needs_input_grad[:3:2])
+
+
+def _mean_backward(
+    grad_losses: Tensor,
+    per_sample: Tensor,
+    cluster: Tensor,
+    weight: Tensor | None,
+    counts: Tensor,
+    want_sample: bool,
+    want_weight: bool,
+) -> tuple[Tensor | None, None, Tensor | None, None]:
+    scale = _per_sample_scale(grad_losses, cluster, counts)
+    grad_sample = (scale if weight is None else scale * weight) if want_sample else None
+    return grad_sample, None, scale * per_sample if want_weight else None, None
+
+
+# ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
+
+define(
+    "cluster_loss(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k, str kind, float delta)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+define(
+    "cluster_loss_backward(Tensor grad_losses, Tensor pred, Tensor target, Tensor cluster, Tensor? weight,"
+    " Tensor counts, str kind, float delta) -> Tensor"
+)
+define(
+    "cluster_loss_and_grad(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k,"
+    " Tensor? cluster_weight, str kind, float delta) -> (Tensor, Tensor, Tensor)"
+)
+define("cluster_mean(Tensor per_sample, Tensor cluster, Tensor? weight, SymInt k) -> (Tensor, Tensor)")
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("cluster_loss", _forward, _key)
+    LIBRARY.impl("cluster_loss_backward", _backward, _key)
+    LIBRARY.impl("cluster_loss_and_grad", _loss_and_grad, _key)
+    LIBRARY.impl("cluster_mean", _mean, _key)
+
+
+def _fake_outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(k, dtype=dtype), x.new_empty(k, dtype=torch.int64), x.new_empty(x.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("antdiff::cluster_loss", lib=LIBRARY)
+def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, kind: str, delta: float) -> Any:
+    return _fake_outputs(pred, k)
+
+
+@torch.library.register_fake("antdiff::cluster_loss_backward", lib=LIBRARY)
+def _(grad_losses: Any, pred: Tensor, *_rest: Any) -> Tensor:
+    return torch.empty_like(pred)
+
+
+@torch.library.register_fake("antdiff::cluster_loss_and_grad", lib=LIBRARY)
+def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, *_rest: Any) -> Any:
+    return *_fake_outputs(pred, k)[:2], torch.empty_like(pred)
+
+
+@torch.library.register_fake("antdiff::cluster_mean", lib=LIBRARY)
+def _(per_sample: Tensor, cluster: Any, weight: Any, k: int) -> Any:
+    return _fake_outputs(per_sample, k)[:2]
+
+
+def _setup_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    pred, target, cluster, weight, _, ctx.kind, ctx.delta = inputs
+    ctx.save_for_backward(pred, target, cluster, weight, output[1], output[2])
+
+
+def _loss_backward(ctx: Any, grad_losses: Tensor, _counts: Any, _per_sample: Any) -> tuple[Tensor | None, ...]:
+    pred, target, cluster, weight, counts, per_sample = ctx.saved_tensors
+    grad_pred = torch.ops.antdiff.cluster_loss_backward(
+        grad_losses, pred, target, cluster, weight, counts, ctx.kind, ctx.delta
+    )
+    grad_weight = None
+    if ctx.needs_input_grad[3]:
+        grad_weight = _per_sample_scale(grad_losses, cluster, counts) * per_sample
+    return grad_pred, None, None, grad_weight, None, None, None
+
+
+def _setup_mean(ctx: Any, inputs: Any, output: Any) -> None:
+    per_sample, cluster, weight, _ = inputs
+    ctx.save_for_backward(per_sample, cluster, weight, output[1])
+
+
+def _mean_autograd(ctx: Any, grad_losses: Tensor, _counts: Any) -> tuple[Tensor | None, ...]:
+    return _mean_backward(grad_losses, *ctx.saved_tensors, *ctx.needs_input_grad[:3:2])
+
+
+torch.library.register_autograd("antdiff::cluster_loss", _loss_backward, setup_context=_setup_loss, lib=LIBRARY)
+torch.library.register_autograd("antdiff::cluster_mean", _mean_autograd, setup_context=_setup_mean, lib=LIBRARY)

@@ -1,0 +1,34 @@
+"""Every tolerance of the tests, each with its derivation. u is the unit roundoff: half the gap between 1 and its
+successor (float64 1.1e-16, float32 6.0e-8, bfloat16 3.9e-3, float16 4.9e-4)."""
+
+from __future__ import annotations
+
+import torch
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+def rounded(dtype: torch.dtype) -> float:
+    """A result computed in at least float32 from exact inputs and rounded once to ``dtype``: u of dtype, plus about ten
+    roundings of the arithmetic type in between (a difference, a square, a scale), so 8 u for float32 and float64, and
+    2 u for half precision, where the arithmetic in float32 is exact by comparison."""
+    u = UNIT_ROUNDOFF[dtype]
+    return 8 * u if dtype in (torch.float32, torch.float64) else 2 * u
+
+
+def summed(dtype: torch.dtype) -> float:
+    """A sum of same-signed terms accumulated in chains of at most 1024 in the arithmetic type (float32 for half
+    precision), float64 beyond: pairwise independent roundings grow like sqrt(1024) u = 32 u; 64 u leaves room for the
+    two roundings of each term."""
+    return 64 * UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Absolute slack where a value rounded to ``dtype`` may be subnormal and loses relative accuracy: half a step of
+    the subnormals. Zero for the other dtypes, whose subnormals no test reaches."""
+    return 2.0**-25 if dtype == torch.float16 else 0.0
