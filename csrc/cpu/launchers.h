@@ -2,6 +2,8 @@
 #pragma once
 
 #include "core/cluster_loss.h"
+#include "core/nash.h"
+#include "core/pcgrad.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -9,5 +11,8 @@ namespace antdiff {
 Status cpu_cluster_loss_forward(const ClusterLossParams& p);
 Status cpu_cluster_loss_backward(const ClusterLossParams& p);
 Status cpu_cluster_loss_and_grad(const ClusterLossParams& p);  // forward and backward in one pass over the data
+
+Status cpu_pcgrad_weights(const PcgradParams& p);
+Status cpu_nash_weights(const NashParams& p);
 
 }  // namespace antdiff

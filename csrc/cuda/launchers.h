@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "core/cluster_loss.h"
+#include "core/nash.h"
+#include "core/pcgrad.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -16,6 +18,9 @@ struct Stream {
 Status cuda_cluster_loss_forward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_backward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_and_grad(const ClusterLossParams& p, Stream stream);
+
+Status cuda_pcgrad_weights(const PcgradParams& p, Stream stream);
+Status cuda_nash_weights(const NashParams& p, Stream stream);
 
 // ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };

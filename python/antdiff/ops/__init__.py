@@ -3,5 +3,16 @@
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
+from antdiff.ops.nash import nash_residual, nash_weights
+from antdiff.ops.pcgrad import pcgrad_weights
 
-__all__ = ["check_errors", "cluster_loss", "cluster_loss_and_grad", "cluster_mean", "reference"]
+__all__ = [
+    "check_errors",
+    "cluster_loss",
+    "cluster_loss_and_grad",
+    "cluster_mean",
+    "nash_residual",
+    "nash_weights",
+    "pcgrad_weights",
+    "reference",
+]

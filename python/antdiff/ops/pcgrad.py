@@ -1,0 +1,99 @@
+"""PCGrad on the Gram matrix: the weights of the projected gradients, with the visiting orders as an argument.
+
+Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. Everything the algorithm needs from the
+P-long gradients is their Gram matrix, so the projections run on K x K numbers in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from antdiff.ops._extension import LIBRARY, _C, define, traced
+from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
+
+
+def pcgrad_weights(
+    gram: Tensor,
+    perms: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    nonfinite: NonFinite = "raise",
+) -> Tensor:
+    """Weights w with ``w^T J`` the PCGrad direction of the gradients J whose Gram matrix is ``gram``.
+
+    Row i starts from ``p_i = g_i`` and visits the other rows j in its order; where ``<p_i, g_j> < 0`` it subtracts
+    ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is ``sum_i p_i``. Nothing is added to
+    the denominator: rows scaled by powers of two give the same direction bit for bit, and zero rows are skipped (their
+    own weight is 1).
+
+    Args:
+        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price of
+            a copy. Taken as a constant: no gradient flows through the weights.
+        perms: int64 ``[..., k, k-1]``, in row i the order in which i visits the other rows. Default: row i visits by
+            ascending ``keys[..., i, j]`` of ``keys = torch.rand(gram.shape, dtype=torch.float64)``.
+        generator: draws the keys; on the device of ``gram``, default the global generator of that device. Register it
+            with a CUDA graph to capture the call.
+        reduction: ``"sum"`` (the paper) or ``"mean"``, which divides by k.
+        nonfinite: what a bad ``gram`` does on the CPU: ``"raise"``, or ``"poison"`` for NaN weights of that problem
+            alone (so that a ``GradScaler`` skips the step). On CUDA it always poisons; ``"poison"`` keeps it out of
+            :func:`antdiff.ops.check_errors` too.
+
+    Returns:
+        float64 ``[..., k]`` on the device of ``gram``, without host synchronisation.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or option; on the CPU also a ``gram`` that is not finite, not
+            symmetric, with a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (beyond 1/16, the rounding of half
+            precision), and orders that are none. On CUDA these give NaN weights and are reported by
+            :func:`antdiff.ops.check_errors`; ``ANTDIFF_CHECK=1`` in the environment raises at once.
+    """
+    gram = as_gram(gram)
+    mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
+    poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
+    keys = None
+    if perms is None:
+        if generator is not None and generator.device != gram.device:
+            raise ValueError(
+                f"generator must live on the device of gram ({gram.device}); got one on {generator.device}. "
+                f"Create it with torch.Generator({str(gram.device)!r})."
+            )
+        keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
+    elif generator is not None:
+        raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
+    elif not isinstance(perms, Tensor):
+        raise TypeError(f"perms must be an int64 tensor [..., k, k-1]; got {type(perms).__name__}.")
+    else:
+        perms = perms.contiguous()
+    if traced(gram, perms):
+        return torch.ops.antdiff.pcgrad_weights(gram, perms, keys, mean, poison)  # type: ignore[no-any-return]
+    return _weights(gram, perms, keys, mean, poison)
+
+
+def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
+    weights, scratch = outputs(gram, _C.pcgrad_scratch)
+    _C.pcgrad_weights(gram, perms, keys, mean, poison, weights, scratch)
+    return checked(weights)
+
+
+# ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
+
+define("pcgrad_weights(Tensor gram, Tensor? perms, Tensor? keys, bool mean, bool poison) -> Tensor")
+
+
+def _library_weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
+    perms = None if perms is None else perms.contiguous()
+    keys = None if keys is None else keys.contiguous()
+    return _weights(gram.contiguous(), perms, keys, mean, poison)
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("pcgrad_weights", _library_weights, _key)
+
+
+@torch.library.register_fake("antdiff::pcgrad_weights", lib=LIBRARY)
+def _(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
+    return fake_weights(gram)
