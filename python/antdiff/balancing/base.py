@@ -31,7 +31,7 @@ class GramBalancer:
     """Base of the methods that need the Gram matrix: a subclass defines ``name``, ``scale`` and :meth:`solve`.
 
     Args:
-        update_every: solve on every ``update_every``-th call of :meth:`weights` and return the last solution in between.
+        update_every: solve on every ``update_every``-th call of :meth:`weights`, return the last solution in between.
             Where :attr:`due` is False the Gram matrix, and with it the K gradients, need not be computed.
         nonfinite: see :func:`antdiff.ops.pcgrad_weights`; ``"poison"`` under a ``GradScaler``.
     """

@@ -15,8 +15,8 @@ class PCGrad(GramBalancer):
     """Weights of PCGrad's direction ``sum_i p_i``; see :func:`antdiff.ops.pcgrad_weights`.
 
     Args:
-        generator: draws the visiting orders; on the device of the Gram matrix. Default: one of the object's own, on that
-            device, seeded with ``seed``. In data-parallel training every rank must draw the same orders, which the
+        generator: draws the visiting orders; on the device of the Gram matrix. Default: one of the object's own, on
+            that device, seeded with ``seed``. In data-parallel training every rank must draw the same orders, which the
             default does and a rank-dependent global generator would not.
         seed: of the default generator.
         update_every, nonfinite: see :class:`GramBalancer`.

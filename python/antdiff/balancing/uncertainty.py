@@ -37,8 +37,8 @@ class UncertaintyWeighting(nn.Module):
 
         Args:
             losses: float ``[K]``, attached to the model's graph.
-            counts: samples of each cluster, int64 ``[K]``. A cluster without samples contributes nothing, neither a loss
-                nor a pull on its s. Default: no cluster is empty.
+            counts: samples of each cluster, int64 ``[K]``. A cluster without samples contributes nothing, neither a
+                loss nor a pull on its s. Default: no cluster is empty.
         """
         self._check(losses)
         terms = 0.5 * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]

@@ -3,16 +3,23 @@
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
-from antdiff.ops.nash import nash_residual, nash_weights
-from antdiff.ops.pcgrad import pcgrad_weights
+from antdiff.ops.combine import combine
+from antdiff.ops.gram import gram, gram_
+from antdiff.ops.nash import nash, nash_residual, nash_weights
+from antdiff.ops.pcgrad import pcgrad, pcgrad_weights
 
 __all__ = [
     "check_errors",
     "cluster_loss",
     "cluster_loss_and_grad",
     "cluster_mean",
+    "combine",
+    "gram",
+    "gram_",
+    "nash",
     "nash_residual",
     "nash_weights",
+    "pcgrad",
     "pcgrad_weights",
     "reference",
 ]

@@ -1,20 +1,25 @@
 """NashMTL's bargaining weights from the Gram matrix, exactly.
 
 Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022. The weights a > 0 solve ``G a = 1/a`` elementwise,
-which is the minimum of the strictly convex ``1/2 a^T G a - sum_i log a_i``: one Newton solve, not the published sequence
-of up to twenty linearised ones.
+which is the minimum of the strictly convex ``1/2 a^T G a - sum_i log a_i``: one Newton solve, not the published
+sequence of up to twenty linearised ones.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, define, traced
+from antdiff.ops._extension import _C, LIBRARY, define, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
+from antdiff.ops.combine import combine
+from antdiff.ops.gram import Rows
+from antdiff.ops.gram import gram as gram_of
 
 # Clarabel's default tolerance on duality gap and feasibility is 1e-8; the weights are off by about its square root.
 _CVXPY_RESIDUAL = 1e-3
@@ -26,17 +31,17 @@ def nash_weights(
 ) -> Tensor:
     """Weights a with ``a^T J`` the Nash bargaining direction of the gradients J whose Gram matrix is ``gram``.
 
-    At the solution ``|a^T J|^2`` is the number of non-zero rows, so the direction has a fixed length: a learning rate is
-    a step length, and clipping to norm 1, usual with NashMTL, always clips. The weights scale as 1/|J|; pass the Gram
-    matrix of *unscaled* gradients where a loss scaler is at work.
+    At the solution ``|a^T J|^2`` is the number of non-zero rows, so the direction has a fixed length: a learning rate
+    is a step length, and clipping to norm 1, usual with NashMTL, always clips. The weights scale as 1/|J|; pass the
+    Gram matrix of *unscaled* gradients where a loss scaler is at work.
 
     Zero rows get weight 0. Where a convex combination of non-zero rows vanishes (a Pareto-stationary point) there is no
     solution; a ridge of 1e-9 relative to the diagonal then gives finite weights whose combination of those rows is near
     zero. Such weights are never renormalised.
 
     Args:
-        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price of
-            a copy. Taken as a constant: no gradient flows through the weights.
+        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price
+            of a copy. Taken as a constant: no gradient flows through the weights.
         solver: ``"newton"``, on the device of ``gram`` without synchronisation, to ``max_i |a_i (G a)_i - 1| <= 1e-12``
             or as near as the conditioning of ``gram`` lets float64 come; or ``"cvxpy"``, the same convex problem handed
             to Clarabel on the host (needs the cvxpy package), which warns where that residual exceeds 1e-3.
@@ -68,6 +73,43 @@ def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
     products = weights * (gram @ weights[..., None])[..., 0]  # [..., k]
     error = torch.where(gram.diagonal(dim1=-2, dim2=-1) > 0, (products - 1).abs(), 0.0)
     return error.amax(dim=-1)
+
+
+@overload
+def nash(
+    J: Tensor,
+    *,
+    out: Tensor | None = ...,
+    solver: Literal["newton", "cvxpy"] = ...,
+    nonfinite: NonFinite = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def nash(
+    J: Sequence[Tensor | None],
+    *,
+    out: Sequence[Tensor | None] | None = ...,
+    solver: Literal["newton", "cvxpy"] = ...,
+    nonfinite: NonFinite = ...,
+) -> tuple[list[Tensor | None], Tensor]: ...
+def nash(
+    J: Rows,
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    solver: Literal["newton", "cvxpy"] = "newton",
+    nonfinite: NonFinite = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """NashMTL's direction of the gradients J: :func:`gram`, :func:`nash_weights` and :func:`combine` in one call.
+
+    Args:
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`.
+        out: where to write the direction, as in :func:`antdiff.ops.combine`.
+        solver, nonfinite: as in :func:`nash_weights`.
+
+    Returns:
+        The direction as :func:`combine` returns it, and the weights float64 ``[k]``.
+    """
+    weights = nash_weights(gram_of(J), solver=solver, nonfinite=nonfinite)
+    return combine(weights, J, out), weights  # type: ignore[arg-type]
 
 
 def _weights(gram: Tensor, poison: bool) -> Tensor:
@@ -121,7 +163,7 @@ def _solve_with_cvxpy(G: Tensor) -> Tensor:
 def _minimise(C: Tensor) -> Tensor | None:
     """The minimiser of ``1/2 b^T C b - sum(log b)``, or None if Clarabel finds none (there may not be one)."""
     try:
-        import cvxpy as cp
+        cp: Any = importlib.import_module("cvxpy")
     except ImportError as error:
         raise ImportError(
             f"solver='cvxpy' needs the cvxpy package, which could not be imported ({error}). "

@@ -1,18 +1,22 @@
 """PCGrad on the Gram matrix: the weights of the projected gradients, with the visiting orders as an argument.
 
-Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. Everything the algorithm needs from the
-P-long gradients is their Gram matrix, so the projections run on K x K numbers in float64.
+Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. Everything the algorithm needs from
+the P-long gradients is their Gram matrix, so the projections run on K x K numbers in float64.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, define, traced
+from antdiff.ops._extension import _C, LIBRARY, define, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
+from antdiff.ops.combine import combine
+from antdiff.ops.gram import Rows
+from antdiff.ops.gram import gram as gram_of
 
 
 def pcgrad_weights(
@@ -31,8 +35,8 @@ def pcgrad_weights(
     own weight is 1).
 
     Args:
-        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price of
-            a copy. Taken as a constant: no gradient flows through the weights.
+        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price
+            of a copy. Taken as a constant: no gradient flows through the weights.
         perms: int64 ``[..., k, k-1]``, in row i the order in which i visits the other rows. Default: row i visits by
             ascending ``keys[..., i, j]`` of ``keys = torch.rand(gram.shape, dtype=torch.float64)``.
         generator: draws the keys; on the device of ``gram``, default the global generator of that device. Register it
@@ -46,9 +50,9 @@ def pcgrad_weights(
         float64 ``[..., k]`` on the device of ``gram``, without host synchronisation.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or option; on the CPU also a ``gram`` that is not finite, not
-            symmetric, with a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (beyond 1/16, the rounding of half
-            precision), and orders that are none. On CUDA these give NaN weights and are reported by
+        TypeError, ValueError: a wrong dtype, shape, device or option; on the CPU also a ``gram`` that is not finite,
+            not symmetric, has a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (by more than 1/16, so above the rounding of
+            half precision), and orders that are none. On CUDA these give NaN weights and are reported by
             :func:`antdiff.ops.check_errors`; ``ANTDIFF_CHECK=1`` in the environment raises at once.
     """
     gram = as_gram(gram)
@@ -71,6 +75,49 @@ def pcgrad_weights(
     if traced(gram, perms):
         return torch.ops.antdiff.pcgrad_weights(gram, perms, keys, mean, poison)  # type: ignore[no-any-return]
     return _weights(gram, perms, keys, mean, poison)
+
+
+@overload
+def pcgrad(
+    J: Tensor,
+    perms: Tensor | None = ...,
+    *,
+    out: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    reduction: Literal["sum", "mean"] = ...,
+    nonfinite: NonFinite = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def pcgrad(
+    J: Sequence[Tensor | None],
+    perms: Tensor | None = ...,
+    *,
+    out: Sequence[Tensor | None] | None = ...,
+    generator: torch.Generator | None = ...,
+    reduction: Literal["sum", "mean"] = ...,
+    nonfinite: NonFinite = ...,
+) -> tuple[list[Tensor | None], Tensor]: ...
+def pcgrad(
+    J: Rows,
+    perms: Tensor | None = None,
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+    nonfinite: NonFinite = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """PCGrad's direction of the gradients J: :func:`gram`, :func:`pcgrad_weights` and :func:`combine` in one call.
+
+    Args:
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`.
+        out: where to write the direction, as in :func:`antdiff.ops.combine`.
+        perms, generator, reduction, nonfinite: as in :func:`pcgrad_weights`.
+
+    Returns:
+        The direction as :func:`combine` returns it, and the weights float64 ``[k]``.
+    """
+    weights = pcgrad_weights(gram_of(J), perms, generator=generator, reduction=reduction, nonfinite=nonfinite)
+    return combine(weights, J, out), weights  # type: ignore[arg-type]
 
 
 def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:

@@ -6,6 +6,8 @@ benchmark. They import torch alone and are written to be read, not to be fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,35 @@ def cluster_loss_and_grad(
     return losses.detach(), counts, grad
 
 
+def gram(J: Tensor | Sequence[Tensor | None]) -> Tensor:
+    """Twin of :func:`antdiff.ops.gram`."""
+    tensors = [J] if isinstance(J, Tensor) else [x for x in J if x is not None]
+    rows = [x.double().unsqueeze(-1).flatten(1) for x in tensors]  # each [k, numel]
+    return torch.stack([x @ x.T for x in rows]).sum(0)
+
+
+def gram_(out: Tensor, J: Tensor | Sequence[Tensor | None]) -> Tensor:
+    """Twin of :func:`antdiff.ops.gram_`."""
+    return out.add_(gram(J))
+
+
+def combine(
+    weights: Tensor, J: Tensor | Sequence[Tensor | None], out: Tensor | Sequence[Tensor | None] | None = None
+) -> Tensor | list[Tensor | None]:
+    """Twin of :func:`antdiff.ops.combine`."""
+
+    def one(x: Tensor, o: Tensor | None) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = torch.einsum("k,k...->...", weights.to(dtype), x.to(dtype))
+        return y if o is None else o.copy_(y)
+
+    if isinstance(J, Tensor):
+        assert out is None or isinstance(out, Tensor)
+        return one(J, out)
+    outs = [None] * len(J) if out is None else list(out)
+    return [None if x is None else one(x, o) for x, o in zip(J, outs, strict=True)]
+
+
 # ---- weights from a Gram matrix --------------------------------------------------------------------------------------
 
 
@@ -90,8 +121,22 @@ def pcgrad_weights(
     return torch.where(bad[..., None], torch.nan, weights)
 
 
+def pcgrad(
+    J: Tensor | Sequence[Tensor | None],
+    perms: Tensor | None = None,
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "sum",
+    nonfinite: str = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """Twin of :func:`antdiff.ops.pcgrad`."""
+    weights = pcgrad_weights(gram(J), perms, generator=generator, reduction=reduction, nonfinite=nonfinite)
+    return combine(weights, J, out), weights
+
+
 def pcgrad_perms(keys: Tensor) -> Tensor:
-    """The orders [..., k, k-1] that :func:`pcgrad_weights` reads from its keys [..., k, k]: the other rows, ascending."""
+    """The orders [..., k, k-1] that :func:`pcgrad_weights` draws from keys [..., k, k]: the other rows, ascending."""
     k = keys.shape[-1]
     self_last = keys.masked_fill(torch.eye(k, dtype=torch.bool, device=keys.device), torch.inf)
     return self_last.argsort(dim=-1, stable=True)[..., : k - 1]
@@ -116,6 +161,18 @@ def nash_weights(gram: Tensor, *, solver: str = "newton", nonfinite: str = "rais
         w.zero_()
         w[rows] = torch.nan if b is None else scale * b
     return weights
+
+
+def nash(
+    J: Tensor | Sequence[Tensor | None],
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    solver: str = "newton",
+    nonfinite: str = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """Twin of :func:`antdiff.ops.nash`."""
+    weights = nash_weights(gram(J), solver=solver, nonfinite=nonfinite)
+    return combine(weights, J, out), weights
 
 
 def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
