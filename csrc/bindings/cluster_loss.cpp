@@ -66,7 +66,8 @@ void forward(py::handle pred, py::handle target, py::handle cluster, py::handle 
   check(ANTDIFF_LAUNCH(c.pred, cluster_loss_forward, c.p), "cluster", k);
 }
 
-void mean(py::handle per_sample, py::handle cluster, py::handle weight, int64_t k, py::handle losses, py::handle counts) {
+void mean(py::handle per_sample, py::handle cluster, py::handle weight, int64_t k, py::handle losses,
+          py::handle counts) {
   Call c(per_sample, "per_sample", cluster, weight, k);
   c.pred.require_dtype(loss_dtype(c.p.dtype), "the dtype of the losses").require_shape({kAny}, "[B]");
   c.results(losses, counts, per_sample);

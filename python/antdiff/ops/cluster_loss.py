@@ -1,8 +1,8 @@
 """Per-cluster losses in one pass over the data.
 
 For K clusters of timesteps, ``losses[i]`` is the mean over the samples of cluster i of weight x (mean error of the
-sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic, and differentiable
-once.
+sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic,
+and differentiable once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, as_count, define, traced
+from antdiff.ops._extension import _C, as_count, define, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
 
@@ -55,7 +54,7 @@ def cluster_loss(
         losses, counts, _ = torch.ops.antdiff.cluster_loss(pred, target, cluster, weight, k, kind, float(delta))
         return losses, counts
     if torch.is_grad_enabled() and _wants_grad(pred, target, weight):
-        losses, counts = _ClusterLoss.apply(pred, target, cluster, weight, k, kind, delta)  # type: ignore[no-untyped-call]
+        losses, counts = _ClusterLoss.apply(pred, target, cluster, weight, k, kind, delta)
         return losses, counts
     losses, counts, _ = _forward(pred, target, cluster, weight, k, kind, delta)
     return losses, counts
@@ -74,8 +73,8 @@ def cluster_loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and ``d(sum_i cluster_weight[i] losses[i]) / d pred`` in one pass, for ``pred.backward(grad)``.
 
-    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype, default
-    ones; the other arguments are those of :func:`cluster_loss`.
+    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype,
+    default ones; the other arguments are those of :func:`cluster_loss`.
 
     Returns:
         ``losses [k]``, ``counts [k]`` int64, and ``grad`` like ``pred``. None of them carries a gradient.
@@ -104,7 +103,7 @@ def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | N
     if traced(per_sample, cluster, weight):
         return torch.ops.antdiff.cluster_mean(per_sample, cluster, weight, k)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and _wants_grad(per_sample, None, weight):
-        losses, counts = _ClusterMean.apply(per_sample, cluster, weight, k)  # type: ignore[no-untyped-call]
+        losses, counts = _ClusterMean.apply(per_sample, cluster, weight, k)
         return losses, counts
     return _mean(per_sample, cluster, weight, k)
 
@@ -141,7 +140,7 @@ def _rows(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
         and target.is_contiguous(memory_format=torch.channels_last)
     )
     if channels_last:  # the mean does not care for the order of elements, so both are read as they lie
-        pred, target = rearrange(pred, "b c h w -> b h w c"), rearrange(target, "b c h w -> b h w c")
+        pred, target = pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     return pred.detach().contiguous().view(B, N), target.detach().contiguous().view(B, N), channels_last
 
 
@@ -239,7 +238,7 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
 def _like(grad: Tensor, pred: Tensor, channels_last: bool) -> Tensor:
     if channels_last:
         B, C, H, W = pred.shape
-        return rearrange(grad.view(B, H, W, C), "b h w c -> b c h w")
+        return grad.view(B, H, W, C).permute(0, 3, 1, 2)
     return grad.view(pred.shape)
 
 
@@ -294,9 +293,7 @@ class _ClusterLoss(torch.autograd.Function):
 
 class _ClusterMean(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         losses, counts = _mean(per_sample, cluster, weight, k)
         ctx.save_for_backward(per_sample, cluster, weight, counts)
         ctx.mark_non_differentiable(counts)
@@ -327,49 +324,25 @@ def _mean_backward(
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define(
-    "cluster_loss(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k, str kind, float delta)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-define(
-    "cluster_loss_backward(Tensor grad_losses, Tensor pred, Tensor target, Tensor cluster, Tensor? weight,"
-    " Tensor counts, str kind, float delta) -> Tensor"
-)
-define(
-    "cluster_loss_and_grad(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k,"
-    " Tensor? cluster_weight, str kind, float delta) -> (Tensor, Tensor, Tensor)"
-)
-define("cluster_mean(Tensor per_sample, Tensor cluster, Tensor? weight, SymInt k) -> (Tensor, Tensor)")
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("cluster_loss", _forward, _key)
-    LIBRARY.impl("cluster_loss_backward", _backward, _key)
-    LIBRARY.impl("cluster_loss_and_grad", _loss_and_grad, _key)
-    LIBRARY.impl("cluster_mean", _mean, _key)
-
 
 def _fake_outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(k, dtype=dtype), x.new_empty(k, dtype=torch.int64), x.new_empty(x.shape[0], dtype=dtype)
 
 
-@torch.library.register_fake("antdiff::cluster_loss", lib=LIBRARY)
-def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, kind: str, delta: float) -> Any:
+def _fake_forward(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
     return _fake_outputs(pred, k)
 
 
-@torch.library.register_fake("antdiff::cluster_loss_backward", lib=LIBRARY)
-def _(grad_losses: Any, pred: Tensor, *_rest: Any) -> Tensor:
+def _fake_backward(_grad_losses: Any, pred: Tensor, *_rest: Any) -> Tensor:
     return torch.empty_like(pred)
 
 
-@torch.library.register_fake("antdiff::cluster_loss_and_grad", lib=LIBRARY)
-def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, *_rest: Any) -> Any:
+def _fake_both(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
     return *_fake_outputs(pred, k)[:2], torch.empty_like(pred)
 
 
-@torch.library.register_fake("antdiff::cluster_mean", lib=LIBRARY)
-def _(per_sample: Tensor, cluster: Any, weight: Any, k: int) -> Any:
+def _fake_mean(per_sample: Tensor, _cluster: Any, _weight: Any, k: int) -> tuple[Tensor, ...]:
     return _fake_outputs(per_sample, k)[:2]
 
 
@@ -378,7 +351,7 @@ def _setup_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(pred, target, cluster, weight, output[1], output[2])
 
 
-def _loss_backward(ctx: Any, grad_losses: Tensor, _counts: Any, _per_sample: Any) -> tuple[Tensor | None, ...]:
+def _loss_autograd(ctx: Any, grad_losses: Tensor, _counts: Any, _per_sample: Any) -> tuple[Tensor | None, ...]:
     pred, target, cluster, weight, counts, per_sample = ctx.saved_tensors
     grad_pred = torch.ops.antdiff.cluster_loss_backward(
         grad_losses, pred, target, cluster, weight, counts, ctx.kind, ctx.delta
@@ -398,5 +371,26 @@ def _mean_autograd(ctx: Any, grad_losses: Tensor, _counts: Any) -> tuple[Tensor 
     return _mean_backward(grad_losses, *ctx.saved_tensors, *ctx.needs_input_grad[:3:2])
 
 
-torch.library.register_autograd("antdiff::cluster_loss", _loss_backward, setup_context=_setup_loss, lib=LIBRARY)
-torch.library.register_autograd("antdiff::cluster_mean", _mean_autograd, setup_context=_setup_mean, lib=LIBRARY)
+define(
+    "cluster_loss(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k, str kind, float delta)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+define(
+    "cluster_loss_backward(Tensor grad_losses, Tensor pred, Tensor target, Tensor cluster, Tensor? weight,"
+    " Tensor counts, str kind, float delta) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+define(
+    "cluster_loss_and_grad(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k,"
+    " Tensor? cluster_weight, str kind, float delta) -> (Tensor, Tensor, Tensor)",
+    _loss_and_grad,
+    _fake_both,
+)
+define(
+    "cluster_mean(Tensor per_sample, Tensor cluster, Tensor? weight, SymInt k) -> (Tensor, Tensor)", _mean, _fake_mean
+)
+differentiate("cluster_loss", _loss_autograd, _setup_loss)
+differentiate("cluster_mean", _mean_autograd, _setup_mean)
