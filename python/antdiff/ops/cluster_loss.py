@@ -54,7 +54,7 @@ def cluster_loss(
         losses, counts, _ = torch.ops.antdiff.cluster_loss(pred, target, cluster, weight, k, kind, float(delta))
         return losses, counts
     if torch.is_grad_enabled() and _wants_grad(pred, target, weight):
-        losses, counts = _ClusterLoss.apply(pred, target, cluster, weight, k, kind, delta)
+        losses, counts = _ClusterLoss.apply(pred, target, cluster, weight, k, kind, delta)  # type: ignore[no-untyped-call]
         return losses, counts
     losses, counts, _ = _forward(pred, target, cluster, weight, k, kind, delta)
     return losses, counts
@@ -103,7 +103,7 @@ def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | N
     if traced(per_sample, cluster, weight):
         return torch.ops.antdiff.cluster_mean(per_sample, cluster, weight, k)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and _wants_grad(per_sample, None, weight):
-        losses, counts = _ClusterMean.apply(per_sample, cluster, weight, k)
+        losses, counts = _ClusterMean.apply(per_sample, cluster, weight, k)  # type: ignore[no-untyped-call]
         return losses, counts
     return _mean(per_sample, cluster, weight, k)
 
