@@ -128,7 +128,9 @@ def test_strides(device: str) -> None:
     shifted = torch.empty(pred.numel() + 1, device=device)[1:].view(pred.shape).copy_(pred)  # not 16-byte aligned
     assert torch.equal(ops.cluster_loss_and_grad(shifted, target, cluster, 4)[2], want[2])
     transposed = pred.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(ops.cluster_loss_and_grad(transposed, target, cluster, 4)[0], want[0])
+    assert torch.equal(ops.cluster_loss_and_grad(transposed, target, cluster, 4)[2], want[2])
+    for x, y in ((transposed, target), (pred.to(memory_format=nhwc), target.to(memory_format=nhwc))):
+        torch.library.opcheck(torch.ops.antdiff.cluster_loss_and_grad, (x, y, cluster, None, 4, None, "mse", 1.0))
 
 
 def test_gradcheck() -> None:
@@ -182,9 +184,10 @@ BAD = {
     "pred a list": (lambda p, t, c, w: ([1.0], t, c, 4), TypeError, "pred must be a torch.Tensor"),
     "pred integer": (lambda p, t, c, w: (p.long(), t.long(), c, 4), TypeError, "pred must be float32"),
     "pred sparse": (lambda p, t, c, w: (p.to_sparse(), t, c, 4), TypeError, "pred must be a dense"),
-    "pred meta": (lambda p, t, c, w: (p.to("meta"), t, c, 4), TypeError, "pred must be a dense"),
+    "pred meta": (lambda p, t, c, w: (p.to("meta"), t, c, 4), TypeError, "pred must be"),
+    "pred a number": (lambda p, t, c, w: (p[0, 0, 0, 0], t[0, 0, 0, 0], c, 4), ValueError, "batch dimension"),
     "pred empty rows": (lambda p, t, c, w: (p[:, :0], t[:, :0], c, 4), ValueError, "at least one element"),
-    "target shape": (lambda p, t, c, w: (p, t[:, :1], c, 4), ValueError, "one shape"),
+    "target shape": (lambda p, t, c, w: (p, t[:, :1], c, 4), ValueError, "target must have the shape of pred"),
     "target dtype": (lambda p, t, c, w: (p, t.double(), c, 4), TypeError, "target must be float32"),
     "target grad": (lambda p, t, c, w: (p, t.requires_grad_(), c, 4), ValueError, "target.detach"),
     "cluster dtype": (lambda p, t, c, w: (p, t, c.int(), 4), TypeError, "cluster must be int64"),
