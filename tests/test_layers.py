@@ -32,7 +32,9 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "antdiff" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "antdiff" else {node.module}
+            )
     return found
 
 
@@ -69,7 +71,9 @@ def test_importing_antdiff_loads_nothing_heavy_and_leaves_cuda_alone() -> None:
 
 
 def families() -> list[str]:
-    return sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "reference" and not p.stem.startswith("_"))
+    return sorted(
+        p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "reference" and not p.stem.startswith("_")
+    )
 
 
 @pytest.mark.parametrize("family", families())

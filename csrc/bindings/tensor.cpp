@@ -143,6 +143,16 @@ const Tensor& Tensor::require_same_device(const Tensor& other) const {
   return *this;
 }
 
+const Tensor& Tensor::require_same_shape(const Tensor& other) const {
+  bool same = dim() == other.dim();
+  for (int64_t i = 0; same && i < dim(); ++i) same = size(i) == other.size(i);
+  if (!same)
+    throw_value(name_ + " must have the shape of " + other.name_ + ", " +
+                shape_text(other.view_.shape, other.view_.ndim) + "; got " + describe() +
+                ". Broadcast it yourself if that is meant.");
+  return *this;
+}
+
 Stream Tensor::stream() const {
   Stream s;
   s.device = view_.device.device_id;

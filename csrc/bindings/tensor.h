@@ -41,6 +41,7 @@ class Tensor {
   const Tensor& require_dtype(DType dtype, const char* rule) const;
   const Tensor& require_shape(std::initializer_list<int64_t> shape, const char* rule) const;
   const Tensor& require_same_device(const Tensor& other) const;
+  const Tensor& require_same_shape(const Tensor& other) const;
 
   DType dtype() const { return dtype_; }  // after require_float
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }

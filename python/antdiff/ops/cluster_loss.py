@@ -117,35 +117,29 @@ def _wants_grad(pred: object, target: object, weight: object) -> bool:
     return getattr(pred, "requires_grad", False) or getattr(weight, "requires_grad", False)
 
 
-def _rows(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """pred and target as contiguous ``[B, N]``, and whether N runs in channels_last order (a view, not a copy)."""
+def _as_it_lies(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """pred and target as contiguous ``[B, ...]``. Channels_last pairs are viewed, not copied: the mean over a sample's
+    elements does not care for their order. Everything else that is not contiguous is copied once."""
     for name, x in (("pred", pred), ("target", target)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
-        if x.layout != torch.strided or x.is_meta:
-            raise TypeError(f"{name} must be a dense tensor with storage; got layout {x.layout} on {x.device}.")
-    if pred.dim() < 1 or pred.shape != target.shape:
-        raise ValueError(
-            f"pred and target must have one shape [B, ...]; got {list(pred.shape)} and {list(target.shape)}. "
-            "Broadcast target yourself if that is meant."
-        )
-    B = pred.shape[0]
-    N = pred[0].numel() if B else max(1, pred.shape[1:].numel())
-    if N == 0:
-        raise ValueError(f"pred must have at least one element a sample; got {list(pred.shape)}.")
-    channels_last = (
-        pred.dim() == 4
-        and not pred.is_contiguous()
-        and pred.is_contiguous(memory_format=torch.channels_last)
-        and target.is_contiguous(memory_format=torch.channels_last)
-    )
-    if channels_last:  # the mean does not care for the order of elements, so both are read as they lie
-        pred, target = pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
-    return pred.detach().contiguous().view(B, N), target.detach().contiguous().view(B, N), channels_last
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
+        if x.dim() == 0:
+            raise ValueError(f"{name} must have a batch dimension, [B, ...]; got a single number.")
+    if not (pred.is_contiguous() and target.is_contiguous()):
+        if _channels_last(pred) and _channels_last(target):
+            return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
+        return pred.contiguous(), target.contiguous()
+    return pred, target
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _vector(x: Tensor | None) -> Tensor | None:
-    return x.detach().contiguous() if isinstance(x, Tensor) else x
+    return x.contiguous() if isinstance(x, Tensor) else x
 
 
 def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -153,8 +147,9 @@ def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     device = pred.device
     scratch = None
-    if device.type == "cuda" and pred.dim() == 2:
-        scratch = torch.empty(_C.cluster_loss_tiles(*pred.shape), dtype=torch.float64, device=device)
+    if device.type == "cuda":
+        tiles = _C.cluster_loss_tiles(pred.shape[0], pred.shape[1:].numel())
+        scratch = torch.empty(tiles, dtype=torch.float64, device=device)
     return (
         torch.empty(k, dtype=dtype, device=device),
         torch.empty(k, dtype=torch.int64, device=device),
@@ -167,7 +162,7 @@ def _forward(
     pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    pred, target, _ = _rows(pred, target)
+    pred, target = _as_it_lies(pred, target)
     losses, counts, per_sample, scratch = _outputs(pred, k)
     _C.cluster_loss_forward(
         pred, target, _vector(cluster), _vector(weight), k, kind, delta, losses, counts, per_sample, scratch
@@ -185,12 +180,12 @@ def _backward(
     kind: str,
     delta: float,
 ) -> Tensor:
-    rows, target_rows, channels_last = _rows(pred, target)
+    rows, target_rows = _as_it_lies(pred, target)
     grad = torch.empty_like(rows)
     _C.cluster_loss_backward(
         grad_losses.contiguous(), rows, target_rows, _vector(cluster), _vector(weight), counts, kind, delta, grad
     )
-    return _like(grad, pred, channels_last)
+    return _like(grad, rows, pred)
 
 
 def _loss_and_grad(
@@ -204,7 +199,7 @@ def _loss_and_grad(
     delta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    rows, target_rows, channels_last = _rows(pred, target)
+    rows, target_rows = _as_it_lies(pred, target)
     losses, counts, per_sample, scratch = _outputs(rows, k)
     if cluster_weight is None:
         cluster_weight = torch.ones_like(losses)
@@ -224,7 +219,7 @@ def _loss_and_grad(
         scratch,
         grad,
     )
-    return losses, counts, _like(grad, pred, channels_last)
+    return losses, counts, _like(grad, rows, pred)
 
 
 def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -235,11 +230,10 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
     return losses, counts
 
 
-def _like(grad: Tensor, pred: Tensor, channels_last: bool) -> Tensor:
-    if channels_last:
-        B, C, H, W = pred.shape
-        return grad.view(B, H, W, C).permute(0, 3, 1, 2)
-    return grad.view(pred.shape)
+def _like(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
+    """A gradient in the layout the kernel read (``rows``), seen in the shape of pred."""
+    viewed = rows is not pred and rows.data_ptr() == pred.data_ptr()
+    return grad.permute(0, 3, 1, 2) if viewed else grad
 
 
 def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
@@ -334,12 +328,17 @@ def _fake_forward(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: in
     return _fake_outputs(pred, k)
 
 
-def _fake_backward(_grad_losses: Any, pred: Tensor, *_rest: Any) -> Tensor:
-    return torch.empty_like(pred)
+def _fake_grad(pred: Tensor, target: Tensor) -> Tensor:
+    nhwc = not (pred.is_contiguous() and target.is_contiguous()) and _channels_last(pred) and _channels_last(target)
+    return torch.empty_like(pred, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
-def _fake_both(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
-    return *_fake_outputs(pred, k)[:2], torch.empty_like(pred)
+def _fake_backward(_grad_losses: Any, pred: Tensor, target: Tensor, *_rest: Any) -> Tensor:
+    return _fake_grad(pred, target)
+
+
+def _fake_both(pred: Tensor, target: Tensor, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
+    return *_fake_outputs(pred, k)[:2], _fake_grad(pred, target)
 
 
 def _fake_mean(per_sample: Tensor, _cluster: Any, _weight: Any, k: int) -> tuple[Tensor, ...]:
