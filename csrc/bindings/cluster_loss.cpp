@@ -15,7 +15,7 @@ LossKind kind_of(const std::string& kind) {
 
 DType loss_dtype(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }
 
-// Checks what every form shares and fills it in. pred and target arrive flattened to [B, N].
+// Checks what every form shares and fills it in. pred and target are [B, ...], N elements a sample.
 struct Call {
   Tensor pred, cluster;
   ClusterLossParams p;
@@ -39,10 +39,10 @@ struct Call {
   }
   void data(py::handle target_, const std::string& kind, double delta) {
     Tensor target(target_, "target");
-    target.require_dtype(p.dtype, "the dtype of pred").require_same_device(pred);
-    pred.require_shape({kAny, kAny}, "[B, N]");
-    p.N = pred.size(1);
-    target.require_shape({p.B, p.N}, "of pred");
+    target.require_dtype(p.dtype, "the dtype of pred").require_same_device(pred).require_same_shape(pred);
+    p.N = 1;
+    for (int64_t i = 1; i < pred.dim(); ++i) p.N *= pred.size(i);
+    if (p.N == 0) throw_value("pred must have at least one element a sample; got " + pred.describe() + ".");
     p.pred = pred.data();
     p.target = target.data();
     p.kind = kind_of(kind);
@@ -66,7 +66,8 @@ void forward(py::handle pred, py::handle target, py::handle cluster, py::handle 
   check(ANTDIFF_LAUNCH(c.pred, cluster_loss_forward, c.p), "cluster", k);
 }
 
-void mean(py::handle per_sample, py::handle cluster, py::handle weight, int64_t k, py::handle losses, py::handle counts) {
+void mean(py::handle per_sample, py::handle cluster, py::handle weight, int64_t k, py::handle losses,
+          py::handle counts) {
   Call c(per_sample, "per_sample", cluster, weight, k);
   c.pred.require_dtype(loss_dtype(c.p.dtype), "the dtype of the losses").require_shape({kAny}, "[B]");
   c.results(losses, counts, per_sample);

@@ -32,10 +32,11 @@ struct DLPackExchangeAPIHeader {
 };
 struct DLPackExchangeAPI {
   DLPackExchangeAPIHeader header;
-  int (*managed_tensor_allocator)(DLTensor*, DLManagedTensorVersioned**, void*, void (*)(void*, const char*, const char*));
+  int (*managed_tensor_allocator)(DLTensor*, DLManagedTensorVersioned**, void*,
+                                  void (*)(void*, const char*, const char*));
   int (*managed_tensor_from_py_object_no_sync)(void*, DLManagedTensorVersioned**);
   int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned*, void**);
-  int (*dltensor_from_py_object_no_sync)(void*, DLTensor*);                // borrows: valid while the object lives
+  int (*dltensor_from_py_object_no_sync)(void*, DLTensor*);  // borrows: valid while the object lives
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 

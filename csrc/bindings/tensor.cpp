@@ -29,7 +29,8 @@ void attach(const py::capsule& capsule, py::handle tensor, py::handle parameter)
 
 const char* dtype_name(DLDataType d) {
   if (d.lanes != 1) return "a vector dtype";
-  if (d.code == 2) return d.bits == 64 ? "float64" : d.bits == 32 ? "float32" : d.bits == 16 ? "float16" : "a float dtype";
+  if (d.code == 2)
+    return d.bits == 64 ? "float64" : d.bits == 32 ? "float32" : d.bits == 16 ? "float16" : "a float dtype";
   if (d.code == 4 && d.bits == 16) return "bfloat16";
   if (d.code == 0) return d.bits == 64 ? "int64" : d.bits == 32 ? "int32" : d.bits == 16 ? "int16" : "int8";
   if (d.code == 1) return "an unsigned integer dtype";
@@ -79,7 +80,8 @@ Tensor::Tensor(py::handle object, std::string name) : name_(std::move(name)) {
                std::string(py::str(cause.value())) + ". Use .to_dense(), .resolve_conj() or a real device.");
   }
   if (view_.device.device_type != 1 && view_.device.device_type != 2)
-    throw_type(name_ + " must be on the CPU or a CUDA device; got " + device_text(view_.device) + ". Move it with .to().");
+    throw_type(name_ + " must be on the CPU or a CUDA device; got " + device_text(view_.device) +
+               ". Move it with .to().");
   int64_t expected = 1;
   bool contiguous = true;
   for (int64_t i = view_.ndim - 1; i >= 0; --i) {
@@ -87,19 +89,23 @@ Tensor::Tensor(py::handle object, std::string name) : name_(std::move(name)) {
     expected *= view_.shape[i];
   }
   numel_ = expected;
-  if (!contiguous && numel_ > 1) throw_value(name_ + " must be contiguous; got " + describe() + ". Call .contiguous().");
+  if (!contiguous && numel_ > 1)
+    throw_value(name_ + " must be contiguous; got " + describe() + ". Call .contiguous().");
   if (numel_ > 0 && !view_.data)
-    throw_type(name_ + " must have storage; got a tensor without a data pointer (torch.func transforms such as vmap and "
-                       "grad, fake and meta tensors have none). Call the op outside the transform.");
+    throw_type(name_ +
+               " must have storage; got a tensor without a data pointer (torch.func transforms such as vmap and "
+               "grad, fake and meta tensors have none). Call the op outside the transform.");
 }
 
 std::string Tensor::describe() const {
-  return std::string(dtype_name(view_.dtype)) + " " + shape_text(view_.shape, view_.ndim) + " on " + device_text(view_.device);
+  return std::string(dtype_name(view_.dtype)) + " " + shape_text(view_.shape, view_.ndim) + " on " +
+         device_text(view_.device);
 }
 
 const Tensor& Tensor::require_float() const {
   if (!to_dtype(view_.dtype, const_cast<DType*>(&dtype_)))
-    throw_type(name_ + " must be float32, float64, float16 or bfloat16; got " + describe() + ". Convert it with .to().");
+    throw_type(name_ + " must be float32, float64, float16 or bfloat16; got " + describe() +
+               ". Convert it with .to().");
   return *this;
 }
 
@@ -112,7 +118,8 @@ const Tensor& Tensor::require_int64() const {
 const Tensor& Tensor::require_dtype(DType dtype, const char* rule) const {
   DType mine;
   if (!to_dtype(view_.dtype, &mine) || mine != dtype)
-    throw_type(name_ + " must be " + dtype_name(dtype) + " (" + rule + "); got " + describe() + ". Convert it with .to().");
+    throw_type(name_ + " must be " + dtype_name(dtype) + " (" + rule + "); got " + describe() +
+               ". Convert it with .to().");
   const_cast<Tensor*>(this)->dtype_ = mine;
   return *this;
 }
@@ -133,6 +140,16 @@ const Tensor& Tensor::require_same_device(const Tensor& other) const {
   if (a.device_type != b.device_type || a.device_id != b.device_id)
     throw_value(name_ + " must be on the device of " + other.name_ + " (" + device_text(b) + "); got " + describe() +
                 ". Move it with .to(" + other.name_ + ".device).");
+  return *this;
+}
+
+const Tensor& Tensor::require_same_shape(const Tensor& other) const {
+  bool same = dim() == other.dim();
+  for (int64_t i = 0; same && i < dim(); ++i) same = size(i) == other.size(i);
+  if (!same)
+    throw_value(name_ + " must have the shape of " + other.name_ + ", " +
+                shape_text(other.view_.shape, other.view_.ndim) + "; got " + describe() +
+                ". Broadcast it yourself if that is meant.");
   return *this;
 }
 
@@ -165,7 +182,8 @@ void check(const Status& status, const std::string& id_name, int64_t k) {
 
 #if !defined(ANTDIFF_WITH_CUDA)
 void throw_without_cuda(const Tensor& tensor) {
-  throw std::runtime_error(tensor.name() + " is on a CUDA device, but antdiff was built without CUDA. Rebuild where nvcc "
+  throw std::runtime_error(tensor.name() +
+                           " is on a CUDA device, but antdiff was built without CUDA. Rebuild where nvcc "
                            "is present: pip install --force-reinstall --no-deps --no-binary antdiff -C "
                            "cmake.define.ANTDIFF_CUDA=ON antdiff (or '.' in a checkout). antdiff.ops.reference holds "
                            "plain PyTorch versions.");
@@ -195,20 +213,23 @@ void bind_tensor(py::module_& m) {
 #endif
     return d;
   });
-  m.def("take_errors", [](int device) -> uint32_t {
-    uint32_t errors = 0;
+  m.def(
+      "take_errors",
+      [](int device) -> uint32_t {
+        uint32_t errors = 0;
 #if defined(ANTDIFF_WITH_CUDA)
-    Status s;
-    {
-      py::gil_scoped_release release;
-      s = cuda_take_errors(device, &errors);
-    }
-    check(s);
+        Status s;
+        {
+          py::gil_scoped_release release;
+          s = cuda_take_errors(device, &errors);
+        }
+        check(s);
 #else
-    (void)device;
+        (void)device;
 #endif
-    return errors;
-  }, py::arg("device"));
+        return errors;
+      },
+      py::arg("device"));
 }
 
 }  // namespace antdiff

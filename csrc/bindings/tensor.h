@@ -1,4 +1,5 @@
-// torch.Tensor as the bindings see it: a borrowed, checked view. Nothing else in the project knows both Python and data.
+// torch.Tensor as the bindings see it: a borrowed, checked view. Nothing else in the project knows both Python and
+// data.
 //
 // Every check that metadata allows is made here, and every failure names the argument, the rule, what came and the
 // remedy. Outputs are allocated in Python with torch.empty and passed in, so that they are ordinary tensors.
@@ -35,11 +36,12 @@ class Tensor {
   int device_index() const { return view_.device.device_id; }
 
   // Each throws TypeError or ValueError in the form "<name> must be <rule>; got <what came>. <remedy>".
-  const Tensor& require_float() const;                                // one of DType
+  const Tensor& require_float() const;  // one of DType
   const Tensor& require_int64() const;
   const Tensor& require_dtype(DType dtype, const char* rule) const;
   const Tensor& require_shape(std::initializer_list<int64_t> shape, const char* rule) const;
   const Tensor& require_same_device(const Tensor& other) const;
+  const Tensor& require_same_shape(const Tensor& other) const;
 
   DType dtype() const { return dtype_; }  // after require_float
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
@@ -71,14 +73,14 @@ void bind_tensor(py::module_& m);
 // Runs the CPU or the CUDA launcher, by the device of `tensor`, without the GIL. A wheel built without CUDA names the
 // command that rebuilds it.
 #if defined(ANTDIFF_WITH_CUDA)
-#define ANTDIFF_LAUNCH(tensor, op, ...)                            \
-  ([&]() -> ::antdiff::Status {                                    \
-    if ((tensor).is_cpu()) {                                       \
-      ::antdiff::py::gil_scoped_release release;                   \
-      return ::antdiff::cpu_##op(__VA_ARGS__);                     \
-    }                                                              \
-    const ::antdiff::Stream stream = (tensor).stream();            \
-    return ::antdiff::cuda_##op(__VA_ARGS__, stream);              \
+#define ANTDIFF_LAUNCH(tensor, op, ...)                 \
+  ([&]() -> ::antdiff::Status {                         \
+    if ((tensor).is_cpu()) {                            \
+      ::antdiff::py::gil_scoped_release release;        \
+      return ::antdiff::cpu_##op(__VA_ARGS__);          \
+    }                                                   \
+    const ::antdiff::Stream stream = (tensor).stream(); \
+    return ::antdiff::cuda_##op(__VA_ARGS__, stream);   \
   }())
 #else
 #define ANTDIFF_LAUNCH(tensor, op, ...)                            \

@@ -33,17 +33,17 @@ ANTDIFF_HD A error_slope(A d, A delta) {
 struct ClusterLossParams {
   DType dtype = DType::f32;
   LossKind kind = LossKind::mse;
-  double delta = 1.0;               // huber only
-  int64_t B = 0, N = 0, K = 0;      // samples, elements a sample, clusters
-  const void* pred = nullptr;       // [B, N]
-  const void* target = nullptr;     // [B, N]
-  const int64_t* cluster = nullptr; // [B]
-  const void* weight = nullptr;     // [B] in loss dtype, or null for ones
+  double delta = 1.0;                // huber only
+  int64_t B = 0, N = 0, K = 0;       // samples, elements a sample, clusters
+  const void* pred = nullptr;        // [B, N]
+  const void* target = nullptr;      // [B, N]
+  const int64_t* cluster = nullptr;  // [B]
+  const void* weight = nullptr;      // [B] in loss dtype, or null for ones
   // forward
-  void* losses = nullptr;           // [K] loss dtype
-  int64_t* counts = nullptr;        // [K]
-  void* per_sample = nullptr;       // [B] loss dtype: unweighted mean error
-  double* scratch = nullptr;        // CUDA only: [cluster_loss_tiles(B, N)] partial sums
+  void* losses = nullptr;      // [K] loss dtype
+  int64_t* counts = nullptr;   // [K]
+  void* per_sample = nullptr;  // [B] loss dtype: unweighted mean error
+  double* scratch = nullptr;   // CUDA only: [cluster_loss_tiles(B, N)] partial sums
   // backward, and the fused pass (where it holds the caller's cluster weights)
   const void* grad_losses = nullptr;  // [K] loss dtype
   void* grad_pred = nullptr;          // [B, N] in dtype

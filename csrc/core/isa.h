@@ -33,9 +33,7 @@ inline Isa isa() {
   return found;
 }
 
-inline const char* isa_name() {
-  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
-}
+inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic"; }
 
 #if defined(__x86_64__)
 template <class Body, class... Args>

@@ -11,8 +11,8 @@ namespace antdiff {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kRun = 1024;           // elements summed in the accumulation type before going to double
-constexpr int64_t kGrain = 1 << 16;      // elements a thread should at least have
+constexpr int64_t kRun = 1024;       // elements summed in the accumulation type before going to double
+constexpr int64_t kGrain = 1 << 16;  // elements a thread should at least have
 
 // One sample: returns the sum of errors if `value`, and writes scale * slope into grad if `slope`.
 template <class T, LossKind kind, bool value, bool slope>

@@ -1,5 +1,6 @@
 // Cluster loss on CUDA.
-//   tile_kernel     parallel over tiles of samples; reads pred and target once, writes grad_pred once; float (double for
+//   tile_kernel     parallel over tiles of samples; reads pred and target once, writes grad_pred once; float (double
+//   for
 //                   float64) over the 16 elements of a thread, double across threads
 //   cluster_kernel  one block a cluster; reads B ids and the tiles' sums of its own samples; double
 // Nothing is atomic and every sum has a fixed order: the result is the same from run to run.
@@ -93,8 +94,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       p.counts[i] = count;
       if (bad) record(errors, kBadClusterId);
-      if (!counts_only)
-        static_cast<A*>(p.losses)[i] = A(bad ? not_a_number() : count ? sum / double(count) : 0.0);
+      if (!counts_only) static_cast<A*>(p.losses)[i] = A(bad ? not_a_number() : count ? sum / double(count) : 0.0);
     }
   }
 }

@@ -7,8 +7,14 @@
 
 namespace antdiff::test {
 
-inline int& failures() { static int n = 0; return n; }
-inline int& checks() { static int n = 0; return n; }
+inline int& failures() {
+  static int n = 0;
+  return n;
+}
+inline int& checks() {
+  static int n = 0;
+  return n;
+}
 
 inline void check(bool ok, const char* text, const char* file, int line) {
   ++checks();

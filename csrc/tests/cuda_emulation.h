@@ -1,10 +1,10 @@
-// Runs the CUDA kernels of csrc/cuda on the CPU, without a GPU or nvcc, so that every commit executes every kernel under
-// the address and undefined-behaviour sanitizers.
+// Runs the CUDA kernels of csrc/cuda on the CPU, without a GPU or nvcc, so that every commit executes every kernel
+// under the address and undefined-behaviour sanitizers.
 //
 // A test compiles a .cu file as C++ after defining ANTDIFF_CUDA_EMULATION. Blocks run one after the other; the threads
-// of a block are fibers (ucontext) that switch only at __syncthreads and at warp shuffles. A barrier that some threads of
-// a block never reach, or a shuffle that some lanes of its mask never reach, aborts with a message instead of hanging.
-// What it cannot show: races between barriers, memory ordering, occupancy, speed. The GPU gate is for those.
+// of a block are fibers (ucontext) that switch only at __syncthreads and at warp shuffles. A barrier that some threads
+// of a block never reach, or a shuffle that some lanes of its mask never reach, aborts with a message instead of
+// hanging. What it cannot show: races between barriers, memory ordering, occupancy, speed. The GPU gate is for those.
 #pragma once
 
 #include <ucontext.h>
@@ -50,9 +50,9 @@ struct Fiber {
 struct Block {
   static constexpr size_t kStack = 128 * 1024;
   std::vector<Fiber> fibers;
-  std::vector<uint64_t> exchange;       // one slot a thread, for shuffles
-  std::vector<unsigned> arrived;        // shuffles met so far, per thread
-  std::vector<unsigned> left;           // shuffles whose value has been read, per thread
+  std::vector<uint64_t> exchange;  // one slot a thread, for shuffles
+  std::vector<unsigned> arrived;   // shuffles met so far, per thread
+  std::vector<unsigned> left;      // shuffles whose value has been read, per thread
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -65,9 +65,18 @@ inline Block& block() {
   static Block b;
   return b;
 }
-inline dim3& block_index() { static dim3 i; return i; }
-inline dim3& block_size() { static dim3 i; return i; }
-inline dim3& grid_size() { static dim3 i; return i; }
+inline dim3& block_index() {
+  static dim3 i;
+  return i;
+}
+inline dim3& block_size() {
+  static dim3 i;
+  return i;
+}
+inline dim3& grid_size() {
+  static dim3 i;
+  return i;
+}
 inline dim3 thread_index() { return {block().current, 0, 0}; }
 
 [[noreturn]] inline void fail(const char* what) {

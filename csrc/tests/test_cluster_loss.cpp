@@ -44,8 +44,20 @@ struct Case {
   ClusterLossParams p;
 
   Case(int64_t B, int64_t N, int64_t K, LossKind kind, DType dtype, bool weighted, uint64_t seed)
-      : B(B), N(N), K(K), kind(kind), pred(B * N), target(B * N), grad(B * N), cluster(B), counts(K, -1), weight(B),
-        losses(K, A(-1)), per_sample(B, A(-1)), upstream(K), scratch(cluster_loss_tiles(B, N)) {
+      : B(B),
+        N(N),
+        K(K),
+        kind(kind),
+        pred(B * N),
+        target(B * N),
+        grad(B * N),
+        cluster(B),
+        counts(K, -1),
+        weight(B),
+        losses(K, A(-1)),
+        per_sample(B, A(-1)),
+        upstream(K),
+        scratch(cluster_loss_tiles(B, N)) {
     Random random(seed);
     for (auto& x : pred) x = from_float<T>(float(random.normal()));
     for (auto& x : target) x = from_float<T>(float(random.normal()));
@@ -126,10 +138,14 @@ void conversions() {
     const Half h{uint16_t(bits)};
     const BFloat16 b{uint16_t(bits)};
     const float fh = to_float(h), fb = to_float(b);
-    if (fh != fh) CHECK(to_float(from_float<Half>(fh)) != to_float(from_float<Half>(fh)));
-    else CHECK(from_float<Half>(fh).bits == h.bits);
-    if (fb != fb) CHECK(to_float(from_float<BFloat16>(fb)) != to_float(from_float<BFloat16>(fb)));
-    else CHECK(from_float<BFloat16>(fb).bits == b.bits);
+    if (fh != fh)
+      CHECK(to_float(from_float<Half>(fh)) != to_float(from_float<Half>(fh)));
+    else
+      CHECK(from_float<Half>(fh).bits == h.bits);
+    if (fb != fb)
+      CHECK(to_float(from_float<BFloat16>(fb)) != to_float(from_float<BFloat16>(fb)));
+    else
+      CHECK(from_float<BFloat16>(fb).bits == b.bits);
   }
   CHECK(from_float<Half>(65519.f).bits == 0x7bff && from_float<Half>(65520.f).bits == 0x7c00);
   CHECK(from_float<Half>(0x1p-25f).bits == 0 && from_float<Half>(0x1.8p-25f).bits == 1);

@@ -1,8 +1,8 @@
 """Per-cluster losses in one pass over the data.
 
 For K clusters of timesteps, ``losses[i]`` is the mean over the samples of cluster i of weight x (mean error of the
-sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic, and differentiable
-once.
+sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic,
+and differentiable once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, as_count, define, traced
+from antdiff.ops._extension import _C, as_count, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
 
@@ -74,8 +73,8 @@ def cluster_loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and ``d(sum_i cluster_weight[i] losses[i]) / d pred`` in one pass, for ``pred.backward(grad)``.
 
-    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype, default
-    ones; the other arguments are those of :func:`cluster_loss`.
+    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype,
+    default ones; the other arguments are those of :func:`cluster_loss`.
 
     Returns:
         ``losses [k]``, ``counts [k]`` int64, and ``grad`` like ``pred``. None of them carries a gradient.
@@ -118,35 +117,26 @@ def _wants_grad(pred: object, target: object, weight: object) -> bool:
     return getattr(pred, "requires_grad", False) or getattr(weight, "requires_grad", False)
 
 
-def _rows(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """pred and target as contiguous ``[B, N]``, and whether N runs in channels_last order (a view, not a copy)."""
-    for name, x in (("pred", pred), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
-        if x.layout != torch.strided or x.is_meta:
-            raise TypeError(f"{name} must be a dense tensor with storage; got layout {x.layout} on {x.device}.")
-    if pred.dim() < 1 or pred.shape != target.shape:
-        raise ValueError(
-            f"pred and target must have one shape [B, ...]; got {list(pred.shape)} and {list(target.shape)}. "
-            "Broadcast target yourself if that is meant."
-        )
-    B = pred.shape[0]
-    N = pred[0].numel() if B else max(1, pred.shape[1:].numel())
-    if N == 0:
-        raise ValueError(f"pred must have at least one element a sample; got {list(pred.shape)}.")
-    channels_last = (
-        pred.dim() == 4
-        and not pred.is_contiguous()
-        and pred.is_contiguous(memory_format=torch.channels_last)
-        and target.is_contiguous(memory_format=torch.channels_last)
-    )
-    if channels_last:  # the mean does not care for the order of elements, so both are read as they lie
-        pred, target = rearrange(pred, "b c h w -> b h w c"), rearrange(target, "b c h w -> b h w c")
-    return pred.detach().contiguous().view(B, N), target.detach().contiguous().view(B, N), channels_last
+def _as_it_lies(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """pred and target as contiguous ``[B, ...]``. Channels_last pairs are viewed, not copied: the mean over a sample's
+    elements does not care for their order. Everything else that is not contiguous is copied once."""
+    if _channels_last(pred) and _channels_last(target):
+        return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
+    pred, target = dense("pred", pred), dense("target", target)
+    if pred.dim() == 0:
+        raise ValueError("pred must have a batch dimension, [B, ...]; got a single number.")
+    return pred, target
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return x.detach().contiguous() if isinstance(x, Tensor) else x
+def _channels_last(x: Tensor) -> bool:
+    """In channels_last order and not contiguous as well (as with one channel)."""
+    if getattr(x, "layout", None) is not torch.strided or x.dim() != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _optional(name: str, x: Tensor | None) -> Tensor | None:
+    return None if x is None else dense(name, x)
 
 
 def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -154,8 +144,9 @@ def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     device = pred.device
     scratch = None
-    if device.type == "cuda" and pred.dim() == 2:
-        scratch = torch.empty(_C.cluster_loss_tiles(*pred.shape), dtype=torch.float64, device=device)
+    if device.type == "cuda":
+        tiles = _C.cluster_loss_tiles(pred.shape[0], pred.shape[1:].numel())
+        scratch = torch.empty(tiles, dtype=torch.float64, device=device)
     return (
         torch.empty(k, dtype=dtype, device=device),
         torch.empty(k, dtype=torch.int64, device=device),
@@ -168,10 +159,20 @@ def _forward(
     pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    pred, target, _ = _rows(pred, target)
+    pred, target = _as_it_lies(pred, target)
     losses, counts, per_sample, scratch = _outputs(pred, k)
     _C.cluster_loss_forward(
-        pred, target, _vector(cluster), _vector(weight), k, kind, delta, losses, counts, per_sample, scratch
+        pred,
+        target,
+        dense("cluster", cluster),
+        _optional("weight", weight),
+        k,
+        kind,
+        delta,
+        losses,
+        counts,
+        per_sample,
+        scratch,
     )
     return losses, counts, per_sample
 
@@ -186,12 +187,20 @@ def _backward(
     kind: str,
     delta: float,
 ) -> Tensor:
-    rows, target_rows, channels_last = _rows(pred, target)
+    rows, target_rows = _as_it_lies(pred, target)
     grad = torch.empty_like(rows)
     _C.cluster_loss_backward(
-        grad_losses.contiguous(), rows, target_rows, _vector(cluster), _vector(weight), counts, kind, delta, grad
+        grad_losses.contiguous(),
+        rows,
+        target_rows,
+        dense("cluster", cluster),
+        _optional("weight", weight),
+        counts,
+        kind,
+        delta,
+        grad,
     )
-    return _like(grad, pred, channels_last)
+    return _like(grad, rows, pred)
 
 
 def _loss_and_grad(
@@ -205,7 +214,7 @@ def _loss_and_grad(
     delta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    rows, target_rows, channels_last = _rows(pred, target)
+    rows, target_rows = _as_it_lies(pred, target)
     losses, counts, per_sample, scratch = _outputs(rows, k)
     if cluster_weight is None:
         cluster_weight = torch.ones_like(losses)
@@ -213,10 +222,10 @@ def _loss_and_grad(
     _C.cluster_loss_and_grad(
         rows,
         target_rows,
-        _vector(cluster),
-        _vector(weight),
+        dense("cluster", cluster),
+        _optional("weight", weight),
         k,
-        _vector(cluster_weight),
+        _optional("cluster_weight", cluster_weight),
         kind,
         delta,
         losses,
@@ -225,22 +234,23 @@ def _loss_and_grad(
         scratch,
         grad,
     )
-    return losses, counts, _like(grad, pred, channels_last)
+    return losses, counts, _like(grad, rows, pred)
 
 
 def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     if not isinstance(per_sample, Tensor) or per_sample.dim() != 1 or not per_sample.is_floating_point():
         raise TypeError(f"per_sample must be a float tensor [B]; got {_describe(per_sample)}.")
     losses, counts, _, _ = _outputs(per_sample, k)
-    _C.cluster_mean_forward(_vector(per_sample), _vector(cluster), _vector(weight), k, losses, counts)
+    _C.cluster_mean_forward(
+        dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
+    )
     return losses, counts
 
 
-def _like(grad: Tensor, pred: Tensor, channels_last: bool) -> Tensor:
-    if channels_last:
-        B, C, H, W = pred.shape
-        return rearrange(grad.view(B, H, W, C), "b h w c -> b c h w")
-    return grad.view(pred.shape)
+def _like(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
+    """A gradient in the layout the kernel read (``rows``), seen in the shape of pred."""
+    viewed = rows is not pred and rows.data_ptr() == pred.data_ptr()
+    return grad.permute(0, 3, 1, 2) if viewed else grad
 
 
 def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
@@ -294,9 +304,7 @@ class _ClusterLoss(torch.autograd.Function):
 
 class _ClusterMean(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         losses, counts = _mean(per_sample, cluster, weight, k)
         ctx.save_for_backward(per_sample, cluster, weight, counts)
         ctx.mark_non_differentiable(counts)
@@ -327,49 +335,30 @@ def _mean_backward(
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define(
-    "cluster_loss(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k, str kind, float delta)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-define(
-    "cluster_loss_backward(Tensor grad_losses, Tensor pred, Tensor target, Tensor cluster, Tensor? weight,"
-    " Tensor counts, str kind, float delta) -> Tensor"
-)
-define(
-    "cluster_loss_and_grad(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k,"
-    " Tensor? cluster_weight, str kind, float delta) -> (Tensor, Tensor, Tensor)"
-)
-define("cluster_mean(Tensor per_sample, Tensor cluster, Tensor? weight, SymInt k) -> (Tensor, Tensor)")
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("cluster_loss", _forward, _key)
-    LIBRARY.impl("cluster_loss_backward", _backward, _key)
-    LIBRARY.impl("cluster_loss_and_grad", _loss_and_grad, _key)
-    LIBRARY.impl("cluster_mean", _mean, _key)
-
 
 def _fake_outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(k, dtype=dtype), x.new_empty(k, dtype=torch.int64), x.new_empty(x.shape[0], dtype=dtype)
 
 
-@torch.library.register_fake("antdiff::cluster_loss", lib=LIBRARY)
-def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, kind: str, delta: float) -> Any:
+def _fake_forward(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
     return _fake_outputs(pred, k)
 
 
-@torch.library.register_fake("antdiff::cluster_loss_backward", lib=LIBRARY)
-def _(grad_losses: Any, pred: Tensor, *_rest: Any) -> Tensor:
-    return torch.empty_like(pred)
+def _fake_grad(pred: Tensor, target: Tensor) -> Tensor:
+    nhwc = _channels_last(pred) and _channels_last(target)
+    return torch.empty_like(pred, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
-@torch.library.register_fake("antdiff::cluster_loss_and_grad", lib=LIBRARY)
-def _(pred: Tensor, target: Any, cluster: Any, weight: Any, k: int, *_rest: Any) -> Any:
-    return *_fake_outputs(pred, k)[:2], torch.empty_like(pred)
+def _fake_backward(_grad_losses: Any, pred: Tensor, target: Tensor, *_rest: Any) -> Tensor:
+    return _fake_grad(pred, target)
 
 
-@torch.library.register_fake("antdiff::cluster_mean", lib=LIBRARY)
-def _(per_sample: Tensor, cluster: Any, weight: Any, k: int) -> Any:
+def _fake_both(pred: Tensor, target: Tensor, _cluster: Any, _weight: Any, k: int, *_rest: Any) -> tuple[Tensor, ...]:
+    return *_fake_outputs(pred, k)[:2], _fake_grad(pred, target)
+
+
+def _fake_mean(per_sample: Tensor, _cluster: Any, _weight: Any, k: int) -> tuple[Tensor, ...]:
     return _fake_outputs(per_sample, k)[:2]
 
 
@@ -378,7 +367,7 @@ def _setup_loss(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(pred, target, cluster, weight, output[1], output[2])
 
 
-def _loss_backward(ctx: Any, grad_losses: Tensor, _counts: Any, _per_sample: Any) -> tuple[Tensor | None, ...]:
+def _loss_autograd(ctx: Any, grad_losses: Tensor, _counts: Any, _per_sample: Any) -> tuple[Tensor | None, ...]:
     pred, target, cluster, weight, counts, per_sample = ctx.saved_tensors
     grad_pred = torch.ops.antdiff.cluster_loss_backward(
         grad_losses, pred, target, cluster, weight, counts, ctx.kind, ctx.delta
@@ -398,5 +387,26 @@ def _mean_autograd(ctx: Any, grad_losses: Tensor, _counts: Any) -> tuple[Tensor 
     return _mean_backward(grad_losses, *ctx.saved_tensors, *ctx.needs_input_grad[:3:2])
 
 
-torch.library.register_autograd("antdiff::cluster_loss", _loss_backward, setup_context=_setup_loss, lib=LIBRARY)
-torch.library.register_autograd("antdiff::cluster_mean", _mean_autograd, setup_context=_setup_mean, lib=LIBRARY)
+define(
+    "cluster_loss(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k, str kind, float delta)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+define(
+    "cluster_loss_backward(Tensor grad_losses, Tensor pred, Tensor target, Tensor cluster, Tensor? weight,"
+    " Tensor counts, str kind, float delta) -> Tensor",
+    _backward,
+    _fake_backward,
+)
+define(
+    "cluster_loss_and_grad(Tensor pred, Tensor target, Tensor cluster, Tensor? weight, SymInt k,"
+    " Tensor? cluster_weight, str kind, float delta) -> (Tensor, Tensor, Tensor)",
+    _loss_and_grad,
+    _fake_both,
+)
+define(
+    "cluster_mean(Tensor per_sample, Tensor cluster, Tensor? weight, SymInt k) -> (Tensor, Tensor)", _mean, _fake_mean
+)
+differentiate("cluster_loss", _loss_autograd, _setup_loss)
+differentiate("cluster_mean", _mean_autograd, _setup_mean)

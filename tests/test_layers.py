@@ -1,0 +1,106 @@
+"""The shape of the project itself: imports run one way, and every op is whole."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import antdiff
+from antdiff import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "antdiff"
+
+# A package may import from packages of a lower rank, and from itself.
+RANK = {"ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3, "companions": 3,
+        "train": 4, "cli": 5, "info": 5, "__main__": 6}  # fmt: skip
+LIGHT = {"torch", "numpy", "antdiff"}
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports; with ``top_level_only``, those imported when it is."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "antdiff" else {node.module}
+            )
+    return found
+
+
+def test_imports_run_leftwards_only() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if mine == "__init__":
+            continue
+        assert mine in RANK, f"{path}: give {mine} a place in the layers"
+        for module in imports(path):
+            parts = module.split(".")
+            if parts[0] != "antdiff" or len(parts) < 2 or parts[1] in (mine, "_C"):
+                continue
+            assert RANK.get(parts[1], 0) < RANK[mine], f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("package", ["ops", "clustering", "gradients", "balancing", "diffusion"])
+def test_light_packages_import_only_torch_and_numpy(package: str) -> None:
+    for path in (PACKAGE / package).rglob("*.py"):
+        for module in imports(path, top_level_only=True):
+            top = module.split(".")[0]
+            assert top in LIGHT or top in sys.stdlib_module_names, f"{path} imports {module} at its top"
+
+
+def test_importing_antdiff_loads_nothing_heavy_and_leaves_cuda_alone() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import antdiff, antdiff.ops\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "heavy = {'cvxpy', 'einops', 'diffusers', 'matplotlib', 'sklearn', 'scipy', 'torchmetrics', 'tyro'}\n"
+        "print(*sorted(new & heavy))\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out == ["", "False"]
+
+
+def families() -> list[str]:
+    return sorted(
+        p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "reference" and not p.stem.startswith("_")
+    )
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_op_is_whole(family: str) -> None:
+    files = [f"csrc/core/{family}.h", f"csrc/bindings/{family}.cpp", f"tests/test_{family}.py"]
+    if family != "interval":  # runs once before training, on the CPU
+        files += [f"csrc/cpu/{family}.cpp", f"csrc/cuda/{family}.cu"]
+    missing = [name for name in files if not (ROOT / name).exists()]
+    assert not missing
+    benches = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("bench_*.py"))
+    tests = "".join(p.read_text() for p in (ROOT / "csrc" / "tests").glob("*.cpp"))
+    assert re.search(rf"\b{family}", benches), f"no benchmark of {family}"
+    assert re.search(rf"\b(cpu_)?{family}", tests), f"no C++ test of {family}"
+
+
+def test_reference_twins_have_the_same_names_and_parameters() -> None:
+    for name in ops.__all__:
+        op = getattr(ops, name)
+        if not inspect.isfunction(op) or name == "check_errors":
+            continue
+        twin = getattr(ops.reference, name, None)
+        assert twin is not None, f"ops.reference has no {name}"
+        assert list(inspect.signature(twin).parameters) == list(inspect.signature(op).parameters), name
+
+
+def test_public_names_have_docstrings() -> None:
+    for module in (antdiff, ops):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, f"{module.__name__}.{name}"
