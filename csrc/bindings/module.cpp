@@ -5,6 +5,8 @@ namespace antdiff {
 
 void bind_tensor(pybind11::module_& m);
 void bind_cluster_loss(pybind11::module_& m);
+void bind_gram(pybind11::module_& m);
+void bind_combine(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
 
 }  // namespace antdiff
@@ -12,5 +14,7 @@ void bind_interval(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
   antdiff::bind_tensor(m);
   antdiff::bind_cluster_loss(m);
+  antdiff::bind_gram(m);
+  antdiff::bind_combine(m);
   antdiff::bind_interval(m);
 }

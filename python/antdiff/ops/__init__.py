@@ -3,6 +3,8 @@
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
+from antdiff.ops.combine import combine
+from antdiff.ops.gram import gram, gram_
 from antdiff.ops.interval import (
     interval_partition,
     interval_partition_affinity,
@@ -15,6 +17,9 @@ __all__ = [
     "cluster_loss",
     "cluster_loss_and_grad",
     "cluster_mean",
+    "combine",
+    "gram",
+    "gram_",
     "interval_partition",
     "interval_partition_affinity",
     "interval_partition_all",

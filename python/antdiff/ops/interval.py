@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, as_count
+from antdiff.ops._extension import _C, as_count, dense
 
 Array = Tensor | np.ndarray[Any, np.dtype[np.float64]]
 
@@ -157,13 +157,11 @@ def _float64(name: str, x: object, ndim: int, shape: str) -> Tensor:
         raise TypeError(f"{name} must be float64; got {x.dtype}. Convert it with .double().")
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad: a partition has no gradient. Pass {name}.detach().")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be dense; got layout {x.layout}. Call .to_dense().")
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU, where the partition runs; got {x.device}. Call .cpu().")
     if x.dim() != ndim or x.numel() == 0:
         raise ValueError(f"{name} must have shape {shape} with T >= 1; got {list(x.shape)}.")
-    return x.contiguous()
+    return dense(name, x)
 
 
 def _square(name: str, x: object) -> Tensor:
@@ -199,7 +197,9 @@ def _counts(T: int, k: int, min_size: int, max_size: int | None) -> tuple[int, i
         raise ValueError(f"k must be at most T, since no interval is empty; got k={k} with T={T}.")
     max_size = T if max_size is None else min(T, as_count("max_size", max_size))
     if max_size < min_size:
-        raise ValueError(f"min_size must be at most max_size and T; got min_size={min_size}, max_size={max_size}, T={T}.")
+        raise ValueError(
+            f"min_size must be at most max_size and T; got min_size={min_size}, max_size={max_size}, T={T}."
+        )
     return k, min_size, max_size
 
 
