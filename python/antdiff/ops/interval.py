@@ -93,7 +93,7 @@ def interval_partition_values(
         TypeError, ValueError: as :func:`interval_partition`, and where a rule above does not hold.
     """
     x = _finite("x", _float64("x", x, 1, "[T]"))
-    if isinstance(p, bool) or p not in (1, 2):
+    if isinstance(p, bool) or not isinstance(p, int) or p not in (1, 2):
         raise ValueError(f"p must be 1 (absolute distance) or 2 (squared distance); got {p!r}.")
     if weight is not None:
         weight = _weight(weight, x.shape[0])
