@@ -273,7 +273,7 @@ class TimestepClusters:
         if key not in self._boundaries:
             self._boundaries[key] = torch.tensor(self._levels(is_level), dtype=t.dtype, device=t.device)  # [k + 1]
         # Both ends are boundaries too, so what lies outside gets -1 or k, and NaN gets k.
-        ids = torch.bucketize(t, self._boundaries[key], right=True) - 1
+        ids = torch.bucketize(t.contiguous(), self._boundaries[key], right=True) - 1
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check(bool(((ids >= 0) & (ids < self.k)).all()), is_level, t)
         return ids
