@@ -25,9 +25,8 @@ class Linear:
     def weights(self, losses: Tensor, /) -> Tensor:
         """Ones ``[K]`` in the dtype and on the device of ``losses [K]``."""
         if losses.dim() != 1 or (self.k is not None and len(losses) != self.k):
-            raise ValueError(
-                f"losses must have shape [K]{f' with K={self.k}' if self.k else ''}; got {list(losses.shape)}."
-            )
+            rule = "[K]" if self.k is None else f"[K] with K={self.k}"
+            raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
         return torch.ones_like(losses, requires_grad=False)
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:

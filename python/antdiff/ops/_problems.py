@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import check_errors
+from antdiff.ops._extension import check_errors, dense
 
 NonFinite = Literal["raise", "poison"]
 
@@ -19,23 +19,18 @@ _CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
 
 def as_gram(gram: Tensor) -> Tensor:
     """``gram`` as a contiguous float64 ``[..., k, k]`` outside autograd, or an error that names the rule it breaks."""
-    if not isinstance(gram, Tensor):
-        raise TypeError(f"gram must be a torch.Tensor; got {type(gram).__name__}. Compute it with antdiff.ops.gram.")
+    gram = dense("gram", gram)
     if gram.dtype != torch.float64:
         raise TypeError(
             f"gram must be float64 (a Gram matrix in less precision changes the weights); got {gram.dtype}. "
             "Compute it with antdiff.ops.gram(J), or pass gram.double() if it cannot be better."
         )
-    if gram.layout != torch.strided or gram.is_meta:
-        raise TypeError(f"gram must be a dense tensor with storage; got layout {gram.layout} on {gram.device}.")
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
         raise ValueError(
             f"gram must have shape [..., k, k] with k >= 1; got {list(shape)}. Compute it with antdiff.ops.gram(J)."
         )
-    if gram.requires_grad:
-        gram = gram.detach()
-    return gram.contiguous()
+    return gram.detach() if gram.requires_grad else gram
 
 
 def as_choice(name: str, value: object, choices: tuple[str, ...]) -> str:

@@ -15,20 +15,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, LIBRARY, define, traced
+from antdiff.ops._extension import _C, define, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import Rows
 from antdiff.ops.gram import gram as gram_of
+
+Solver = Literal["newton", "cvxpy"]
 
 # Clarabel's default tolerance on duality gap and feasibility is 1e-8; the weights are off by about its square root.
 _CVXPY_RESIDUAL = 1e-3
 _RIDGE = 1e-9
 
 
-def nash_weights(
-    gram: Tensor, *, solver: Literal["newton", "cvxpy"] = "newton", nonfinite: NonFinite = "raise"
-) -> Tensor:
+def nash_weights(gram: Tensor, *, solver: Solver = "newton", nonfinite: NonFinite = "raise") -> Tensor:
     """Weights a with ``a^T J`` the Nash bargaining direction of the gradients J whose Gram matrix is ``gram``.
 
     At the solution ``|a^T J|^2`` is the number of non-zero rows, so the direction has a fixed length: a learning rate
@@ -58,7 +58,7 @@ def nash_weights(
     gram = as_gram(gram)
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if as_choice("solver", solver, ("newton", "cvxpy")) == "cvxpy":
-        return _cvxpy_weights(gram, poison)
+        return _cvxpy_weights(gram, poison)  # type: ignore[no-any-return]
     if traced(gram):
         return torch.ops.antdiff.nash_weights(gram, poison)  # type: ignore[no-any-return]
     return _weights(gram, poison)
@@ -80,7 +80,7 @@ def nash(
     J: Tensor,
     *,
     out: Tensor | None = ...,
-    solver: Literal["newton", "cvxpy"] = ...,
+    solver: Solver = ...,
     nonfinite: NonFinite = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -88,14 +88,14 @@ def nash(
     J: Sequence[Tensor | None],
     *,
     out: Sequence[Tensor | None] | None = ...,
-    solver: Literal["newton", "cvxpy"] = ...,
+    solver: Solver = ...,
     nonfinite: NonFinite = ...,
 ) -> tuple[list[Tensor | None], Tensor]: ...
 def nash(
     J: Rows,
     *,
     out: Tensor | Sequence[Tensor | None] | None = None,
-    solver: Literal["newton", "cvxpy"] = "newton",
+    solver: Solver = "newton",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor | list[Tensor | None], Tensor]:
     """NashMTL's direction of the gradients J: :func:`gram`, :func:`nash_weights` and :func:`combine` in one call.
@@ -121,7 +121,7 @@ def _weights(gram: Tensor, poison: bool) -> Tensor:
 # ---- the convex problem as cvxpy states it ---------------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _cvxpy_weights(gram: Tensor, poison: bool) -> Tensor:
     if traced(gram):
         raise TypeError("gram must be a plain tensor for solver='cvxpy', which runs on the host. Use solver='newton'.")
@@ -184,17 +184,8 @@ def _minimise(C: Tensor) -> Tensor | None:
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define("nash_weights(Tensor gram, bool poison) -> Tensor")
-
-
-def _library_weights(gram: Tensor, poison: bool) -> Tensor:
-    return _weights(gram.contiguous(), poison)
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("nash_weights", _library_weights, _key)
-
-
-@torch.library.register_fake("antdiff::nash_weights", lib=LIBRARY)
-def _(gram: Tensor, poison: bool) -> Tensor:
-    return fake_weights(gram)
+define(
+    "nash_weights(Tensor gram, bool poison) -> Tensor",
+    lambda gram, poison: _weights(gram.contiguous(), poison),
+    lambda gram, poison: fake_weights(gram),
+)

@@ -12,11 +12,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, LIBRARY, define, traced
+from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import Rows
 from antdiff.ops.gram import gram as gram_of
+
+Reduction = Literal["sum", "mean"]
 
 
 def pcgrad_weights(
@@ -24,7 +26,7 @@ def pcgrad_weights(
     perms: Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
     """Weights w with ``w^T J`` the PCGrad direction of the gradients J whose Gram matrix is ``gram``.
@@ -51,9 +53,9 @@ def pcgrad_weights(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or option; on the CPU also a ``gram`` that is not finite,
-            not symmetric, has a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (by more than 1/16, so above the rounding of
-            half precision), and orders that are none. On CUDA these give NaN weights and are reported by
-            :func:`antdiff.ops.check_errors`; ``ANTDIFF_CHECK=1`` in the environment raises at once.
+            not symmetric, has a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (each by more than 1/16, which is above
+            the rounding of half precision), and orders that are none. On CUDA these give NaN weights, and are reported
+            by :func:`antdiff.ops.check_errors`; ``ANTDIFF_CHECK=1`` in the environment raises at once.
     """
     gram = as_gram(gram)
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
@@ -68,10 +70,8 @@ def pcgrad_weights(
         keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
     elif generator is not None:
         raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
-    elif not isinstance(perms, Tensor):
-        raise TypeError(f"perms must be an int64 tensor [..., k, k-1]; got {type(perms).__name__}.")
     else:
-        perms = perms.contiguous()
+        perms = dense("perms", perms)
     if traced(gram, perms):
         return torch.ops.antdiff.pcgrad_weights(gram, perms, keys, mean, poison)  # type: ignore[no-any-return]
     return _weights(gram, perms, keys, mean, poison)
@@ -84,7 +84,7 @@ def pcgrad(
     *,
     out: Tensor | None = ...,
     generator: torch.Generator | None = ...,
-    reduction: Literal["sum", "mean"] = ...,
+    reduction: Reduction = ...,
     nonfinite: NonFinite = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -94,7 +94,7 @@ def pcgrad(
     *,
     out: Sequence[Tensor | None] | None = ...,
     generator: torch.Generator | None = ...,
-    reduction: Literal["sum", "mean"] = ...,
+    reduction: Reduction = ...,
     nonfinite: NonFinite = ...,
 ) -> tuple[list[Tensor | None], Tensor]: ...
 def pcgrad(
@@ -103,7 +103,7 @@ def pcgrad(
     *,
     out: Tensor | Sequence[Tensor | None] | None = None,
     generator: torch.Generator | None = None,
-    reduction: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "sum",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor | list[Tensor | None], Tensor]:
     """PCGrad's direction of the gradients J: :func:`gram`, :func:`pcgrad_weights` and :func:`combine` in one call.
@@ -128,8 +128,6 @@ def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define("pcgrad_weights(Tensor gram, Tensor? perms, Tensor? keys, bool mean, bool poison) -> Tensor")
-
 
 def _library_weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
     perms = None if perms is None else perms.contiguous()
@@ -137,10 +135,8 @@ def _library_weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, me
     return _weights(gram.contiguous(), perms, keys, mean, poison)
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("pcgrad_weights", _library_weights, _key)
-
-
-@torch.library.register_fake("antdiff::pcgrad_weights", lib=LIBRARY)
-def _(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
-    return fake_weights(gram)
+define(
+    "pcgrad_weights(Tensor gram, Tensor? perms, Tensor? keys, bool mean, bool poison) -> Tensor",
+    _library_weights,
+    lambda gram, *_rest: fake_weights(gram),
+)
