@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from devices import DEVICES
+from devices import DEVICES, HAS_CUDA
 from grams import KINDS, examples, gram, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,9 +130,7 @@ def test_range_of_gram(scale: float) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches(device: str) -> None:
-    J = torch.stack([rows(kind, 5, 9, seed) for seed in range(3) for kind in ("random", "conflicting")]).view(
-        3, 2, 5, 9
-    )
+    J = torch.stack([rows("conflicting", 5, 9, seed) for seed in range(6)]).view(3, 2, 5, 9)
     G, perms = gram(J).to(device), torch.stack([random_perms(5, i) for i in range(6)]).view(3, 2, 5, 4).to(device)
     weights = ops.pcgrad_weights(G, perms)
     assert weights.shape == (3, 2, 5)
@@ -139,9 +138,8 @@ def test_batches(device: str) -> None:
         for j in range(2):
             assert torch.equal(weights[i, j], ops.pcgrad_weights(G[i, j], perms[i, j]))
     torch.testing.assert_close(weights, reference.pcgrad_weights(G, perms), rtol=1e-12, atol=0)
-    assert torch.equal(
-        weights, ops.pcgrad_weights(G.mT.contiguous().mT, perms.transpose(0, 1).contiguous().transpose(0, 1))
-    )
+    strided = perms.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(weights, ops.pcgrad_weights(G.mT.contiguous().mT, strided))
     assert ops.pcgrad_weights(G[:0]).shape == (0, 2, 5)
     many = G[:1, :1].repeat(40, 50, 1, 1)
     assert torch.equal(ops.pcgrad_weights(many, perms[:1, :1].repeat(40, 50, 1, 1)), weights[:1, :1].repeat(40, 50, 1))
@@ -204,11 +202,8 @@ def test_one_call(device: str, dtype: torch.dtype) -> None:
     # G is off by gram(dtype) and a coefficient by some times that: 1e-5 for float32 products
     exact = dtype == torch.float64
     assert (direction - want).norm() <= (projected(5) + combined(dtype, direction.dtype, 5) if exact else 1e-5) * scale
-    out = [
-        torch.empty(8, 4, device=device, dtype=direction.dtype),
-        None,
-        torch.empty(8, device=device, dtype=direction.dtype),
-    ]
+    out = [torch.empty(shape, device=device, dtype=direction.dtype) for shape in ((8, 4), (8,))]
+    out.insert(1, None)
     listed, _ = ops.pcgrad([J[:, :32].reshape(5, 8, 4), None, J[:, 32:].contiguous()], perms, out=out, reduction="mean")
     assert listed[0] is out[0]
     torch.testing.assert_close(torch.cat([out[0].flatten(), out[2]]), direction / 5, rtol=1e-4, atol=1e-5)
@@ -247,11 +242,12 @@ def without(**changes: object) -> dict[str, object]:
 
 
 EYE = torch.eye(3, dtype=torch.float64)
+BESIDE = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
 BAD = {
     "no tensor": (lambda: without(gram=[[1.0]]), TypeError, "gram must be a torch.Tensor"),
     "float32": (lambda: without(gram=EYE.float()), TypeError, r"float64.*antdiff.ops.gram"),
     "sparse": (lambda: without(gram=EYE.to_sparse()), TypeError, "gram must be a dense"),
-    "meta": (lambda: without(gram=EYE.to("meta")), (TypeError, ValueError), "gram|generator|keys"),
+    "meta": (lambda: without(gram=EYE.to("meta")), TypeError, "gram must be"),
     "not square": (lambda: without(gram=EYE[:2]), ValueError, r"\[..., k, k\]"),
     "vector": (lambda: without(gram=EYE[0]), ValueError, r"\[..., k, k\]"),
     "k = 0": (lambda: without(gram=EYE[:0, :0]), ValueError, "k >= 1"),
@@ -268,10 +264,8 @@ BAD = {
     "perms and generator": (lambda: without(perms=random_perms(3, 0), generator=torch.Generator()), ValueError,
                             "generator draws"),
     "generator type": (lambda: without(generator=3), TypeError, "generator must be a torch.Generator"),
-    "NaN": (lambda: without(gram=EYE.index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(float("nan")).double())),
-            ValueError, r"finite; got nan at \[0, 2\]"),
-    "infinite": (lambda: without(gram=EYE * torch.tensor([1, float("inf"), 1]).diag().nan_to_num(posinf=float("inf"))),
-                 ValueError, "gram must be finite"),
+    "NaN": (lambda: without(gram=torch.where(BESIDE, math.nan, EYE)), ValueError, r"finite; got nan at \[0, 2\]"),
+    "infinite": (lambda: without(gram=torch.where(BESIDE, -math.inf, EYE)), ValueError, r"finite; got -inf at \[0, 2\]"),
     "negative": (lambda: without(gram=EYE - 2 * EYE[1].diag()), ValueError, r"diagonal.*got -1 at \[1, 1\]"),
     "asymmetric": (lambda: without(gram=EYE + 0.5 * EYE.roll(1, 1)), ValueError, "symmetric"),
     "Cauchy-Schwarz": (lambda: without(gram=EYE + 2 - 2 * EYE), ValueError, "Gram matrix"),
@@ -307,7 +301,7 @@ def test_poison_reaches_its_own_problem_only(device: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif("cuda" not in str(DEVICES), reason="needs a GPU")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
 def test_cuda_errors_are_sticky_and_cost_no_sync() -> None:
     G = EYE.cuda().clone()
     G[0, 1] = float("nan")
@@ -334,7 +328,7 @@ def test_cuda_errors_are_sticky_and_cost_no_sync() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif("cuda" not in str(DEVICES), reason="needs a GPU")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
 def test_cuda_graph_draws_new_orders_at_each_replay() -> None:
     G = gram(rows("conflicting", 8)).cuda()
     generator = torch.Generator("cuda").manual_seed(5)
