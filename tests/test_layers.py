@@ -79,7 +79,10 @@ def families() -> list[str]:
 
 @pytest.mark.parametrize("family", families())
 def test_every_op_is_whole(family: str) -> None:
-    files = [f"csrc/core/{family}.h", f"csrc/bindings/{family}.cpp", f"tests/test_{family}.py"]
+    params = "".join(part.capitalize() for part in family.split("_")) + "Params"
+    core = "".join(p.read_text() for p in (ROOT / "csrc" / "core").glob("*.h"))
+    assert f"struct {params} " in core, f"no {params} in csrc/core"
+    files = [f"csrc/bindings/{family}.cpp", f"tests/test_{family}.py"]
     if family != "interval":  # runs once before training, on the CPU
         files += [f"csrc/cpu/{family}.cpp", f"csrc/cuda/{family}.cu"]
     missing = [name for name in files if not (ROOT / name).exists()]
