@@ -1,0 +1,197 @@
+"""The training loop: short, top to bottom, and meant to be copied. Steps 1 to 5 of the loop are what your own needs.
+
+Everything random has a generator of its own, all spawned from the run's seed, and every one of them is in the
+checkpoint together with the weights, their average, the optimizer and the balancing method. A resumed run therefore
+takes exactly the steps the uninterrupted one would have taken: bit for bit on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import ImageData, to_unit
+from antdiff.train.log import Meter, MetricLog
+from antdiff.train.models import build_model, log_snr, noise_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing")  # appended to, never reordered
+GRADIENT_METHODS = ("pcgrad", "nash")  # these need the K cluster gradients; the others only the K losses
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
+
+
+def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
+    """Train into the folder `run`, going on from its last checkpoint if it has one.
+
+    Leaves clusters.json, metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
+    current step finish and a checkpoint be written; the second one acts at once.
+
+    Returns:
+        True when all of config.steps are done, False when a signal stopped the run.
+
+    Raises:
+        TrainingDiverged: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
+        CheckpointError: a checkpoint could not be written or read.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from tqdm import tqdm
+
+    # ---- the usual parts -----------------------------------------------------------------------------------------
+    device = choose_device(config.device)
+    rng = generators(config.seed, device)
+    schedule = noise_schedule()
+    channels, size, _ = data.shape
+    model = build_model(config.model, channels, size, generator_seed=rng["weights"].initial_seed()).to(device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0)
+    batches = Batches(data.train, config.batch_size, rng["data"])
+
+    # ---- what antdiff adds: the clusters, the timesteps, the balancing method ------------------------------------
+    clusters = make_clusters(config, schedule)
+    clusters.save(run / "clusters.json")
+    K = clusters.k
+    timesteps = make_timesteps(config, clusters)
+    ...
+    raise NotImplementedError
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+class TimestepSampler(Protocol):
+    """What the loop asks of a sampler of timesteps: antdiff.StratifiedTimesteps, or your own."""
+
+    def sample(
+        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class UniformTimesteps:
+    """Vanilla's sampling: each t uniform and independent of the others; clusters get what chance gives them."""
+
+    def __init__(self, clusters: TimestepClusters) -> None:
+        self.clusters = clusters
+
+    def sample(
+        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Timesteps int64 [B], their clusters int64 [B], and weights of one float32 [B]."""
+        t = torch.randint(self.clusters.T, (B,), generator=generator, device=device)
+        return t, self.clusters.cluster_of(t), torch.ones(B, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class Batches:
+    """Endless batches of float [B, C, H, W] in [-1, 1]: a fresh permutation an epoch, batches across its border."""
+
+    def __init__(self, images: torch.Tensor, batch_size: int, generator: torch.Generator) -> None:
+        self.images = images  # uint8 [N, C, H, W]
+        self.batch_size = batch_size
+        self.generator = generator
+        self.left = torch.empty(0, dtype=torch.int64)  # what remains of the current epoch's permutation
+
+    def next(self, device: torch.device) -> torch.Tensor:
+        while len(self.left) < self.batch_size:
+            self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
+        rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
+        return to_unit(self.images[rows].to(device, non_blocking=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.left = state["left"]
+
+
+def make_clusters(config: TrainConfig, schedule: DDPMScheduler) -> TimestepClusters:
+    """The clusters the settings name; from a file they must have the schedule's T and, if it was given, its k."""
+    T = int(schedule.config.num_train_timesteps)
+    if config.clusters == "timestep":
+        return TimestepClusters.uniform(T, config.k)
+    if config.clusters == "log-snr":
+        return TimestepClusters.from_log_snr(log_snr(schedule), config.k)
+    path = Path(config.clusters)
+    if not path.is_file():
+        raise ValueError(f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {config.clusters!r}")
+    clusters = TimestepClusters.load(path)
+    if clusters.T != T:
+        raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {clusters.T}")
+    if clusters.k != config.k and config.k != TrainConfig().k:
+        raise ValueError(f"k must agree with the clusters file or be left out; got k={config.k}, {path} has {clusters.k}")
+    return clusters
+
+
+def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> TimestepSampler:
+    """The sampler of timesteps the settings name."""
+    if config.timestep_sampling == "uniform":
+        return UniformTimesteps(clusters)
+    return StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting; a ValueError names a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>; got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)")
+    return device
+
+
+def generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
+    """One independent generator for each random choice, all from one seed; the data's order is drawn on the CPU."""
+    children = np.random.SeedSequence(seed).spawn(len(RANDOM_CHOICES))
+    on_cpu = ("weights", "data")
+    return {
+        name: torch.Generator("cpu" if name in on_cpu else device).manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
+        for name, child in zip(RANDOM_CHOICES, children, strict=True)
+    }
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once."""
+    requested = threading.Event()
+
+    def on_signal(signum: int, frame: object) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield requested
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
