@@ -1,7 +1,6 @@
 """The ``antdiff`` command: train, compare, sample, cluster, info. Each imports what it needs when it runs."""
 
-from __future__ import annotations
-
+# No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
 import os
 import sys

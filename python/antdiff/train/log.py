@@ -41,7 +41,7 @@ class Meter:
         ``loss`` is what the mean over uniformly drawn t would be, whatever the sampling of t: the sum over clusters of
         `clusters_share` [K] (interval length / T) times the cluster's loss.
         """
-        sums, steps = self.sums.cpu(), self.steps
+        sums, steps = self.sums.cpu().clone(), self.steps  # .cpu() of a CPU tensor is itself
         self.sums.zero_()
         self.steps = 0
         weighted_losses, counts, weights, conflicts = sums.unbind()

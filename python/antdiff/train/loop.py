@@ -11,7 +11,8 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
 from antdiff.train.log import Meter, MetricLog
@@ -62,13 +63,77 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0)
     batches = Batches(data.train, config.batch_size, rng["data"])
 
-    # ---- what antdiff adds: the clusters, the timesteps, the balancing method ------------------------------------
+    # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
     clusters = make_clusters(config, schedule)
     clusters.save(run / "clusters.json")
     K = clusters.k
     timesteps = make_timesteps(config, clusters)
-    ...
-    raise NotImplementedError
+    gradients = ClusterGradients(model, K)
+    balancer = make_balancer(config, K, optimizer, rng["balancing"])
+
+    # ---- what has to survive an interruption ---------------------------------------------------------------------
+    share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
+    importance = share * K if config.timestep_sampling == "stratified-weighted" else torch.ones_like(share)  # [K]
+    meter = Meter(K, device)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
+             "balancer": balancer, "meter": meter}  # fmt: skip
+    start = restore(run, parts, rng)
+    log = MetricLog(run, start=start)
+    stack = ExitStack()
+    stack.callback(log.close)
+    stop = stack.enter_context(stop_requests())
+    bar = stack.enter_context(tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True))
+
+    with stack:
+        model.train()
+        for step in range(start + 1, config.steps + 1):
+            # 1. A batch, noised to timesteps whose clusters are known.
+            x0 = batches.next(device)  # [B, C, H, W]
+            t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
+            noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
+            xt = schedule.add_noise(x0, noise, t)
+
+            if config.method in GRADIENT_METHODS:
+                # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
+                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster)
+                # 3a. Their K x K inner products are all that a balancing method looks at.
+                G = ops.gram(J)
+                w = balancer.weights(G)
+                # 4a. Every p.grad becomes the weighted sum of its K gradients.
+                ops.combine(w, J, out=gradients.grads())
+                losses, counts = gradients.losses, gradients.counts
+            else:
+                # 2b. K losses from one forward, their weights, one backward.
+                optimizer.zero_grad()
+                losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
+                w = balancer.weights(losses, counts)
+                (w * losses).sum().backward()
+                G = None
+
+            # 5. Nothing else changes.
+            optimizer.step()
+            ema.update_parameters(model)
+
+            meter.add(losses.detach() / importance, counts, w, G)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                row = meter.read(share)
+                check_finite(row["loss"], step, run)
+                log.write(step, row)
+                bar.set_postfix_str(f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)))
+            if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
+                check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
+                save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+            if stop.is_set():
+                return step == config.steps
+    return True
+
+
+def sample_losses(
+    model: torch.nn.Module, xt: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of each sample's noise estimate times its weight, [B]."""
+    return (model(xt, t) - noise).square().flatten(1).mean(1) * weight  # type: ignore[no-any-return]
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
@@ -153,6 +218,27 @@ def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> TimestepS
     return StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
 
 
+class BatchMean:
+    """Vanilla as cluster weights: each cluster counts by its share of the batch, so the sum is the batch's mean."""
+
+    def weights(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """losses [K], counts [K] -> weights [K]"""
+        return counts / counts.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class ClusterMean(BatchMean):
+    """The plain sum over clusters, divided by K so that the learning rate keeps its meaning."""
+
+    def weights(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(losses, 1 / len(losses))
+
+
 def choose_device(name: str) -> torch.device:
     """The torch device of a setting; a ValueError names a device that is not there."""
     if name == "auto":
@@ -174,6 +260,40 @@ def generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
         name: torch.Generator("cpu" if name in on_cpu else device).manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
         for name, child in zip(RANDOM_CHOICES, children, strict=True)
     }
+
+
+# ---- stopping, and going on --------------------------------------------------------------------------------------
+
+
+def snapshot(step: int, parts: Mapping[str, Any], rng: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """Everything that a run needs to go on after `step`."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    return {"step": step, "rng": {name: generator.get_state() for name, generator in rng.items()}, **states}
+
+
+def restore(run: Path, parts: Mapping[str, Any], rng: Mapping[str, torch.Generator]) -> int:
+    """Put the last checkpoint of `run`, if there is one, into the parts and generators; the step it is from, or 0."""
+    path = latest_checkpoint(run / "checkpoints")
+    if path is None:
+        return 0
+    state = load_checkpoint(path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for name, generator in rng.items():
+            generator.set_state(state["rng"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit the settings in {run}/config.json: {error}") from error
+    return int(state["step"])
+
+
+def check_finite(value: float, step: int, run: Path) -> None:
+    """Stop a run whose loss or weights are NaN or infinite before that reaches a checkpoint."""
+    if math.isfinite(value):
+        return
+    good = latest_checkpoint(run / "checkpoints")
+    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    raise TrainingDiverged(f"the loss or the weights are not finite at step {step}; {kept}. Try a smaller lr")
 
 
 @contextmanager
