@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import rounded, smallest, summed
@@ -16,9 +15,6 @@ from antdiff.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KINDS = ["mse", "huber", "l1"]
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-if os.environ.get("ANTDIFF_REQUIRE_CUDA") == "1":
-    DEVICES = ["cpu", "cuda"]
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,6 +143,7 @@ def test_gradcheck() -> None:
         torch.autograd.grad(loss.sum(), pred, create_graph=True)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_stays_in_its_cluster(device: str) -> None:
     pred, target, cluster, _ = example(device=device)

@@ -1,0 +1,50 @@
+"""The README's code runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def block(marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"README has no block marked {marker}"
+    return found.group(1)
+
+
+def test_the_loop_of_the_readme_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, 8))
+    data = torch.randn(64, 1) * torch.ones(8)  # every sample is one number, eight times over
+
+    def denoising_loss(x0: Tensor, t: Tensor) -> Tensor:
+        noise = torch.randn_like(x0)
+        alpha = torch.cos(t / 1000 * torch.pi / 2)[:, None]
+        noisy = alpha * x0 + (1 - alpha**2).sqrt() * noise
+        pred = model(torch.cat([noisy, t[:, None] / 1000], dim=1))
+        return (pred - noise).square().mean(dim=1)
+
+    t = torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(1))
+    before = denoising_loss(data, t).mean().item()
+    names = {
+        "model": model,
+        "loader": [data] * 150,
+        "denoising_loss": denoising_loss,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=3e-3),
+    }
+    exec(block("example"), names)
+    after = denoising_loss(data, t).mean().item()
+    assert after < 0.8 * before  # a model that ignores its input stays at 1
+    assert [tuple(J.shape) for J in names["J"]] == [(5, *p.shape) for p in model.parameters()]
+
+
+def test_the_two_commands_are_there() -> None:
+    assert "antdiff train" in block("train")
+    assert "pytest" in block("tests")
+    for name in ("train", "tests"):
+        assert block(name).count("\n") == 1, "one line each, to be pasted whole"
