@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 HEADER = struct.Struct("<IHHQ")  # magic, version, header size, size of what follows
-ENTRY = struct.Struct("<HHIQ12xI")  # kind (1 PTX, 2 machine code), version, header size, payload size, ..., architecture
+ENTRY = struct.Struct("<HHIQ12xI")  # kind (1 PTX, 2 code), version, header, payload size, ..., arch
 MAGIC = struct.pack("<IH", 0xBA55ED50, 1)
 
 

@@ -63,7 +63,8 @@ def test_importing_antdiff_loads_nothing_heavy_and_leaves_cuda_alone() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import antdiff, antdiff.ops\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "print(*sorted(new & {'cvxpy', 'einops', 'diffusers', 'matplotlib', 'sklearn', 'scipy', 'torchmetrics', 'tyro'}))\n"
+        "heavy = {'cvxpy', 'einops', 'diffusers', 'matplotlib', 'sklearn', 'scipy', 'torchmetrics', 'tyro'}\n"
+        "print(*sorted(new & heavy))\n"
         "print(torch.cuda.is_initialized())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
