@@ -58,7 +58,7 @@ def save_curves(rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[i
     """Loss a cluster, balancing weights and conflicts over the steps, from the rows of metrics.csv."""
     k = len(intervals)
     conflicts = any(row["conflict_rate"] > 0 for row in rows)
-    sheet, axes = figure(5.2 * (2 + conflicts), 3.9, columns=2 + conflicts)
+    sheet, axes = figure(4.6 * (2 + conflicts), 4.3, columns=2 + conflicts)
     steps = np.array([row["step"] for row in rows])
     colours = cluster_colours(k)
     for i, (start, stop) in enumerate(intervals):
@@ -66,7 +66,7 @@ def save_curves(rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[i
         for ax, column in ((axes[0], f"loss_{i}"), (axes[1], f"weight_{i}")):
             values = np.array([row[column] for row in rows])
             ax.plot(steps, values, color=colours[i], alpha=0.25, linewidth=0.8)
-            ax.plot(steps, smooth(values), color=colours[i], linewidth=1.8, label=label)
+            ax.plot(steps, smooth(values), color=colours[i], linewidth=1.8, label=label if ax is axes[0] else None)
     axes[0].plot(steps, smooth(np.array([row["loss"] for row in rows])), "k--", linewidth=1.3, label="mean over t")
     axes[0].set(title="training loss of each cluster", xlabel="step", ylabel="mean squared error", yscale="log")
     axes[1].set(title="weight of each cluster", xlabel="step", ylabel="weight")
@@ -77,17 +77,18 @@ def save_curves(rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[i
         axes[2].plot(steps, smooth(rate), color="#d55e00", linewidth=1.8)
         axes[2].set(title="cluster pairs in conflict", xlabel="step", ylabel="share with a negative inner product")
         axes[2].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8, frameon=False)
+    sheet.legend(loc="outside lower center", ncols=k + 1, fontsize=9, frameon=False)
     sheet.suptitle(title)
     sheet.savefig(path)
 
 
-def smooth(values: np.ndarray, share: float = 0.08) -> np.ndarray:
-    """A centred moving mean over `share` of the points, shorter at the ends; gaps (NaN) are passed over."""
-    half = int(len(values) * share / 2)
+def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """A centred moving mean over `share` of the points, as narrow at the ends as is symmetric; NaN is passed over."""
+    widest = int(len(values) * share / 2)
     out = np.full(len(values), np.nan)
     for i in range(len(values)):
-        window = values[max(0, i - half) : i + half + 1]
+        half = min(widest, i, len(values) - 1 - i)
+        window = values[i - half : i + half + 1]
         if np.isfinite(window).any():
             out[i] = np.nanmean(window)
     return out
