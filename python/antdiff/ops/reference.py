@@ -6,6 +6,8 @@ benchmark. They import torch alone and are written to be read, not to be fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,32 @@ def cluster_loss_and_grad(
         total = losses.sum() if cluster_weight is None else (losses * cluster_weight).sum()
         (grad,) = torch.autograd.grad(total, leaf)
     return losses.detach(), counts, grad
+
+
+def gram(J: Tensor | Sequence[Tensor | None]) -> Tensor:
+    """Twin of :func:`antdiff.ops.gram`."""
+    tensors = [J] if isinstance(J, Tensor) else [x for x in J if x is not None]
+    rows = [x.double().unsqueeze(-1).flatten(1) for x in tensors]  # each [k, numel]
+    return torch.stack([x @ x.T for x in rows]).sum(0)
+
+
+def gram_(out: Tensor, J: Tensor | Sequence[Tensor | None]) -> Tensor:
+    """Twin of :func:`antdiff.ops.gram_`."""
+    return out.add_(gram(J))
+
+
+def combine(
+    weights: Tensor, J: Tensor | Sequence[Tensor | None], out: Tensor | Sequence[Tensor | None] | None = None
+) -> Tensor | list[Tensor | None]:
+    """Twin of :func:`antdiff.ops.combine`."""
+
+    def one(x: Tensor, o: Tensor | None) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = torch.einsum("k,k...->...", weights.to(dtype), x.to(dtype))
+        return y if o is None else o.copy_(y)
+
+    if isinstance(J, Tensor):
+        assert out is None or isinstance(out, Tensor)
+        return one(J, out)
+    outs = [None] * len(J) if out is None else list(out)
+    return [None if x is None else one(x, o) for x, o in zip(J, outs, strict=True)]
