@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, define, traced
+from antdiff.ops._extension import _C, define, traced
 from antdiff.ops.gram import Rows, as_rows, first_tensor
 
 
@@ -102,9 +102,6 @@ def _kind(x: object) -> str:
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define("combine(Tensor weights, Tensor[] J) -> Tensor[]")
-define("combine_out(Tensor weights, Tensor[] J, Tensor(a!)[] out) -> ()")
-
 
 def _combine(weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
     rows = as_rows(J)
@@ -113,16 +110,17 @@ def _combine(weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
     return outs
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("combine", _combine, _key)
-    LIBRARY.impl("combine_out", lambda weights, J, out: _C.combine(weights, as_rows(J), list(out)), _key)
+def _combine_out(weights: Tensor, J: list[Tensor], out: list[Tensor]) -> None:
+    _C.combine(weights, as_rows(J), list(out))
 
 
-@torch.library.register_fake("antdiff::combine", lib=LIBRARY)
-def _(weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
+def _fake_combine(_weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
     return _outputs(list(J))
 
 
-@torch.library.register_fake("antdiff::combine_out", lib=LIBRARY)
-def _(weights: Any, J: Any, out: Any) -> None:
+def _fake_combine_out(_weights: Any, _J: Any, _out: Any) -> None:
     return None
+
+
+define("combine(Tensor weights, Tensor[] J) -> Tensor[]", _combine, _fake_combine)
+define("combine_out(Tensor weights, Tensor[] J, Tensor(a!)[] out) -> ()", _combine_out, _fake_combine_out)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import LIBRARY, _C, define, traced
+from antdiff.ops._extension import _C, define, traced
 
 Rows = Tensor | Sequence[Tensor | None]
 
@@ -127,20 +127,15 @@ def _accumulate(out: Tensor, rows: list[Tensor | None]) -> None:
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
-define("gram(Tensor[] J) -> Tensor")
-define("gram_(Tensor(a!) out, Tensor[] J) -> ()")
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("gram", lambda J: _gram(as_rows(J)), _key)
-    LIBRARY.impl("gram_", lambda out, J: _accumulate(out, as_rows(J)), _key)
-
-
-@torch.library.register_fake("antdiff::gram", lib=LIBRARY)
-def _(J: list[Tensor]) -> Tensor:
+def _fake_gram(J: list[Tensor]) -> Tensor:
     k = J[0].shape[0]
     return J[0].new_empty((k, k), dtype=torch.float64)
 
 
-@torch.library.register_fake("antdiff::gram_", lib=LIBRARY)
-def _(out: Tensor, J: Any) -> None:
+def _fake_accumulate(_out: Any, _J: Any) -> None:
     return None
+
+
+define("gram(Tensor[] J) -> Tensor", lambda J: _gram(as_rows(J)), _fake_gram)
+define("gram_(Tensor(a!) out, Tensor[] J) -> ()", lambda out, J: _accumulate(out, as_rows(J)), _fake_accumulate)
