@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +12,20 @@ from PIL import Image
 
 from antdiff.cli import main
 
-QUICK = ["--steps", "3", "--batch-size", "6", "--eval-samples", "12", "--eval-seeds", "1", "--sample-steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("ANTDIFF_DEBUG", raising=False)
-        yield
+QUICK = [
+    "--steps",
+    "3",
+    "--batch-size",
+    "6",
+    "--eval-samples",
+    "12",
+    "--eval-seeds",
+    "1",
+    "--sample-steps",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def test_train_resume_sample_and_cluster(

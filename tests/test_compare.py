@@ -67,7 +67,10 @@ def test_table_states_differences_only_beyond_the_noise() -> None:
     }
     text = comparison_table(results, "a title")
     lines = text.splitlines()
-    assert any(line.startswith("FD: sum - vanilla = -1 (noise") and line.endswith("no difference beyond noise") for line in lines)
+    assert any(
+        line.startswith("FD: sum - vanilla = -1 (noise") and line.endswith("no difference beyond noise")
+        for line in lines
+    )
     assert any(line.startswith("FD: UW - vanilla = -20 (noise") and line.endswith("): lower") for line in lines)
     assert any(line.startswith("held-out loss: UW - vanilla = -0.03 ") and line.endswith("): lower") for line in lines)
     assert "25 ± 1 " in text
@@ -115,8 +118,7 @@ def test_an_interrupted_comparison_goes_on_cell_by_cell(runs: list[TrainConfig],
             compare(TINY, ["uw"], seeds, out, progress=False)
 
 
-def test_a_real_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_a_real_comparison(tmp_path: Path) -> None:
     results = compare(TINY, ["pcgrad"], [0], tmp_path / "c", progress=False)
     assert results is not None
     assert list(results) == ["vanilla", "sum", "pcgrad"]

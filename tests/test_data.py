@@ -92,7 +92,7 @@ def test_broken_idx_folders_are_refused_by_name(idx_folder: Path, monkeypatch: p
     labels = idx_folder / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte must be an IDX file .* cut short"):
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte must be an IDX file .* cut short"):
         load_data(str(idx_folder))
     labels.write_bytes(b"")
     with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte must be an IDX file"):
@@ -120,7 +120,9 @@ def save_images(folder: Path, n: int, *, mode: str = "RGB", size: tuple[int, int
     rng = np.random.default_rng(0)
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     for i in range(n):
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode=mode if mode == "L" else None).save(folder / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode=mode if mode == "L" else None).save(
+            folder / f"{i}.png"
+        )
 
 
 def test_folder_of_images(tmp_path: Path) -> None:
@@ -137,13 +139,15 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert grey.train_labels is not None
     assert grey.train_labels.unique().tolist() == [0, 1]
     with Image.open(tmp_path / "grey" / "a" / "0.png") as image:  # at its own size an image is not touched
-        assert any(np.array_equal(np.asarray(image), pixels[0]) for pixels in torch.cat([grey.train, grey.held_out]).numpy())
+        assert any(
+            np.array_equal(np.asarray(image), pixels[0]) for pixels in torch.cat([grey.train, grey.held_out]).numpy()
+        )
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"digits, mnist, fashion-mnist or a folder; there is no folder 'digit'"):
         load_data("digit")
-    with pytest.raises(ValueError, match="must hold at least 20 images .*; found 0"):
+    with pytest.raises(ValueError, match=r"must hold at least 20 images .*; found 0"):
         load_data(str(tmp_path))
     save_images(tmp_path, 25)
     with pytest.raises(ValueError, match="is a file"):

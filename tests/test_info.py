@@ -53,7 +53,9 @@ def test_which_gpus_a_build_serves(archs: Any, capability: tuple[int, int], expe
     assert info.serves(archs, *capability) is expected
 
 
-@pytest.mark.parametrize(("archs", "remedy"), [("80-real", "do not serve sm_90"), (None, "this build has no CUDA kernels")])
+@pytest.mark.parametrize(
+    ("archs", "remedy"), [("80-real", "do not serve sm_90"), (None, "this build has no CUDA kernels")]
+)
 def test_a_gpu_the_build_cannot_use_is_reported(
     archs: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +76,9 @@ def test_a_gpu_the_build_cannot_use_is_reported(
 
 def test_module_runs_without_the_optional_packages() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('tyro', 'diffusers', 'sklearn', 'matplotlib', 'tqdm')))\n"
-    for run in ("import runpy; runpy.run_module('antdiff.info', run_name='__main__')", "import antdiff.cli; antdiff.cli.main(['info'])"):
+    for run in (
+        "import runpy; runpy.run_module('antdiff.info', run_name='__main__')",
+        "import antdiff.cli; antdiff.cli.main(['info'])",
+    ):
         done = subprocess.run([sys.executable, "-c", blocked + run], capture_output=True, text=True, check=True)
         assert "will be used" in done.stdout

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from tolerances import UNIT_ROUNDOFF
 
 from antdiff.train import metrics
 from antdiff.train.data import ImageData, load_data
 from antdiff.train.metrics import Judge, accuracy, coverage, feature_net, held_out_losses, neighbour_distance
 from antdiff.train.models import draw_samples, noise_schedule
-from tolerances import UNIT_ROUNDOFF
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,9 @@ def test_a_damaged_cache_is_made_again_the_same(cache: Path, monkeypatch: pytest
     path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match="damaged"):
         second = feature_net(data, steps=3, cache=cache / "damaged")
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
     # a cache that cannot be written costs a warning, not the run
     (cache / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="not cached"):

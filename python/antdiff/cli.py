@@ -94,13 +94,12 @@ def _run(argv: list[str]) -> int:
             steps: DDIM steps; the default is the run's.
             seed: of the starting noise.
             device: auto, cpu, cuda, cuda:1, ...
-            out: where to write, without the suffix; the default is RUN/samples-<n>.
+            out: where to write: OUT.png and OUT.npz; the default is RUN/samples-<n>.
         """
         from antdiff.train.sample import sample as draw
 
-        out = out or run / f"samples-{n}"
-        draw(run, n=n, steps=steps, seed=seed, device=device, out=out)
-        print(f"wrote {out.with_suffix('.png')} and {out.with_suffix('.npz')}")
+        grid, archive = draw(run, n=n, steps=steps, seed=seed, device=device, out=out or run / f"samples-{n}")
+        print(f"wrote {grid} and {archive}")
         return 0
 
     @app.command
@@ -135,7 +134,9 @@ def _run(argv: list[str]) -> int:
 def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
     if resume is not None:
         if out is not None:
-            raise ValueError(f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}")
+            raise ValueError(
+                f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+            )
         run = resume
         config = resumed(config, TrainConfig.load(run / "config.json"))
     from antdiff.train.run import closing_table, execute, start_run

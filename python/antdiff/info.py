@@ -28,7 +28,9 @@ def collect() -> tuple[dict[str, str], list[str]]:
     missing = [name for name in TRAIN_PACKAGES if version(name) is None]
     facts["train extra"] = ", ".join(f"{name} {version(name)}" for name in TRAIN_PACKAGES if version(name)) or "none"
     if missing:
-        remedies.append(f'for antdiff train, compare and sample: pip install "antdiff[train]" (missing: {", ".join(missing)})')
+        remedies.append(
+            f'for antdiff train, compare and sample: pip install "antdiff[train]" (missing: {", ".join(missing)})'
+        )
     if build is None:
         facts["will be used"] = "nothing: the extension does not load"
     else:
@@ -47,7 +49,11 @@ def _extension(facts: dict[str, str], remedies: list[str]) -> dict[str, Any] | N
         remedies.append("build the extension: pip install . in the source tree (a C++17 compiler is enough)")
         return None
     build: dict[str, Any] = dict(_C.build_info())
-    cuda = f"CUDA {build['cuda_compiler']} for {archs_text(build['cuda_archs'])}" if build.get("cuda") else "no CUDA kernels"
+    cuda = (
+        f"CUDA {build['cuda_compiler']} for {archs_text(build['cuda_archs'])}"
+        if build.get("cuda")
+        else "no CUDA kernels"
+    )
     facts["extension"] = f"{build.get('version')}, {build.get('compiler')}, {cuda}"
     facts["extension file"] = str(getattr(_C, "__file__", "?"))
     return build
@@ -64,7 +70,9 @@ def _torch(facts: dict[str, str], remedies: list[str], build: Mapping[str, Any] 
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     facts["threads"] = str(torch.get_num_threads())
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < TORCH_NEEDED:
-        remedies.append('this torch lacks the DLPack exchange API antdiff reads tensors with: pip install "torch>=2.10"')
+        remedies.append(
+            'this torch lacks the DLPack exchange API antdiff reads tensors with: pip install "torch>=2.10"'
+        )
     if not torch.cuda.is_available():
         facts["gpu"] = "none that torch can use"
         if torch.version.cuda is None:
@@ -80,7 +88,9 @@ def _torch(facts: dict[str, str], remedies: list[str], build: Mapping[str, Any] 
         return None
     major, minor = torch.cuda.get_device_capability()
     if not serves(build["cuda_archs"], major, minor):
-        remedies.append(f"the kernels do not serve sm_{major}{minor}: CMAKE_CUDA_ARCHITECTURES={major}{minor}, then {REBUILD_CUDA}")
+        remedies.append(
+            f"the kernels do not serve sm_{major}{minor}: CMAKE_CUDA_ARCHITECTURES={major}{minor}, then {REBUILD_CUDA}"
+        )
         return None
     return "cuda"
 

@@ -130,7 +130,9 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> dict[st
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
-    raise TypeError(f"a checkpoint holds tensors, numbers, strings, dicts and lists; got {type(value).__name__} at {path}")
+    raise TypeError(
+        f"a checkpoint holds tensors, numbers, strings, dicts and lists; got {type(value).__name__} at {path}"
+    )
 
 
 def _unflatten(node: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -20,7 +20,10 @@ from antdiff.train.data import load_data
 from antdiff.train.plots import LABELS, save_comparison
 from antdiff.train.run import execute, start_run
 
-ANCHORS: tuple[Method, ...] = ("vanilla", "sum")  # never left out: what stratifying does, apart from what balancing does
+ANCHORS: tuple[Method, ...] = (
+    "vanilla",
+    "sum",
+)  # never left out: what stratifying does, apart from what balancing does
 CONFIDENCE = 0.95
 
 
@@ -41,7 +44,9 @@ def compare(
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in ordered}
     for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
         for method in ordered:
-            cell = replace(config, method=method, seed=seed, timesteps="uniform" if method == "vanilla" else config.timesteps)
+            cell = replace(
+                config, method=method, seed=seed, timesteps="uniform" if method == "vanilla" else config.timesteps
+            )
             folder = out / f"{method}-seed{seed}"
             found = _finished(cell, folder)
             if found is None:
@@ -52,7 +57,8 @@ def compare(
                 return None
             results[method].append(found)
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
-    title = f"{data.name}, {config.steps} steps, {seeds_text}, {results['sum'][0]['timesteps']} timesteps (vanilla: uniform)"
+    drawn = results["sum"][0]["timesteps"]
+    title = f"{data.name}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
     text = comparison_table(results, title)
     write_atomically(out / "table.txt", (text + "\n").encode())
     save_comparison(results, results["vanilla"][0]["intervals"], title, out / "comparison.png")
@@ -107,7 +113,13 @@ def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: 
     """The comparison as text: means and standard deviations over training seeds, and what may be said about them."""
     data, spans = results["vanilla"][0]["data"], results["vanilla"][0]["intervals"]
     shares = np.array([stop - start for start, stop in spans])
-    heads = [f"FD ({data}-CNN)", "precision", "recall", "held-out loss", *(f"t {start}..{stop - 1}" for start, stop in spans)]
+    heads = [
+        f"FD ({data}-CNN)",
+        "precision",
+        "recall",
+        "held-out loss",
+        *(f"t {start}..{stop - 1}" for start, stop in spans),
+    ]
     lines = [title, "", f"{'':<9}" + "".join(f"{head:>18}" for head in heads)]
     fds, losses = {}, {}
     for method, cells in results.items():
@@ -136,8 +148,8 @@ def _verdicts(fds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[
             word = ("lower" if found.mean < 0 else "higher") if found.beyond_noise else "no difference beyond noise"
             lines.append(f"{name}: {LABELS[method]} - vanilla = {found.mean:+.3g} (noise {found.noise:.2g}): {word}")
     rule = (
-        f"Mean ± SD over training seeds. A difference counts when it exceeds the {CONFIDENCE:.0%} Student interval of its pooled "
-        f"standard error, Bonferroni-corrected for the {comparisons} differences above."
+        f"Mean ± SD over training seeds. A difference counts when it exceeds the {CONFIDENCE:.0%} Student interval "
+        f"of its pooled standard error, Bonferroni-corrected for the {comparisons} differences above."
     )
     return [*lines, rule]
 

@@ -90,7 +90,9 @@ class TrainConfig:
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0; got {self.steps}")
         if self.eval_samples < 10:
-            raise ValueError(f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}")
+            raise ValueError(
+                f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"
+            )
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
         if not 0 <= self.ema < 1:

@@ -78,8 +78,8 @@ def load_data(source: str, *, image_size: int = 32) -> ImageData:
     if source == "fashion-mnist":
         if not FASHION_MNIST.is_dir():
             raise ValueError(
-                f"data 'fashion-mnist' is looked for in {FASHION_MNIST}, which does not exist. Install Debian's package "
-                f"dataset-fashion-mnist, or give --data the folder that holds its four IDX files"
+                f"data 'fashion-mnist' is looked for in {FASHION_MNIST}, which does not exist. Install Debian's "
+                f"package dataset-fashion-mnist, or give --data the folder that holds its four IDX files"
             )
         return _idx_folder(FASHION_MNIST)
     folder = Path(source).expanduser()
@@ -144,7 +144,9 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     sizes = np.frombuffer(raw, ">i4", count=1 + ndim) if len(raw) >= header else np.zeros(1 + ndim, ">i4")
     shape = tuple(int(size) for size in sizes[1:])
     if sizes[0] != 0x0800 + ndim or len(raw) - header != int(np.prod(shape)):
-        raise ValueError(f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is not, or is cut short")
+        raise ValueError(
+            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is not, or is cut short"
+        )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
@@ -157,8 +159,8 @@ def _idx_folder(folder: Path) -> ImageData:
     for images, labels in (arrays[:2], arrays[2:]):
         if len(images) != len(labels):
             raise ValueError(f"{folder} must hold as many labels as images; got {len(labels)} and {len(images)}")
-    images, labels, test_images, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
-    return ImageData(folder.resolve().name, images[:, None], test_images[:, None], labels.long(), test_labels.long())
+    train, train_labels, test, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
+    return ImageData(folder.resolve().name, train[:, None], test[:, None], train_labels.long(), test_labels.long())
 
 
 # ---- a folder of images ------------------------------------------------------------------------------------------
@@ -169,7 +171,8 @@ def _image_folder(folder: Path, size: int) -> ImageData:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < FEWEST_IMAGES:
         raise ValueError(
-            f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(sorted(IMAGE_SUFFIXES))}); found {len(paths)}"
+            f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(sorted(IMAGE_SUFFIXES))}); "
+            f"found {len(paths)}"
         )
     # Classes, where there are any, are the folders of the first level.
     groups = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
@@ -192,6 +195,8 @@ def _read_images(paths: Sequence[Path], size: int) -> np.ndarray:
         except PermissionError:
             raise
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
-            raise ValueError(f"{path} cannot be read as an image ({error}); mend it or take it out of the folder") from error
+            raise ValueError(
+                f"{path} cannot be read as an image ({error}); mend it or take it out of the folder"
+            ) from error
     channels = rgb[..., :1] if grey else rgb
     return np.ascontiguousarray(np.moveaxis(channels, -1, 1))

@@ -28,7 +28,7 @@ class Meter:
     def add(
         self, losses: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, gram: torch.Tensor | None = None
     ) -> None:
-        """Take in one step: mean losses [K] and counts [K] of the clusters, weights [K], and G [K, K] if there is one."""
+        """Take in one step: mean losses [K] and counts [K] of the clusters, their weights [K], and G [K, K] or None."""
         rows = [losses.double() * counts, counts.double(), weights.double()]
         # For each cluster, the share of the other clusters whose gradient points against its own.
         rows.append((gram < 0).double().mean(1) * self.k / max(1, self.k - 1) if gram is not None else 0 * rows[1])

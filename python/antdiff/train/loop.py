@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, ops
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing")  # appended to, never reordered
-GRADIENT_METHODS = ("pcgrad", "nash")  # these need the K cluster gradients; the others only the K losses
 
 
-class TrainingDiverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
 
 
@@ -47,7 +46,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         True when all of config.steps are done, False when a signal stopped the run.
 
     Raises:
-        TrainingDiverged: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
+        DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -82,7 +81,9 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     stack = ExitStack()
     stack.callback(log.close)
     stop = stack.enter_context(stop_requests())
-    bar = stack.enter_context(tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True))
+    bar = stack.enter_context(
+        tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+    )
 
     with stack:
         model.train()
@@ -93,22 +94,21 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
             xt = schedule.add_noise(x0, noise, t)
 
-            if config.method in GRADIENT_METHODS:
+            if balancer.needs == "gram":
                 # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
                 J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster)
                 # 3a. Their K x K inner products are all that a balancing method looks at.
                 G = ops.gram(J)
-                w = balancer.weights(G)
+                w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
                 # 4a. Every p.grad becomes the weighted sum of its K gradients.
                 ops.combine(w, J, out=gradients.grads())
                 losses, counts = gradients.losses, gradients.counts
             else:
-                # 2b. K losses from one forward, their weights, one backward.
+                # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
-                w = balancer.weights(losses, counts)
-                (w * losses).sum().backward()
-                G = None
+                balancer.loss(losses, counts).backward()
+                G, w = None, balancer.weights(losses) / K
 
             # 5. Nothing else changes.
             optimizer.step()
@@ -120,7 +120,9 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
                 row = meter.read(share)
                 check_finite(row["loss"], step, run)
                 log.write(step, row)
-                bar.set_postfix_str(f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)))
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K))
+                )
             if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
                 save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
@@ -202,12 +204,16 @@ def make_clusters(config: TrainConfig, schedule: DDPMScheduler) -> TimestepClust
         return TimestepClusters.from_log_snr(log_snr(schedule), config.k)
     path = Path(config.clusters)
     if not path.is_file():
-        raise ValueError(f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {config.clusters!r}")
+        raise ValueError(
+            f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {config.clusters!r}"
+        )
     clusters = TimestepClusters.load(path)
     if clusters.T != T:
         raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {clusters.T}")
     if clusters.k != config.k and config.k != TrainConfig().k:
-        raise ValueError(f"k must agree with the clusters file or be left out; got k={config.k}, {path} has {clusters.k}")
+        raise ValueError(
+            f"k must agree with the clusters file or be left out; got k={config.k}, {path} has {clusters.k}"
+        )
     return clusters
 
 
@@ -219,11 +225,17 @@ def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> TimestepS
 
 
 class BatchMean:
-    """Vanilla as cluster weights: each cluster counts by its share of the batch, so the sum is the batch's mean."""
+    """Vanilla in the shape of a balancing method: each cluster counts by its samples, so the loss is the batch's mean."""
 
-    def weights(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """losses [K], counts [K] -> weights [K]"""
-        return counts / counts.sum()
+    needs, scale = "losses", "sum"
+
+    def loss(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """losses [K] and counts [K] -> the mean over the batch."""
+        return (losses * counts).sum() / counts.sum()
+
+    def weights(self, losses: torch.Tensor) -> torch.Tensor:
+        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
+        return torch.ones_like(losses)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -232,11 +244,21 @@ class BatchMean:
         pass
 
 
-class ClusterMean(BatchMean):
-    """The plain sum over clusters, divided by K so that the learning rate keeps its meaning."""
-
-    def weights(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(losses, 1 / len(losses))
+def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Any:
+    """The balancing method the settings name; its own parameters, if it has any, join the optimizer."""
+    if config.method == "vanilla":
+        return BatchMean()
+    method = balancing.get("linear" if config.method == "sum" else config.method)
+    if method.needs == "gram":
+        # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
+        options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
+        return method(nonfinite="poison", **options)
+    balancer = method(k)
+    if isinstance(balancer, torch.nn.Module):
+        balancer.to(generator.device)
+        for group in balancer.param_groups():
+            optimizer.add_param_group(group)
+    return balancer
 
 
 def choose_device(name: str) -> torch.device:
@@ -248,7 +270,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>; got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)")
+        raise ValueError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)"
+        )
     return device
 
 
@@ -257,7 +281,9 @@ def generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
     children = np.random.SeedSequence(seed).spawn(len(RANDOM_CHOICES))
     on_cpu = ("weights", "data")
     return {
-        name: torch.Generator("cpu" if name in on_cpu else device).manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
+        name: torch.Generator("cpu" if name in on_cpu else device).manual_seed(
+            int(child.generate_state(1, np.uint64)[0] >> 1)
+        )
         for name, child in zip(RANDOM_CHOICES, children, strict=True)
     }
 
@@ -293,7 +319,7 @@ def check_finite(value: float, step: int, run: Path) -> None:
         return
     good = latest_checkpoint(run / "checkpoints")
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
-    raise TrainingDiverged(f"the loss or the weights are not finite at step {step}; {kept}. Try a smaller lr")
+    raise DivergenceError(f"the loss or the weights are not finite at step {step}; {kept}. Try a smaller lr")
 
 
 @contextmanager

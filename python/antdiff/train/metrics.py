@@ -103,7 +103,9 @@ def _train_features(net: FeatureNet, data: ImageData, steps: int) -> None:
             labels = data.train_labels[rows]
         else:
             labels = torch.randint(4, (128,), generator=generator)
-            images = torch.stack([torch.rot90(image, int(turns), (1, 2)) for image, turns in zip(images, labels, strict=True)])
+            images = torch.stack(
+                [torch.rot90(image, int(turns), (1, 2)) for image, turns in zip(images, labels, strict=True)]
+            )
         optimizer.zero_grad()
         F.cross_entropy(net.head(net(images)), labels).backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,16 +11,20 @@ import torch
 from antdiff.train.config import Model
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, ModelMixin
 
 
 class Denoiser(torch.nn.Module):
     """A diffusers network behind one call, ``model(x [B, C, H, W], t int64 [B]) -> noise estimate [B, C, H, W]``."""
 
-    def __init__(self, net: torch.nn.Module, *, class_conditional: bool) -> None:
+    def __init__(self, net: ModelMixin, *, class_conditional: bool) -> None:
         super().__init__()
         self.net = net
         self.class_conditional = class_conditional
+
+    def save(self, folder: Path) -> None:
+        """Write the network where diffusers' ``from_pretrained`` finds it."""
+        self.net.save_pretrained(folder)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.class_conditional:  # diffusers' DiT always takes labels: everything is class 0 here
@@ -88,7 +93,7 @@ def _dit(channels: int, size: int) -> Denoiser:
 
 def noise_schedule() -> DDPMScheduler:
     """The cosine schedule (Nichol and Dhariwal, 2021) over T = 1000 timesteps, predicting the noise."""
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, ModelMixin
 
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
 

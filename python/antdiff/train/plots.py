@@ -31,7 +31,9 @@ def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int 
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
     for i, image in enumerate(pixels):
-        top, left = (gap + place * (length + gap) for place, length in zip(divmod(i, columns), (height, width), strict=True))
+        top, left = (
+            gap + place * (length + gap) for place, length in zip(divmod(i, columns), (height, width), strict=True)
+        )
         sheet[top : top + height, left : left + width] = image
     Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
 
@@ -54,7 +56,9 @@ def cluster_colours(k: int) -> list[Any]:
     return [colormaps[CLUSTER_COLOURS](0.9 - 0.85 * i / max(1, k - 1)) for i in range(k)]
 
 
-def save_curves(rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[int, int]], title: str, path: Path) -> None:
+def save_curves(
+    rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[int, int]], title: str, path: Path
+) -> None:
     """Loss a cluster, balancing weights and conflicts over the steps, from the rows of metrics.csv."""
     k = len(intervals)
     conflicts = any(row["conflict_rate"] > 0 for row in rows)
@@ -94,7 +98,9 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     return out
 
 
-def save_comparison(results: Mapping[str, Sequence[Mapping[str, Any]]], intervals: Sequence[tuple[int, int]], title: str, path: Path) -> None:
+def save_comparison(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], intervals: Sequence[tuple[int, int]], title: str, path: Path
+) -> None:
     """FD of every training seed with its mean and SD, and the held-out loss of each cluster relative to vanilla."""
     sheet, (left, right) = figure(11, 4.2, columns=2)
     reference = np.mean([cell["held_out_losses"] for cell in results["vanilla"]], axis=0)  # [K]
@@ -108,9 +114,19 @@ def save_comparison(results: Mapping[str, Sequence[Mapping[str, Any]]], interval
         relative = np.array([cell["held_out_losses"] for cell in cells]) / reference - 1  # [seeds, K]
         x = np.arange(len(intervals)) + (place - (len(results) - 1) / 2) * width
         error = relative.std(0, ddof=1) * 100 if len(cells) > 1 else None
-        right.bar(x, relative.mean(0) * 100, width, yerr=error, color=colour, label=LABELS[method], error_kw={"linewidth": 0.9})
+        right.bar(
+            x,
+            relative.mean(0) * 100,
+            width,
+            yerr=error,
+            color=colour,
+            label=LABELS[method],
+            error_kw={"linewidth": 0.9},
+        )
     left.set_xticks(range(len(results)), [LABELS[method] for method in results])
-    left.set(title="FD of each training seed, mean and SD", ylabel=f"FD ({next(iter(results.values()))[0]['data']}-CNN)")
+    left.set(
+        title="FD of each training seed, mean and SD", ylabel=f"FD ({next(iter(results.values()))[0]['data']}-CNN)"
+    )
     left.set_ylim(bottom=0)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(range(len(intervals)), [f"{start}..{stop - 1}" for start, stop in intervals])

@@ -1,7 +1,7 @@
 """A run folder from the first step to the closing table: train, load, measure, picture.
 
-    config.json  clusters.json  metrics.csv  tensorboard/  checkpoints/     while it trains
-    results.json  samples.png  curves.png  model/                           when it is done
+config.json  clusters.json  metrics.csv  tensorboard/  checkpoints/     while it trains
+results.json  samples.png  curves.png  model/                           when it is done
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def start_run(config: TrainConfig, run: Path) -> None:
     write_atomically(run / "config.json", config.to_json().encode())
 
 
-def execute(config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True) -> dict[str, Any] | None:
+def execute(
+    config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
+) -> dict[str, Any] | None:
     """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
     data = data or load_data(config.data, image_size=config.image_size)
     if not train(config, data, run, progress=progress):
@@ -45,7 +47,9 @@ def execute(config: TrainConfig, run: Path, *, data: ImageData | None = None, pr
     return evaluate(config, data, run)
 
 
-def load_model(run: Path, config: TrainConfig, shape: tuple[int, int, int], device: torch.device) -> tuple[Denoiser, int]:
+def load_model(
+    run: Path, config: TrainConfig, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Denoiser, int]:
     """The averaged (EMA) network of a run's last checkpoint, and the step it is from.
 
     Raises:
@@ -75,7 +79,9 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
     qualities = []
     for seed in range(config.eval_seeds):
         generator = torch.Generator(device).manual_seed(seed)
-        images = draw_samples(model, schedule, config.eval_samples, data.shape, steps=config.sample_steps, generator=generator)
+        images = draw_samples(
+            model, schedule, config.eval_samples, data.shape, steps=config.sample_steps, generator=generator
+        )
         pixels = to_uint8(images).cpu()
         qualities.append(judge.measure(pixels))
         if seed == 0:
@@ -94,7 +100,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
         "intervals": intervals(clusters),
     }
     write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    model.net.save_pretrained(run / "model")
+    model.save(run / "model")
     rows = read_csv(run / "metrics.csv")
     if rows:
         title = f"{data.name}, {LABELS[config.method]}, {config.timestep_sampling} timesteps, seed {config.seed}"
@@ -104,7 +110,9 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
 
 def spread_of(qualities: list[Quality]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation (0 for a single one) of each metric over sampling seeds."""
-    columns = {name: np.array([getattr(quality, name) for quality in qualities]) for name in ("fd", "precision", "recall")}
+    columns = {
+        name: np.array([getattr(quality, name) for quality in qualities]) for name in ("fd", "precision", "recall")
+    }
     return {
         name: {"mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
         for name, values in columns.items()
@@ -118,7 +126,9 @@ def intervals(clusters: TimestepClusters) -> list[tuple[int, int]]:
 
 def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     """The results beside the data's own anchors, as text."""
-    spread = {name: f"{results[name]['mean']:.3g} ± {results[name]['sd']:.2g}" for name in ("fd", "precision", "recall")}
+    spread = {
+        name: f"{results[name]['mean']:.3g} ± {results[name]['sd']:.2g}" for name in ("fd", "precision", "recall")
+    }
     rows = [(f"samples, {eval_seeds} seeds of {results['eval_samples']}", *spread.values())]
     for name, quality in results["anchors"].items():
         rows.append((name, *(f"{quality[column]:.3g}" for column in ("fd", "precision", "recall"))))
@@ -131,5 +141,7 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
         for (start, stop), loss in zip(results["intervals"], results["held_out_losses"], strict=True)
     )
     lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
-    lines += ["FD is the Frechet distance to the train images in the features of a small CNN trained on them, not an FID."]
+    lines += [
+        "FD is the Frechet distance to the train images in the features of a small CNN trained on them, not an FID."
+    ]
     return "\n".join(lines)

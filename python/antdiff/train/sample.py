@@ -19,13 +19,18 @@ from antdiff.train.run import load_model
 GRID_IMAGES = 100
 
 
-def sample(run: Path, *, n: int = 100, steps: int | None = None, seed: int = 0, device: str = "auto", out: Path) -> None:
-    """Draw `n` images from the averaged network of `run`'s last checkpoint into ``out.png`` and ``out.npz``.
+def sample(
+    run: Path, *, n: int = 100, steps: int | None = None, seed: int = 0, device: str = "auto", out: Path
+) -> tuple[Path, Path]:
+    """Draw `n` images from the averaged network of `run`'s last checkpoint into ``<out>.png`` and ``<out>.npz``.
 
     Args:
         steps: DDIM steps; None takes the run's own.
         seed: of the starting noise.
-        out: where to write, without the suffix (one that is there is replaced). The grid shows the first 100.
+        out: where to write; a suffix .png or .npz is taken off. The grid shows the first 100.
+
+    Returns:
+        The paths of the grid and of the archive.
 
     Raises:
         ValueError: `run` is not a run folder, has no checkpoint, or n or steps is below 1.
@@ -40,8 +45,12 @@ def sample(run: Path, *, n: int = 100, steps: int | None = None, seed: int = 0, 
     model, _ = load_model(run, config, shape, where)
     generator = torch.Generator(where).manual_seed(seed)
     images = to_uint8(draw_samples(model, noise_schedule(), n, shape, steps=steps, generator=generator)).cpu()
+    if out.suffix in (".png", ".npz"):
+        out = out.with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images[:GRID_IMAGES], out.with_suffix(".png"))
-    archive = io.BytesIO()
-    np.savez(archive, images.permute(0, 2, 3, 1).numpy())
-    write_atomically(out.with_suffix(".npz"), archive.getvalue())
+    grid, archive = (out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".npz"))
+    save_grid(images[:GRID_IMAGES], grid)
+    buffer = io.BytesIO()
+    np.savez(buffer, images.permute(0, 2, 3, 1).numpy())
+    write_atomically(archive, buffer.getvalue())
+    return grid, archive
