@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
@@ -225,7 +225,7 @@ def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> TimestepS
 
 
 class BatchMean:
-    """Vanilla in the shape of a balancing method: each cluster counts by its samples, so the loss is the batch's mean."""
+    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
 
     needs, scale = "losses", "sum"
 

@@ -93,7 +93,7 @@ def _dit(channels: int, size: int) -> Denoiser:
 
 def noise_schedule() -> DDPMScheduler:
     """The cosine schedule (Nichol and Dhariwal, 2021) over T = 1000 timesteps, predicting the noise."""
-    from diffusers import DDPMScheduler, ModelMixin
+    from diffusers import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
 
