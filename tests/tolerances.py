@@ -47,3 +47,10 @@ def combined(dtype: torch.dtype, out: torch.dtype, k: int) -> float:
     type, each off by u at most, one rounding of each weight, and one of the result to the dtype of ``out``."""
     u = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     return (2 * k + 1) * u + UNIT_ROUNDOFF[out]
+
+
+def prefix_summed(T: int) -> float:
+    """A cost made of differences of float64 prefix sums over T points, relative to the sum of all |terms|: each prefix
+    sum carries at most T u, a cost takes up to four of them, and values on the grid of the exact sums are off by up to
+    4 T u each: 8 T u."""
+    return 8 * T * UNIT_ROUNDOFF[torch.float64]
