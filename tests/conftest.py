@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# The tests' tensors are small, and on a busy machine a barrier between OpenMP threads takes longer than the work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

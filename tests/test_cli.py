@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from antdiff.cli import main
+from antdiff.cli import Schedule, main
+from antdiff.diffusion import SCHEDULES
 
 QUICK = [
     "--steps",
@@ -56,6 +58,10 @@ def test_train_resume_sample_and_cluster(
     assert Path("c.png").stat().st_size > 1000
 
 
+def test_cluster_knows_every_schedule() -> None:
+    assert set(get_args(Schedule)) == set(SCHEDULES)
+
+
 def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cluster"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -71,7 +77,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
         (["sample", "nowhere"], "nowhere/config.json is not the config.json of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
-        (["cluster", "-k", "2000"], "k"),
+        (["cluster", "-k", "2000"], "k must be at most T"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -88,7 +94,7 @@ def test_mistakes_end_in_one_line(
 def test_a_run_that_stops_early_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("antdiff.train.run.execute", lambda *_: None)
+    monkeypatch.setattr("antdiff.train.run.execute", lambda *_, **__: None)
     assert main(["train", "--out", str(tmp_path / "r")]) == 130
     assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
@@ -102,7 +108,8 @@ def test_help_needs_no_diffusers_and_a_missing_package_names_the_extra() -> None
         "import antdiff.cli\n"
         "try: antdiff.cli.main(['train', '--help'])\n"
         "except SystemExit as exit: assert not exit.code\n"
-        "assert antdiff.cli.main(['cluster']) == 1\n"
+        "assert antdiff.cli.main(['cluster']) == 0\n"
+        "assert antdiff.cli.main(['train']) == 1\n"
         "sys.modules['tyro'] = None\n"
         "assert antdiff.cli.main(['train']) == 1\n"
     )

@@ -110,7 +110,6 @@ for name in names:
 OPS = [name for name in ops.__all__ if name not in ("check_errors", "reference")]
 
 
-
 def test_random_calls_end_in_a_result_or_a_clear_error() -> None:
     calls = 600
     done = subprocess.run(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from antdiff.diffusion import log_snr
 from antdiff.train import checkpoint, loop
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import TrainConfig, resumed
@@ -22,7 +23,7 @@ from antdiff.train.data import ImageData, load_data, to_unit
 from antdiff.train.log import Meter, read_csv
 from antdiff.train.loop import Batches, DivergenceError, stop_requests, train
 from antdiff.train.models import build_model, noise_schedule
-from antdiff.train.run import closing_table, execute, load_model, start_run
+from antdiff.train.run import closing_table, execute, load_model, make_clusters, start_run
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=2, sample_steps=2
@@ -351,15 +352,18 @@ def test_a_resumed_run_keeps_its_settings() -> None:
         resumed(replace(TrainConfig(), lr=0.5), saved)
 
 
-def test_clusters_and_devices_that_are_not_there(digits: ImageData, tmp_path: Path) -> None:
+def test_clusters_and_devices_that_are_not_there(tmp_path: Path) -> None:
+    curve = log_snr(noise_schedule())
     with pytest.raises(ValueError, match="clusters must be timestep, log-snr or a saved clusters JSON"):
-        loop.make_clusters(replace(TINY, clusters="snr"), noise_schedule())
-    saved = loop.make_clusters(replace(TINY, k=3), noise_schedule())
+        make_clusters("snr", 5, curve)
+    saved = make_clusters("log-snr", 3, curve)
     saved.save(tmp_path / "three.json")
-    config = replace(TINY, clusters=str(tmp_path / "three.json"))
-    assert loop.make_clusters(config, noise_schedule()).k == 3
+    name = str(tmp_path / "three.json")
+    assert make_clusters(name, TINY.k, curve) == saved
     with pytest.raises(ValueError, match="k must agree with the clusters file or be left out; got k=4"):
-        loop.make_clusters(replace(config, k=4), noise_schedule())
+        make_clusters(name, 4, curve)
+    with pytest.raises(ValueError, match="cover the schedule's T=10"):
+        make_clusters(name, 3, curve[:10])
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
         loop.choose_device("gpu")
     with pytest.raises(ValueError, match="is not there: torch sees"):

@@ -5,12 +5,13 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from antdiff.train.config import Method, TrainConfig, resumed
 
 COMPARE_STEPS = 800
+Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test holds them together
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -104,18 +105,26 @@ def _run(argv: list[str]) -> int:
 
     @app.command
     def cluster(
-        run: Path | None = None, by: str = "log-snr", k: int = 5, save: Path | None = None, plot: Path | None = None
+        run: Path | None = None,
+        schedule: Schedule = "cosine",
+        T: int = 1000,
+        by: str = "log-snr",
+        k: int = 5,
+        save: Path | None = None,
+        plot: Path | None = None,
     ) -> int:
-        """Print, save and plot the timestep clusters of the cosine schedule, or of a run.
+        """Print, save and plot the timestep clusters of a noise schedule, or of a run.
 
         Args:
-            run: run folder whose clusters to show instead.
+            run: run folder whose clusters to show; schedule, T, by and k are then the run's.
+            schedule: noise schedule; antdiff train uses cosine with T = 1000.
+            T: number of timesteps.
             by: timestep, log-snr, or a saved clusters JSON.
             k: number of clusters.
             save: JSON file to write; --clusters takes it.
             plot: picture to write (log-SNR with the intervals shaded).
         """
-        return _cluster(run, by, k, save, plot)
+        return _cluster(run, schedule, T, by, k, save, plot)
 
     @app.command
     def info() -> int:
@@ -139,13 +148,15 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
             )
         run = resume
         config = resumed(config, TrainConfig.load(run / "config.json"))
+    from antdiff.train.data import load_data
     from antdiff.train.run import closing_table, execute, start_run
 
+    data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
     if resume is None:
         run = out or _free_folder(config)
         start_run(config, run)
     print(f"run folder {run}", flush=True)
-    results = execute(config, run)
+    results = execute(config, run, data=data)
     if results is None:
         print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
@@ -169,25 +180,30 @@ def _compare(config: TrainConfig, methods: Sequence[Method], seeds: Sequence[int
     return 0
 
 
-def _cluster(run: Path | None, by: str, k: int, save: Path | None, plot: Path | None) -> int:
-    from antdiff.train.loop import make_clusters
-    from antdiff.train.models import log_snr, noise_schedule
+def _cluster(
+    run: Path | None, schedule: Schedule, T: int, by: str, k: int, save: Path | None, plot: Path | None
+) -> int:
+    from antdiff import diffusion
+    from antdiff.train.run import make_clusters
 
-    schedule = noise_schedule()
     if run is not None:
-        by = str(run / "clusters.json")
-    clusters = make_clusters(replace(TrainConfig(), clusters=by, k=k), schedule)
-    values = log_snr(schedule)
-    print(f"{clusters.k} clusters of {clusters.T} timesteps, cosine schedule, {by}")
+        schedule, T, by, k = "cosine", 1000, str(run / "clusters.json"), TrainConfig().k
+    log_snr = diffusion.log_snr(schedule, T)  # [T]
+    clusters = make_clusters(by, k, log_snr)
+    print(f"{clusters.k} clusters of {clusters.T} timesteps, {schedule} schedule, {by}")
     print(f"{'cluster':>7} {'timesteps':>12} {'size':>6} {'log-SNR':>18}")
-    for i, (start, size) in enumerate(zip(clusters.starts.tolist(), clusters.sizes.tolist(), strict=True)):
-        span = f"{float(values[start]):.2f} .. {float(values[start + size - 1]):.2f}"
-        print(f"{i:>7} {f'{start}..{start + size - 1}':>12} {size:>6} {span:>18}")
+    for i, (start, stop) in enumerate(itertools.pairwise(clusters.bounds)):
+        span = f"{float(log_snr[start]):.2f} .. {float(log_snr[stop - 1]):.2f}"
+        print(f"{i:>7} {f'{start}..{stop - 1}':>12} {stop - start:>6} {span:>18}")
     if save is not None:
         clusters.save(save)
         print(f"wrote {save}")
     if plot is not None:
-        clusters.plot(values).savefig(plot)
+        from antdiff.train.plots import figure
+
+        sheet, (ax,) = figure(7, 3.2)
+        clusters.plot(log_snr, ax=ax)
+        sheet.savefig(plot)
         print(f"wrote {plot}")
     return 0
 

@@ -14,20 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, UniformTimesteps, balancing, ops
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
 from antdiff.train.log import Meter, MetricLog
-from antdiff.train.models import build_model, log_snr, noise_schedule
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+from antdiff.train.models import build_model, noise_schedule
 
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing")  # appended to, never reordered
 
@@ -37,9 +34,9 @@ class DivergenceError(RuntimeError):
 
 
 def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
-    """Train into the folder `run`, going on from its last checkpoint if it has one.
+    """Train into the folder `run`, going on from its last checkpoint if it has one. Its clusters.json is there already.
 
-    Leaves clusters.json, metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
+    Leaves metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
     current step finish and a checkpoint be written; the second one acts at once.
 
     Returns:
@@ -63,8 +60,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     batches = Batches(data.train, config.batch_size, rng["data"])
 
     # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
-    clusters = make_clusters(config, schedule)
-    clusters.save(run / "clusters.json")
+    clusters = TimestepClusters.load(run / "clusters.json")
     K = clusters.k
     timesteps = make_timesteps(config, clusters)
     gradients = ClusterGradients(model, K)
@@ -90,13 +86,14 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         for step in range(start + 1, config.steps + 1):
             # 1. A batch, noised to timesteps whose clusters are known.
             x0 = batches.next(device)  # [B, C, H, W]
+            shares = timesteps.shares(len(x0)) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
             t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
             noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
             xt = schedule.add_noise(x0, noise, t)
 
             if balancer.needs == "gram":
                 # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
-                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster)
+                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
                 # 3a. Their K x K inner products are all that a balancing method looks at.
                 G = ops.gram(J)
                 w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
@@ -141,38 +138,6 @@ def sample_losses(
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 
-class TimestepSampler(Protocol):
-    """What the loop asks of a sampler of timesteps: antdiff.StratifiedTimesteps, or your own."""
-
-    def sample(
-        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class UniformTimesteps:
-    """Vanilla's sampling: each t uniform and independent of the others; clusters get what chance gives them."""
-
-    def __init__(self, clusters: TimestepClusters) -> None:
-        self.clusters = clusters
-
-    def sample(
-        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Timesteps int64 [B], their clusters int64 [B], and weights of one float32 [B]."""
-        t = torch.randint(self.clusters.T, (B,), generator=generator, device=device)
-        return t, self.clusters.cluster_of(t), torch.ones(B, device=device)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
 class Batches:
     """Endless batches of float [B, C, H, W] in [-1, 1]: a fresh permutation an epoch, batches across its border."""
 
@@ -195,29 +160,7 @@ class Batches:
         self.left = state["left"]
 
 
-def make_clusters(config: TrainConfig, schedule: DDPMScheduler) -> TimestepClusters:
-    """The clusters the settings name; from a file they must have the schedule's T and, if it was given, its k."""
-    T = int(schedule.config.num_train_timesteps)
-    if config.clusters == "timestep":
-        return TimestepClusters.uniform(T, config.k)
-    if config.clusters == "log-snr":
-        return TimestepClusters.from_log_snr(log_snr(schedule), config.k)
-    path = Path(config.clusters)
-    if not path.is_file():
-        raise ValueError(
-            f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {config.clusters!r}"
-        )
-    clusters = TimestepClusters.load(path)
-    if clusters.T != T:
-        raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {clusters.T}")
-    if clusters.k != config.k and config.k != TrainConfig().k:
-        raise ValueError(
-            f"k must agree with the clusters file or be left out; got k={config.k}, {path} has {clusters.k}"
-        )
-    return clusters
-
-
-def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> TimestepSampler:
+def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> StratifiedTimesteps | UniformTimesteps:
     """The sampler of timesteps the settings name."""
     if config.timestep_sampling == "uniform":
         return UniformTimesteps(clusters)
@@ -254,7 +197,7 @@ def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer,
         options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
         return method(nonfinite="poison", **options)
     balancer = method(k)
-    if isinstance(balancer, torch.nn.Module):
+    if hasattr(balancer, "param_groups"):
         balancer.to(generator.device)
         for group in balancer.param_groups():
             optimizer.add_param_group(group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,6 @@ from antdiff.train.data import ImageData, to_uint8, to_unit
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
-
-    from antdiff import TimestepClusters
 
 REFERENCE_IMAGES = 5000  # of larger data sets, a fixed choice of so many train images is the reference
 NEIGHBOURS = 5  # k of precision and recall
@@ -198,13 +197,13 @@ def held_out_losses(
     model: nn.Module,
     data: ImageData,
     schedule: DDPMScheduler,
-    clusters: TimestepClusters,
+    intervals: Sequence[tuple[int, int]],
     device: torch.device,
     *,
     timesteps: int = 8,
     images: int = 1000,
 ) -> torch.Tensor:
-    """Mean squared error of the noise estimate on held-out images, float64 [K], one for each cluster.
+    """Mean squared error of the noise estimate on held-out images, float64 [K], one for each interval [start, stop).
 
     Each cluster is probed at up to `timesteps` evenly spaced t, each with the first `images` held-out images and noise
     from a constant seed: the same questions for every model, so differences between models have little noise.
@@ -212,11 +211,11 @@ def held_out_losses(
     model.eval()
     x0 = to_unit(data.held_out[:images]).to(device)  # [N, C, H, W]
     generator = torch.Generator().manual_seed(0)
-    losses = torch.zeros(clusters.k, dtype=torch.float64)
-    for cluster, (start, size) in enumerate(zip(clusters.starts.tolist(), clusters.sizes.tolist(), strict=True)):
-        probes = min(timesteps, size)
+    losses = torch.zeros(len(intervals), dtype=torch.float64)
+    for cluster, (start, stop) in enumerate(intervals):
+        probes = min(timesteps, stop - start)
         for probe in range(probes):
-            t = start + (2 * probe + 1) * size // (2 * probes)
+            t = start + (2 * probe + 1) * (stop - start) // (2 * probes)
             for part in x0.split(500):
                 noise = torch.randn(part.shape, generator=generator).to(device)
                 at = torch.full((len(part),), t, device=device)

@@ -98,12 +98,6 @@ def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
 
 
-def log_snr(schedule: DDPMScheduler) -> torch.Tensor:
-    """log(alpha_bar / (1 - alpha_bar)), float64 [T], falling with t."""
-    alpha_bar = schedule.alphas_cumprod.double()
-    return torch.log(alpha_bar) - torch.log1p(-alpha_bar)
-
-
 @torch.no_grad()
 def draw_samples(
     model: torch.nn.Module,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from antdiff import TimestepClusters
+from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
@@ -23,17 +26,38 @@ from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_ou
 from antdiff.train.models import Denoiser, build_model, draw_samples, noise_schedule
 from antdiff.train.plots import LABELS, save_curves, save_grid
 
-if TYPE_CHECKING:
-    from antdiff import TimestepClusters
-
 GRID_IMAGES = 60
 
 
+def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClusters:
+    """The clusters that a setting names (timestep, log-snr, or a file) for a schedule's log-SNR, float64 [T].
+
+    Raises:
+        ValueError: no such file, or it is for another T or, where `k` is not the default, another number of clusters.
+    """
+    T = len(log_snr)
+    if clusters == "timestep":
+        return TimestepClusters.uniform(T, k)
+    if clusters == "log-snr":
+        return TimestepClusters.from_log_snr(log_snr, k)
+    path = Path(clusters)
+    if not path.is_file():
+        raise ValueError(f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {clusters!r}")
+    loaded = TimestepClusters.load(path)
+    if loaded.T != T:
+        raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {loaded.T}")
+    if k not in (loaded.k, TrainConfig().k):
+        raise ValueError(f"k must agree with the clusters file or be left out; got k={k}, {path} has {loaded.k}")
+    return loaded
+
+
 def start_run(config: TrainConfig, run: Path) -> None:
-    """Make the folder of a new run and write its settings. A ValueError if it already holds one."""
+    """Make the folder of a new run and write its clusters and settings. A ValueError if it already holds a run."""
     if (run / "config.json").exists():
         raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
+    clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
     run.mkdir(parents=True, exist_ok=True)
+    clusters.save(run / "clusters.json")
     write_atomically(run / "config.json", config.to_json().encode())
 
 
@@ -68,8 +92,6 @@ def load_model(
 
 def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
     """Measure a finished run and leave results.json, samples.png, curves.png and the network in diffusers' format."""
-    from antdiff import TimestepClusters
-
     device = choose_device(config.device)
     model, step = load_model(run, config, data.shape, device)
     schedule = noise_schedule()
@@ -96,7 +118,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
         "feature_accuracy": accuracy(net, data),
         **spread_of(qualities),
         "anchors": {name: asdict(quality) for name, quality in judge.anchors(config.eval_samples).items()},
-        "held_out_losses": held_out_losses(model, data, schedule, clusters, device).tolist(),
+        "held_out_losses": held_out_losses(model, data, schedule, intervals(clusters), device).tolist(),
         "intervals": intervals(clusters),
     }
     write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -121,7 +143,7 @@ def spread_of(qualities: list[Quality]) -> dict[str, dict[str, float]]:
 
 def intervals(clusters: TimestepClusters) -> list[tuple[int, int]]:
     """The clusters as half-open (start, stop)."""
-    return [(int(start), int(start + size)) for start, size in zip(clusters.starts, clusters.sizes, strict=True)]
+    return list(pairwise(clusters.bounds))
 
 
 def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
