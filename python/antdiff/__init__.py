@@ -1,7 +1,15 @@
 """Train diffusion models as multi-task learners: cluster the timesteps, take one gradient a cluster, balance them."""
 
-from antdiff import diffusion, ops
+from antdiff import balancing, diffusion, ops
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.gradients import ClusterGradients
 
-__all__ = ["ClusterGradients", "StratifiedTimesteps", "TimestepClusters", "UniformTimesteps", "diffusion", "ops"]
+__all__ = [
+    "ClusterGradients",
+    "StratifiedTimesteps",
+    "TimestepClusters",
+    "UniformTimesteps",
+    "balancing",
+    "diffusion",
+    "ops",
+]
