@@ -9,6 +9,7 @@ void bind_gram(pybind11::module_& m);
 void bind_combine(pybind11::module_& m);
 void bind_pcgrad(pybind11::module_& m);
 void bind_nash(pybind11::module_& m);
+void bind_interval(pybind11::module_& m);
 
 }  // namespace antdiff
 
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   antdiff::bind_combine(m);
   antdiff::bind_pcgrad(m);
   antdiff::bind_nash(m);
+  antdiff::bind_interval(m);
 }

@@ -5,6 +5,12 @@ from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import gram, gram_
+from antdiff.ops.interval import (
+    interval_partition,
+    interval_partition_affinity,
+    interval_partition_all,
+    interval_partition_values,
+)
 from antdiff.ops.nash import nash, nash_residual, nash_weights
 from antdiff.ops.pcgrad import pcgrad, pcgrad_weights
 
@@ -16,6 +22,10 @@ __all__ = [
     "combine",
     "gram",
     "gram_",
+    "interval_partition",
+    "interval_partition_affinity",
+    "interval_partition_all",
+    "interval_partition_values",
     "nash",
     "nash_residual",
     "nash_weights",
