@@ -25,7 +25,7 @@ def combine(
 
     Args:
         weights: float64 ``[k]`` (float32 is converted), on the device of J. They are read on the device: no host sync.
-        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Treated as data, never differentiated.
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Data: never differentiated.
         out: where to write: a tensor ``[P]`` for a matrix, a list of ``[*shape]`` for a list (None where J is None;
             entries may be ``p.grad``). Overwritten, not added to. float32 or the dtype of J, contiguous, sharing no
             memory with J or with one another, not requiring grad.

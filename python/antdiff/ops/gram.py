@@ -23,8 +23,8 @@ def gram(J: Rows) -> Tensor:
     Args:
         J: ``[k, P]``, or one tensor ``[k, *shape]`` a parameter, in a list (None entries are skipped; P is the sum of
             their sizes, and nothing is concatenated). float32, float64, float16 or bfloat16, all of one k, dtype and
-            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as data:
-            nothing is recorded for autograd, also where J requires grad.
+            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as
+            data: nothing is recorded for autograd, also where J requires grad.
 
     Returns:
         G float64 ``[k, k]``, exactly symmetric, on the device of J. The same bits from run to run on one device, and on
