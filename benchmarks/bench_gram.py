@@ -111,7 +111,7 @@ def dit_shapes(depth: int, width: int, patch: int = 2, channels: int = 4, classe
 
 
 def unet_shapes(base: int = 128) -> list[tuple[int, ...]]:
-    """Parameters of a DDPM U-Net (Ho et al., 2020), residual blocks only: 1, 2, 2, 2 times ``base`` channels, two a level."""
+    """Residual blocks of a DDPM U-Net (Ho et al., 2020): 1, 2, 2, 2 times ``base`` channels, two blocks a level."""
     shapes: list[tuple[int, ...]] = [(base, 3, 3, 3), (base,), (4 * base, base), (4 * base,), (4 * base, 4 * base)]
     levels = [base, 2 * base, 2 * base, 2 * base]
     down = [(a, b) for i, b in enumerate(levels) for a in (levels[max(i - 1, 0)], b)]
