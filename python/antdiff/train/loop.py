@@ -8,6 +8,7 @@ takes exactly the steps the uninterrupted one would have taken: bit for bit on a
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -217,6 +218,22 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)"
         )
     return device
+
+
+@contextmanager
+def sensible_threads(image_size: int, device: torch.device) -> Iterator[None]:
+    """While open, small images on a CPU use one thread, unless OMP_NUM_THREADS says otherwise.
+
+    A step on 8x8 images is hundreds of operations of some ten microseconds: a second thread gains next to nothing, and
+    on a machine with other work its spinning barriers slow a run tenfold. Larger images keep torch's own number.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and image_size <= 16 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:

@@ -21,7 +21,7 @@ from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, write_a
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
-from antdiff.train.loop import choose_device, train
+from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.train.models import Denoiser, build_model, draw_samples, noise_schedule
 from antdiff.train.plots import LABELS, save_curves, save_grid
@@ -66,9 +66,10 @@ def execute(
 ) -> dict[str, Any] | None:
     """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
     data = data or load_data(config.data, image_size=config.image_size)
-    if not train(config, data, run, progress=progress):
-        return None
-    return evaluate(config, data, run)
+    with sensible_threads(data.shape[1], choose_device(config.device)):
+        if not train(config, data, run, progress=progress):
+            return None
+        return evaluate(config, data, run)
 
 
 def load_model(
