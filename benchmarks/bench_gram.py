@@ -27,7 +27,7 @@ def pcgrad_weights(G: Tensor) -> Tensor:
     return G.sum(dim=1)
 
 
-# ---- what a user would write without the package ----
+# ---- what a user would write without the package ---------------------------------------------------------------------
 
 
 def eager_float32(J: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def compiled(J: Tensor) -> Callable[[], object]:
     return lambda: combine(pcgrad_weights(gram(J)), J)
 
 
-# ---- CPU ----
+# ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
 def cpu(args: argparse.Namespace) -> list[Result]:
@@ -98,7 +98,7 @@ def matrix_case(case: str, J: Tensor, args: argparse.Namespace) -> list[Result]:
     return list(found.values())
 
 
-# ---- CUDA: matrices and models' own parameter shapes ----
+# ---- CUDA: matrices and models' own parameter shapes -----------------------------------------------------------------
 
 
 def dit_shapes(depth: int, width: int, patch: int = 2, channels: int = 4, classes: int = 1000) -> list[tuple[int, ...]]:
