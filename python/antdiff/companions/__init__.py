@@ -1,4 +1,4 @@
-"""Four methods that, like clustering, treat timesteps as tasks; each drops into an existing model or loop on its own."""
+"""Four more methods that treat timesteps as tasks; each drops into an existing model or loop on its own."""
 
 from antdiff.companions.curriculum import Curriculum, RestrictedTimesteps, SigmaCurriculum
 from antdiff.companions.experts import (

@@ -1,8 +1,8 @@
 """Denoising-task-difficulty curriculum: high noise first, lower noise level by level, nothing dropped on the way.
 
 Source: Kim, Go, Kwon, Kim, "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025
-(arXiv 2403.10348), sections 5.1 (clusters, order) and 5.2 (pacing). The noise levels are cut into N clusters C_1 .. C_N,
-C_1 the hardest (least noise). Stage n trains on the union of the n easiest,
+(arXiv 2403.10348), sections 5.1 (clusters, order) and 5.2 (pacing). The noise levels are cut into N clusters C_1 ..
+C_N, C_1 the hardest (least noise). Stage n trains on the union of the n easiest,
 
     U_n = C_{N-n+1} + ... + C_N,      p_n(t) = p(t) 1[t in U_n] / p(U_n),
 
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from antdiff.clustering import StratifiedTimesteps, TimestepClusters
+from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff.clustering.timesteps import TimestepBatch
 
 Order = Literal["easy-first", "hard-first"]
 STAGES = 20  # N and tau of the best cell of the paper's ablation (DiT-B, ImageNet)
@@ -143,7 +144,7 @@ class Pacing:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a curriculum with the same clusters and pacing (KeyError if it is not one)."""
+        """Go on from :meth:`state_dict` of a curriculum with as many clusters (KeyError, ValueError otherwise)."""
         stage = int(state["stage"])
         if not 1 <= stage <= self.stages:
             raise ValueError(f"state must be of a curriculum of N={self.stages} clusters; got stage {stage}.")
@@ -158,8 +159,8 @@ class Pacing:
                 raise ValueError(f"loss must be one number, the mean over the batch; got shape {list(loss.shape)}.")
             if loss.device != self.device:
                 raise ValueError(
-                    f"loss must be on the curriculum's device {self.device}; got {loss.device}. Make the curriculum with "
-                    f"device={str(loss.device)!r}."
+                    f"loss must be on the curriculum's device {self.device}; got {loss.device}. Make the curriculum "
+                    f"with device={str(loss.device)!r}."
                 )
             x = loss.detach().reshape(()).to(torch.float64, copy=True)
         elif isinstance(loss, (int, float)):
@@ -171,10 +172,12 @@ class Pacing:
             x /= dist.get_world_size(self.group)
         return x
 
-    def _check_device(self, device: torch.device | str | None) -> None:
+    def check_device(self, device: torch.device | str | None) -> None:
+        """A ValueError if ``device`` is given and is not the curriculum's own."""
         if device is not None and torch.empty(0, device=device).device != self.device:
             raise ValueError(
-                f"device must be the curriculum's own, {self.device}; got {device}. Make the curriculum with device={str(device)!r}."
+                f"device must be the curriculum's own, {self.device}; got {device}. Make the curriculum with "
+                f"device={str(device)!r}."
             )
 
 
@@ -198,9 +201,8 @@ class Curriculum(Pacing):
     def __init__(self, clusters: TimestepClusters, **pacing: Any) -> None:
         if not isinstance(clusters, TimestepClusters):
             raise TypeError(f"clusters must be TimestepClusters; got {type(clusters).__name__}.")
-        self.T = int(clusters.T)
-        starts = torch.as_tensor(clusters.starts).cpu()
-        super().__init__(torch.cat([starts, starts.new_tensor([self.T])]), **pacing)
+        self.T = clusters.T
+        super().__init__(torch.tensor(clusters.bounds), **pacing)
 
     @classmethod
     def from_log_snr(cls, log_snr: Tensor, n: int = STAGES, **pacing: Any) -> Curriculum:
@@ -221,22 +223,22 @@ class Curriculum(Pacing):
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Timesteps int64 [B], uniform over the current range. ``device`` has to be the curriculum's."""
-        self._check_device(device)
+        self.check_device(device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
         # u < 1 and low + u (high - low) can still round up to high: keep it out.
         return torch.minimum((low + u * (high - low)).long(), high - 1)
 
-    def restrict(self, sampler: TimestepSampler, *, average: Average = "cluster") -> RestrictedTimesteps:
+    def restrict(self, sampler: StratifiedTimesteps | UniformTimesteps) -> RestrictedTimesteps:
         """``sampler`` held to the current range: see :class:`RestrictedTimesteps`."""
-        return RestrictedTimesteps(self, sampler, average)
+        return RestrictedTimesteps(self, sampler)
 
 
 class SigmaCurriculum(Pacing):
     """The curriculum over EDM's log-normal noise levels, ln sigma ~ N(p_mean, p_std^2), in N equally probable clusters.
 
-    The ends of the clusters are quantiles, C_i = [Phi^-1((i-1)/N), Phi^-1(i/N)] of that normal distribution (section 5.1),
-    so stage n draws u ~ U((N-n)/N, 1) and ln sigma = p_mean + p_std Phi^-1(u). ``range`` is in quantiles u.
+    The ends of the clusters are quantiles, C_i = [Phi^-1((i-1)/N), Phi^-1(i/N)] of that normal distribution (section
+    5.1), so stage n draws u ~ U((N-n)/N, 1) and ln sigma = p_mean + p_std Phi^-1(u). ``range`` is in quantiles u.
     """
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> None:
@@ -257,7 +259,7 @@ class SigmaCurriculum(Pacing):
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Noise levels sigma, float32 [B], of the current range. ``device`` has to be the curriculum's."""
-        self._check_device(device)
+        self.check_device(device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
         # The outermost millionths are 4.75 standard deviations out: sigma stays within a factor exp(4.75 p_std).
@@ -267,116 +269,75 @@ class SigmaCurriculum(Pacing):
         return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))
 
 
-# ---- composing with a sampler of balanced timesteps --------------------------------------------------------------
-
-Average = Literal["cluster", "batch"]
-
-
-class TimestepSampler(Protocol):
-    """A sampler of t int64 [B], cluster int64 [B] and weight float32 [B], such as :class:`antdiff.StratifiedTimesteps`."""
-
-    clusters: TimestepClusters
-
-    def sample(
-        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+# ---- composing with a sampler of clustered timesteps -------------------------------------------------------------
 
 
 class RestrictedTimesteps:
     """A sampler of timesteps whose density p(t) is cut to the curriculum's range and renormalised.
 
-    Each t of ``sampler`` is carried to the same quantile of the restricted density: with F the distribution function of p
-    and v uniform, u = F(t) + v p(t) is uniform on [0, 1) and t' = F^-1(F(low) + u (F(high) - F(low))). Quantiles keep
-    their order, so a stratified batch stays stratified; once the range is everything, t' = t. Where the sampler undoes
-    its change of density by weights, the weights of the restricted one undo it towards uniform t *within the range*.
+    Each t of ``sampler`` is carried to the same quantile of the restricted density: with F the distribution function of
+    p and v uniform, u = F(t) + v p(t) is uniform on [0, 1) and t' = F^-1(F(low) + u (F(high) - F(low))). Quantiles keep
+    their order, so a stratified batch stays stratified; once the range is everything, t' = t. Clusters outside the
+    range get no rows: methods that are told the counts, as ``UncertaintyWeighting.loss(losses, counts)`` is, leave
+    them be.
 
-    The sum over K clusters of their mean losses gives a cluster that is partly in the range too much to say. ``average``
-    says what the loss does with the batch: with ``"cluster"`` the weights also carry :attr:`activity`, so that the mean
-    over K clusters of their weighted mean losses is the restricted objective; with ``"batch"`` they do not, and the
-    weighted mean over the batch is.
+    Weights are 1, or, where ``sampler`` undoes its change of density, K |I_c in range| / |range| for a row of cluster
+    c: the mean over K clusters of their weighted mean losses is then the mean loss over uniform t in the range.
 
     Args:
-        curriculum: whose range holds. It is updated by its owner and saved here, in :meth:`state_dict`.
-        sampler: :class:`antdiff.StratifiedTimesteps`, or a sampler with ``clusters`` whose t are uniform on 0 .. T-1.
-        average: ``"cluster"`` or ``"batch"``.
+        curriculum: whose range holds. Its owner updates it; :meth:`state_dict` saves it along.
+        sampler: :class:`antdiff.StratifiedTimesteps` or :class:`antdiff.UniformTimesteps`.
 
     Raises:
-        ValueError: the sampler's T differs from the curriculum's, or an unknown ``average``.
+        TypeError: another sampler, whose density is not known.
+        ValueError: the sampler's T is not the curriculum's.
     """
 
-    def __init__(self, curriculum: Curriculum, sampler: TimestepSampler, average: Average = "cluster") -> None:
-        if average not in ("cluster", "batch"):
-            raise ValueError(f"average must be 'cluster' or 'batch'; got {average!r}.")
-        clusters = sampler.clusters
-        if int(clusters.T) != curriculum.T:
-            raise ValueError(f"sampler must have the curriculum's T={curriculum.T} timesteps; got T={int(clusters.T)}.")
+    def __init__(self, curriculum: Curriculum, sampler: StratifiedTimesteps | UniformTimesteps) -> None:
+        if not isinstance(sampler, (StratifiedTimesteps, UniformTimesteps)):
+            raise TypeError(
+                f"sampler must be StratifiedTimesteps or UniformTimesteps; got {type(sampler).__name__}, of unknown "
+                "density. Draw from your own density inside curriculum.range instead."
+            )
+        clusters, T = sampler.clusters, curriculum.T
+        if clusters.T != T:
+            raise ValueError(f"sampler must have the curriculum's T={T} timesteps; got T={clusters.T}.")
         self.curriculum = curriculum
         self.sampler = sampler
-        self.average = average
         self.clusters = clusters
-        K, T, device = int(clusters.k), curriculum.T, curriculum.device
-        sizes = torch.as_tensor(clusters.sizes).cpu().double()  # [K]
-        stratified = isinstance(sampler, StratifiedTimesteps)
-        mass = torch.full_like(sizes, 1 / K) if stratified else sizes / T  # [K], of each cluster under p
-        self._importance = isinstance(sampler, StratifiedTimesteps) and sampler.importance
-        undo = sizes / T / mass if self._importance else torch.ones_like(sizes)  # [K]
-        self._mass = mass.to(device)
-        self._undo = undo.to(device)
-        self._id = torch.repeat_interleave(torch.arange(K), sizes.long()).to(device)  # [T], cluster of each timestep
-        density = (mass / sizes)[self._id.cpu()]  # [T]
-        self._density = density.to(device)
+        self.importance = isinstance(sampler, StratifiedTimesteps) and sampler.importance
+        sizes = clusters.sizes  # [K]
+        each = 1 / (clusters.k * sizes.double()) if isinstance(sampler, StratifiedTimesteps) else torch.tensor(1 / T)
+        density = each.double().expand(clusters.k).repeat_interleave(sizes)  # [T], p
         distribution = torch.cat([density.new_zeros(1), density.cumsum(0)])
-        self._F = (distribution / distribution[-1]).to(device)  # [T+1], F[t] = p(below t)
-        self._starts = torch.as_tensor(clusters.starts).to(device)  # [K]
-        self._stops = self._starts + sizes.long().to(device)  # [K]
+        self._p = density.to(curriculum.device)
+        self._F = (distribution / distribution[-1]).to(curriculum.device)  # [T+1], F[t] = p(below t)
+        self._bounds = torch.tensor(clusters.bounds, device=curriculum.device)  # [K+1]
 
     def sample(
-        self, B: int, *, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """t int64 [B] in the current range, cluster int64 [B], weight float32 [B]."""
-        self.curriculum._check_device(device)
-        t = self.sampler.sample(B, device=self.curriculum.device, generator=generator)[0]
+        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> TimestepBatch:
+        """t int64 [B] in the current range, cluster int64 [B], weight float32 [B], on the curriculum's device."""
+        self.curriculum.check_device(device)
+        t = self.sampler.sample(B, device=self.curriculum.device, generator=generator).t
         low, high = self.curriculum.range
+        below, inside = torch.take(self._F, low), torch.take(self._F, high) - torch.take(self._F, low)
         v = torch.rand(B, dtype=torch.float64, device=t.device, generator=generator)
-        u = self._F[t] + v * self._density[t]
-        u = torch.take(self._F, low) + u * self._range_mass(low, high)
-        moved = torch.searchsorted(self._F, u, right=True) - 1
-        moved = torch.minimum(torch.maximum(moved, low), high - 1)
+        u = self._F[t] + v * self._p[t]
+        moved = torch.searchsorted(self._F, below + u * inside, right=True) - 1
+        moved = torch.minimum(torch.maximum(moved, low), high - 1)  # rounding at the ends
         t = torch.where(high - low == self.curriculum.T, t, moved)
-        cluster = self._id[t]
-        return t, cluster, self.cluster_weights[cluster]
-
-    @property
-    def activity(self) -> Tensor:
-        """float64 [K]: the share of each cluster's density that is in the range, over the share of all density that is.
-
-        0 for a cluster outside the range, and 1 for all once the range is everything.
-        """
-        low, high = self.curriculum.range
-        inside = self._F[torch.minimum(self._stops, high)] - self._F[torch.maximum(self._starts, low)]  # [K]
-        return inside.clamp(min=0) / self._mass / self._range_mass(low, high)
-
-    @property
-    def active(self) -> Tensor:
-        """bool [K]: the clusters that reach into the range; the others get no samples."""
-        low, high = self.curriculum.range
-        return (self._starts < high) & (self._stops > low)
+        cluster = torch.bucketize(t, self._bounds, right=True) - 1
+        return TimestepBatch(t, cluster, self.cluster_weights[cluster])
 
     @property
     def cluster_weights(self) -> Tensor:
-        """float32 [K]: the weight that a sample of each cluster carries now."""
-        weights = self._undo  # [K]
-        if self._importance:  # towards uniform t in the range: 1/(high-low) for 1/T, p(t)/p(range) for p(t)
-            low, high = self.curriculum.range
-            weights = weights * self._range_mass(low, high) * self.curriculum.T / (high - low)
-        return (weights * self.activity if self.average == "cluster" else weights).float()
-
-    def _range_mass(self, low: Tensor, high: Tensor) -> Tensor:
-        return torch.take(self._F, high) - torch.take(self._F, low)
+        """float32 [K]: the weight of a row of each cluster at the current stage."""
+        if not self.importance:
+            return torch.ones(self.clusters.k, device=self._bounds.device)
+        low, high = self.curriculum.range
+        inside = torch.minimum(self._bounds[1:], high) - torch.maximum(self._bounds[:-1], low)  # [K]
+        return (self.clusters.k * inside.clamp(min=0) / (high - low)).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Of the sampler and of the curriculum."""
@@ -391,8 +352,8 @@ class RestrictedTimesteps:
 class _Mirror:
     """A device integer on the host, one write late.
 
-    A copy is queued behind everything the step has queued, so reading the latest would wait for the step. Reading the one
-    before it waits at most for the step before.
+    A copy is queued behind everything the step has queued, so reading the latest would wait for the step. Reading the
+    one before it waits at most for the step before.
     """
 
     def __init__(self, value: Tensor) -> None:

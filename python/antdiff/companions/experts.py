@@ -6,9 +6,9 @@ Expert n (0 = least noise) denoises I_n = [n T // N, (n+1) T // N), and while tr
     q_n(t) = p_n 1[t in I_n] / |I_n| + (1 - p_n) / T,    p = (0.8, 0.4, 0.2, 0.1) for N = 4:
 
 the noisier its interval, the more it learns from images elsewhere, since nearly pure noise teaches little. Denoising
-little noise takes high frequencies, which convolutions pass; much noise low ones, which attention passes: so the share of
-convolution in the encoder's mixers falls with the noise level (and with depth). No official code exists; what the available
-descriptions leave open is marked where it is chosen.
+little noise takes high frequencies, which convolutions pass; much noise low ones, which attention passes: so the share
+of convolution in the encoder's mixers falls with the noise level (and with depth). No official code exists; what the
+available descriptions leave open is marked where it is chosen.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class SoftIntervalSampler:
             raise ValueError(f"n_experts must be in [1, T={T}]; got {n_experts}.")
         if len(p) != n_experts or not all(0 <= q <= 1 for q in p):
             raise ValueError(f"p must be n_experts={n_experts} probabilities, one an expert; got {tuple(p)}.")
-        self.bounds = interval_bounds(n_experts, T) if clusters is None else _bounds_of(clusters)
+        self.bounds = interval_bounds(n_experts, T) if clusters is None else list(clusters.bounds)
         if len(self.bounds) != n_experts + 1 or self.bounds[-1] != T:
             raise ValueError(
-                f"clusters must have k=n_experts={n_experts} and T={T}; got k={len(self.bounds) - 1}, T={self.bounds[-1]}."
+                f"clusters must have k=n_experts={n_experts} and T={T}; got k={len(self.bounds) - 1} and "
+                f"T={self.bounds[-1]}."
             )
         self.p = tuple(float(q) for q in p)
         self.T = T
@@ -98,9 +99,9 @@ class ExpertBank(nn.Module):
         bank = ExpertBank(experts).offload("cuda")     # only the expert in use is on the GPU
         noise = bank(x, 999, class_labels=y)           # a sampling step: one expert, no look at t on the device
 
-    With one t for all (an int, or a tensor with one element on the CPU) the expert runs on the whole batch. With t [B] the
-    batch is split by expert, which waits for the device, and each expert must return a tensor [B, ...]; arguments whose
-    first dimension is B are split too.
+    With one t for all (an int, or a tensor with one element on the CPU) the expert runs on the whole batch. With t [B]
+    the batch is split by expert, which waits for the device, and each expert must return a tensor [B, ...]; arguments
+    whose first dimension is B are split too.
 
     Args:
         experts: in the order of their intervals, least noise first.
@@ -117,7 +118,7 @@ class ExpertBank(nn.Module):
         super().__init__()
         if not experts:
             raise ValueError("experts must be at least one network; got none.")
-        bounds = interval_bounds(len(experts), T) if clusters is None else _bounds_of(clusters)
+        bounds = interval_bounds(len(experts), T) if clusters is None else list(clusters.bounds)
         if len(bounds) != len(experts) + 1 or bounds[-1] != T:
             raise ValueError(f"clusters must have k={len(experts)} and T={T}; got k={len(bounds) - 1}, T={bounds[-1]}.")
         self.experts = nn.ModuleList(experts)
@@ -137,7 +138,7 @@ class ExpertBank(nn.Module):
         return int(torch.searchsorted(torch.tensor(self._host_bounds), t, right=True)) - 1
 
     def offload(self, device: torch.device | str, *, home: torch.device | str = "cpu") -> ExpertBank:
-        """Run experts on ``device``, keep those not in use at ``home``. Returns self. For sampling, not for training."""
+        """Run experts on ``device``, keep those not in use at ``home``; for sampling. Returns self."""
         self._home, self._device, self._resident = torch.device(home), torch.device(device), None
         self.experts.to(self._home)
         return self
@@ -187,10 +188,6 @@ def interval_bounds(n: int, T: int) -> list[int]:
     return [i * T // n for i in range(n + 1)]
 
 
-def _bounds_of(clusters: TimestepClusters) -> list[int]:
-    return [*torch.as_tensor(clusters.starts).tolist(), int(clusters.T)]
-
-
 def _check_expert(i: int, n: int) -> None:
     if isinstance(i, bool) or not isinstance(i, int):
         raise TypeError(f"expert must be an int; got {type(i).__name__}.")
@@ -213,7 +210,8 @@ class InceptionMixer2d(nn.Module):
 
     Args:
         dim: d, even.
-        high_ratio: d_h / d that is asked for; d_l is the nearest whole number of heads that leaves both parts something.
+        high_ratio: d_h / d that is asked for; d_l is the nearest whole number of heads that leaves both parts
+            something.
         head_dim: channels of an attention head, even.
         pool: average pooling (and nearest up-sampling) of the low branch; 1: none.
 
@@ -266,9 +264,9 @@ class InceptionMixer2d(nn.Module):
 def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: int = 4) -> float:
     """Share d_h / d of the high-frequency channels in one encoder stage of one expert (both counted from 0).
 
-    Known of the published table (four experts, four stages), as d_h : d_l: the first expert 5:8 in the second stage and 1:3
-    in the fourth, the last expert 1:4 and 1:15. Everything between and beyond is geometric interpolation of d_h / d_l,
-    a choice of ours; other numbers of experts and stages are spread over the same span.
+    Known of the published table (four experts, four stages), as d_h : d_l: the first expert 5:8 in the second stage
+    and 1:3 in the fourth, the last expert 1:4 and 1:15. Everything between and beyond is geometric interpolation of
+    d_h / d_l, a choice of ours; other numbers of experts and stages are spread over the same span.
     """
     _check_expert(expert, n_experts)
     if not 0 <= stage < n_stages:
@@ -282,7 +280,7 @@ def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: i
 
 
 class InceptionBlock2d(nn.Module):
-    """x + Mixer(Norm(x)), then x + MLP(Norm(x)), with a learned scale on both, zero at first: it starts as the identity."""
+    """x + Mixer(Norm(x)), then x + MLP(Norm(x)); a learned scale on both is zero at first, so it starts as identity."""
 
     def __init__(self, dim: int, high_ratio: float, head_dim: int = 32, *, mlp_ratio: int = 2, groups: int = 8) -> None:
         super().__init__()
@@ -295,7 +293,8 @@ class InceptionBlock2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, d, H, W] -> [B, d, H, W]."""
         x = x + self.scale[0] * self.mixer(self.norm1(x))
-        return x + self.scale[1] * self.mlp(self.norm2(x))
+        out: Tensor = x + self.scale[1] * self.mlp(self.norm2(x))
+        return out
 
 
 class _ThenInception(nn.Module):
@@ -314,8 +313,8 @@ class _ThenInception(nn.Module):
 def add_inception(unet: nn.Module, expert: int, n_experts: int, *, head_dim: int | None = None) -> nn.Module:
     """Give the encoder of diffusers' UNet2DModel the mixers of one expert, in place; returns ``unet``.
 
-    One inception block behind the last residual block of each encoder stage, with :func:`high_ratio_schedule`'s share of
-    convolution; the decoder stays as it is. The number of blocks is not published: one is the least that does it.
+    One inception block behind the last residual block of each encoder stage, with :func:`high_ratio_schedule`'s share
+    of convolution; the decoder stays as it is. The number of blocks is not published: one is the least that does it.
 
     Args:
         head_dim: of the attention; None: an eighth of each stage's channels, which lets the share follow the schedule.
@@ -326,7 +325,8 @@ def add_inception(unet: nn.Module, expert: int, n_experts: int, *, head_dim: int
     stages = [m for m in getattr(unet, "down_blocks", []) if len(getattr(m, "resnets", []))]
     if not stages:
         raise ValueError(
-            f"unet must be diffusers' UNet2DModel (down_blocks that hold resnets); got {type(unet).__name__}, which has none."
+            "unet must be diffusers' UNet2DModel, with down_blocks that hold resnets; got "
+            f"{type(unet).__name__}, which has none."
         )
     for s, stage in enumerate(stages):
         last: Any = stage.resnets[-1]

@@ -1,15 +1,15 @@
 """Diffusion model patching: a frozen, converged DiT is improved by a mixture of prompts added to its tokens.
 
-Source: Ham, Woo, Kim, Go, Park, Kim, "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025 (arXiv 2405.17825), as
-its released code does it; the wording of the paper's equations was not at hand.
+Source: Ham, Woo, Kim, Go, Park, Kim, "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025 (arXiv 2405.17825),
+as its released code does it; the wording of the paper's equations was not at hand.
 
     h = W_g [c ; i] + b_g,                      gate logits of block i from the condition c, one gate for all blocks
     h~ = h + eps * (softplus(W_n c) + 0.01),    while training; eps ~ N(0, I), fresh in each block
     g = softmax of the k largest of h~, 0 elsewhere
     x <- x + g_n P^(i)_n  for each token n,     then the block itself
 
-Only the prompts P, the gate and its noise are trained. P starts at zero: at first the patched model *is* the old one, and
-training starts through P (the gate has no gradient until P has moved).
+Only the prompts P, the gate and its noise are trained. P starts at zero: at first the patched model *is* the old one,
+and training starts through P (the gate has no gradient until P has moved).
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class MixtureOfPrompts(nn.Module):
         k: number of prompts kept of N; None: all (published).
         noisy: add the trained noise to the logits while training.
         generator: of that noise, on its device; without one, torch's global generator.
-        balancing: which losses :meth:`balancing_loss` takes. ``"corrected"``: importance is a prompt's gates summed over
-            the batch, as in Shazeer et al. (2017), and the load counts gates above zero. ``"published"`` repeats two
-            slips of the released code: importance is the variation over all B x N gates, which also asks every *sample*
-            to use all prompts alike; and for k = N the load counts gates *below* zero, of which there are none.
+        balancing: which losses :meth:`balancing_loss` takes. ``"corrected"``: importance is a prompt's gates summed
+            over the batch, as in Shazeer et al. (2017), and the load counts gates above zero. ``"published"`` repeats
+            two slips of the released code: importance is the variation over all B x N gates, which also asks every
+            *sample* to use all prompts alike; and for k = N the load counts gates *below* zero, of which there are
+            none.
 
     Raises:
         ValueError: a size below 1, k outside [1, N], or an unknown ``balancing``.
@@ -97,7 +98,7 @@ class MixtureOfPrompts(nn.Module):
         return self.prompts.shape[1]
 
     def forward(self, i: int, x: Tensor, cond: Tensor) -> Tensor:
-        """Tokens x [B, N, D] with block i's gated prompts added, for the condition cond [B, cond_dim] (or [1, cond_dim]).
+        """Tokens x [B, N, D] with block i's gated prompts added, for conditions cond [B or 1, cond_dim].
 
         Raises:
             ValueError: i outside [0, depth), x with another number of tokens or width, or a condition of another shape.
@@ -106,8 +107,8 @@ class MixtureOfPrompts(nn.Module):
             raise ValueError(f"i must be a block with prompts, 0 <= i < {self.depth}; got {i}.")
         if x.dim() != 3 or x.shape[1:] != self.prompts.shape[1:]:
             raise ValueError(
-                f"x must be [B, {self.n_tokens}, {self.prompts.shape[2]}] tokens; got {list(x.shape)}. Prompts belong to token "
-                "positions: make MixtureOfPrompts with n_tokens of this image size."
+                f"x must be [B, {self.n_tokens}, {self.prompts.shape[2]}] tokens; got {list(x.shape)}. Prompts belong "
+                "to token positions: make MixtureOfPrompts with n_tokens of this image size."
             )
         if cond.dim() != 2 or cond.shape[1] != self.gate.in_features - 1 or cond.shape[0] not in (1, len(x)):
             raise ValueError(f"cond must be [B={len(x)}, {self.gate.in_features - 1}]; got {list(cond.shape)}.")
@@ -162,7 +163,8 @@ class MixtureOfPrompts(nn.Module):
         return losses["importance"] + losses["load"]
 
     def param_groups(self, lr: float = 1e-4, gate_factor: float = 10.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer without weight decay: prompts at ``lr``, gate and noise at ``gate_factor`` times it."""
+        """Groups for an optimizer without weight decay: prompts at ``lr``, gate and noise ``gate_factor`` times
+        that."""
         gate = [p for name, p in self.named_parameters() if name != "prompts"]
         return [{"params": [self.prompts], "lr": lr}, {"params": gate, "lr": lr * gate_factor}]
 
@@ -184,10 +186,11 @@ class MixtureOfPrompts(nn.Module):
         if top is None or std is None:
             chosen = g < 0 if self.balancing == "published" and top is None else g > 0
             return chosen.sum(0).to(g.dtype)
-        # A kept prompt falls out if its noise drew it below the (k+1)-th logit, one that was not is kept above the k-th.
+        # A kept prompt would fall out below the (k+1)-th logit; one that was not kept would be above the k-th.
         is_kept = logits > top[:, self.k :]
         threshold = torch.where(is_kept, top[:, self.k :], top[:, self.k - 1 : self.k])  # [B, N]
-        return torch.special.ndtr((clean - threshold) / std).sum(0)
+        load: Tensor = torch.special.ndtr((clean - threshold) / std).sum(0)
+        return load
 
 
 def _squared_variation(x: Tensor) -> Tensor:
@@ -241,16 +244,17 @@ def patch_dit(
 ) -> nn.Module:
     """Put ``prompts`` before the first ``prompts.depth`` blocks of a DiT, in place; returns ``model``.
 
-    ``prompts`` becomes the submodule ``mixture_of_prompts`` of the DiT, so that ``model.parameters()``, ``.to`` and copies
-    see it. Frozen parameters have ``requires_grad=False``: no gradient is computed, reduced or kept for them.
+    ``prompts`` becomes the submodule ``mixture_of_prompts`` of the DiT, so that ``model.parameters()``, ``.to`` and
+    copies see it. Frozen parameters have ``requires_grad=False``: no gradient is computed, reduced or kept for them.
 
     Args:
         model: diffusers' DiTTransformer2DModel, a network with ``blocks`` called as ``block(x, c)`` (the original DiT's
             form), or a module that holds one of these.
         freeze: False trains the whole network beside the prompts.
         condition: gives the condition [B, cond_dim] from the arguments of the DiT's ``forward``. Without it: the sum of
-            timestep and label embedding. diffusers embeds them anew in each block; its output layer takes block 0's, and
-            so does the gate, without dropping labels (diffusers drops them in each block apart; drop them in the batch).
+            timestep and label embedding. diffusers embeds them anew in each block; its output layer takes block 0's,
+            and so does the gate, without dropping labels (diffusers drops them in each block apart; drop them in the
+            batch).
 
     Raises:
         ValueError: no DiT in ``model``, fewer blocks than ``prompts.depth``, or already patched.
@@ -313,12 +317,13 @@ def _find_dit(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     for module in model.modules():
         for name in ("transformer_blocks", "blocks"):
             blocks = getattr(module, name, None)
-            if isinstance(blocks, nn.ModuleList) and len(blocks):
-                if name == "blocks" or hasattr(getattr(blocks[0], "norm1", None), "emb"):
-                    return module, blocks
+            if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+                continue
+            if name == "blocks" or hasattr(getattr(blocks[0], "norm1", None), "emb"):
+                return module, blocks
     raise ValueError(
-        f"model must hold a DiT: diffusers' DiTTransformer2DModel, or blocks called as block(x, c); {type(model).__name__} "
-        "holds none. Prompts are added to tokens, which a UNet does not have."
+        "model must hold a DiT: diffusers' DiTTransformer2DModel, or blocks called as block(x, c); "
+        f"{type(model).__name__} holds none. Prompts are added to tokens, which a UNet does not have."
     )
 
 

@@ -5,12 +5,13 @@ Source: Park, Woo, Go, Kim, Kim, "Denoising Task Routing for Diffusion Models", 
     z <- z + Block(m_t * z),    m_t[c] = 1  iff  start(t) <= c < start(t) + n
     n = floor(beta C),          start(t) = round((C - n) (t / (T-1))^alpha),   round half to even
 
-Little noise reads the first n channels, much noise the last n; alpha > 1 leaves more of the shift to large t. The skip path
-is not masked, no parameter is added. The window is exactly n wide, as in the released code; the printed formula takes its
-upper end from t and its lower end from t - 1, and is now and then one channel wider or shifted.
+Little noise reads the first n channels, much noise the last n; alpha > 1 leaves more of the shift to large t. The skip
+path is not masked, no parameter is added. The window is exactly n wide, as in the released code; the printed formula
+takes its upper end from t and its lower end from t - 1, and is now and then one channel wider or shifted.
 
-The published gain is on DiT-S, B and L; the same recipe made DiT-XL worse (FID 9.40 -> 10.85, reported in the Switch-DiT
-paper). A network is trained with its routing from the start: an unrouted checkpoint does not become a routed one.
+The published gain is on DiT-S, B and L; the same recipe made DiT-XL worse (FID 9.40 -> 10.85, reported in the
+Switch-DiT paper). A network is trained with its routing from the start: an unrouted checkpoint does not become a
+routed one.
 """
 
 from __future__ import annotations
@@ -63,19 +64,20 @@ class ChannelRouting:
         model(x, t)                                # every block reads t's window of channels
         routing.remove()
 
-    A DiT block is masked once, at its input (attention and MLP together). In a UNet every residual block is masked on its
-    residual branch, before the first normalisation, over the channels it is given: in the decoder those after the skip
-    connection's concatenation; where the block changes the number of channels its skip convolution reads all of them. A
-    self-attention layer is a residual block of its own. The paper describes neither of the last three.
+    A DiT block is masked once, at its input (attention and MLP together). In a UNet every residual block is masked on
+    its residual branch, before the first normalisation, over the channels it is given: in the decoder those after the
+    skip connection's concatenation; where the block changes the number of channels its skip convolution reads all of
+    them. A self-attention layer is a residual block of its own. The paper describes neither of the last three.
 
-    The window follows the timestep the model is called with. Samplers that skip steps have to pass the *original* index,
-    as diffusers' do. Copies of the model (an EMA, for one) are routed too; the state dict is as before. A recomputation for activation checkpointing
-    takes the timesteps of the latest forward: run each backward before the next forward, as ordinary steps do.
+    The window follows the timestep the model is called with. Samplers that skip steps have to pass the *original*
+    index, as diffusers' do. Copies of the model (an EMA, for one) are routed too; the state dict is as before. A
+    recomputation for activation checkpointing takes the timesteps of the latest forward: run each backward before the
+    next forward, as ordinary steps do.
 
     Args:
-        model: holds the blocks. Its ``forward`` (or that of the submodule diffusers' blocks are in) takes the timestep as an
-            argument named ``timestep``, ``timesteps``, ``t``, ``sigma`` or ``noise_labels``: int [B], one number for all,
-            or, with ``rank``, floats.
+        model: holds the blocks. Its ``forward`` (or that of the submodule diffusers' blocks are in) takes the timestep
+            as an argument named ``timestep``, ``timesteps``, ``t``, ``sigma`` or ``noise_labels``: int [B], one number
+            for all, or, with ``rank``, floats.
         T: number of timesteps.
         alpha, beta: shape of the shift, and share of the channels that are read.
         mode: ``"window"``, or ``"random"``: for each timestep n channels chosen once, the paper's baseline R-TR. Which
@@ -83,14 +85,15 @@ class ChannelRouting:
         rank: for continuous time: maps the model's timestep argument [B] to the rank u of its noise level, float [B] in
             [0, 1], in place of t / (T-1). For flow matching u is the share of noise; for EDM's noise levels see
             :func:`edm_rank`. With ``"random"`` u is rounded to T levels.
-        blocks: for other networks: pairs (module, width) of residual blocks that take x first and include their skip path.
+        blocks: for other networks: pairs (module, width) of residual blocks that take x first and include their skip
+            path.
         channel_dim: of x in ``blocks``.
         generator: of the random choice (on the CPU); without one, torch's global generator.
 
     Raises:
         ValueError: no recognisable blocks, a model that is already routed, or ``alpha``, ``beta``, T or ``mode`` out of
-            range. Calling the model raises one for t outside [0, T): on the CPU always, on CUDA, where looking would cost
-            a synchronisation, with ``ANTDIFF_CHECK=1``; without it the outputs of that sample are NaN.
+            range. Calling the model raises one for t outside [0, T): on the CPU always, on CUDA, where looking would
+            cost a synchronisation, with ``ANTDIFF_CHECK=1``; without it the outputs of that sample are NaN.
     """
 
     def __init__(
@@ -196,14 +199,16 @@ class ChannelRouting:
     def _mask(self, index: Tensor, channels: int) -> Tensor:
         if self._choices:
             self._choices[channels] = self._choices[channels].to(index.device)
-            return self._choices[channels][index]
+            choice: Tensor = self._choices[channels][index]
+            return choice
         if index.is_floating_point():
             start = (index**self.alpha * (channels - self._sizes[channels])).round()
         else:
             self._starts[channels] = self._starts[channels].to(index.device)  # copied once
             start = self._starts[channels][index]
         c = torch.arange(channels, device=index.device)
-        return (c >= start[:, None]) & (c < start[:, None] + self._sizes[channels])
+        mask: Tensor = (c >= start[:, None]) & (c < start[:, None] + self._sizes[channels])
+        return mask
 
 
 def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Tensor]:
@@ -261,6 +266,7 @@ class _RoutedBlock:
 
     def _add_skipped(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         skipped, self._skipped = self._skipped, None
+        assert skipped is not None  # _mask_input has just run
         return output + skipped
 
     def _mask(self, x: Tensor) -> Tensor:
