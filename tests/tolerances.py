@@ -32,3 +32,18 @@ def smallest(dtype: torch.dtype) -> float:
     """Absolute slack where a value rounded to ``dtype`` may be subnormal and loses relative accuracy: half a step of
     the subnormals. Zero for the other dtypes, whose subnormals no test reaches."""
     return 2.0**-25 if dtype == torch.float16 else 0.0
+
+
+def gram(dtype: torch.dtype) -> float:
+    """An entry of G relative to |g_i| |g_j| (an inner product may cancel, so not relative to itself). Products and
+    chains of at most 256 in the arithmetic type, float64 beyond. A rounding error of a chain's partial sum is at most u
+    times that sum, whose size the Cauchy-Schwarz inequality bounds by the chain's share of |g_i| |g_j|; independent
+    errors add up like sqrt(256) u = 16 u within a chain and average out between chains. 32 u leaves a factor of two."""
+    return 32 * UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+def combined(dtype: torch.dtype, out: torch.dtype, k: int) -> float:
+    """An element of w^T J relative to sum_k |w_k J_kp| (the sum may cancel): k products and k sums in the arithmetic
+    type, each off by u at most, one rounding of each weight, and one of the result to the dtype of ``out``."""
+    u = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+    return (2 * k + 1) * u + UNIT_ROUNDOFF[out]

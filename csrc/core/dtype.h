@@ -108,6 +108,8 @@ ANTDIFF_HD double from_float<double>(double x) {
   return x;
 }
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // Type in which elements of T are accumulated where one addition chain is short.
 template <class T>
 struct Accumulate {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cluster_loss.h"
+#include "core/gram.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -9,5 +10,8 @@ namespace antdiff {
 Status cpu_cluster_loss_forward(const ClusterLossParams& p);
 Status cpu_cluster_loss_backward(const ClusterLossParams& p);
 Status cpu_cluster_loss_and_grad(const ClusterLossParams& p);  // forward and backward in one pass over the data
+
+Status cpu_gram(const GramParams& p);
+Status cpu_combine(const CombineParams& p);
 
 }  // namespace antdiff

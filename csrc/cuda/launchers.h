@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/cluster_loss.h"
+#include "core/gram.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -16,6 +17,10 @@ struct Stream {
 Status cuda_cluster_loss_forward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_backward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_and_grad(const ClusterLossParams& p, Stream stream);
+
+int64_t cuda_gram_scratch(int64_t k, int device);  // float64 numbers that GramParams::scratch must hold
+Status cuda_gram(const GramParams& p, Stream stream);
+Status cuda_combine(const CombineParams& p, Stream stream);
 
 // ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };

@@ -3,5 +3,26 @@
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
+from antdiff.ops.combine import combine
+from antdiff.ops.gram import gram, gram_
+from antdiff.ops.interval import (
+    interval_partition,
+    interval_partition_affinity,
+    interval_partition_all,
+    interval_partition_values,
+)
 
-__all__ = ["check_errors", "cluster_loss", "cluster_loss_and_grad", "cluster_mean", "reference"]
+__all__ = [
+    "check_errors",
+    "cluster_loss",
+    "cluster_loss_and_grad",
+    "cluster_mean",
+    "combine",
+    "gram",
+    "gram_",
+    "interval_partition",
+    "interval_partition_affinity",
+    "interval_partition_all",
+    "interval_partition_values",
+    "reference",
+]

@@ -10,6 +10,7 @@ Each op has two routes to the same kernel:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"antdiff needs torch >= 2.10 (DLPack's C exchange API); this is torch {torch.__version__}.")
 
-__all__ = ["_C", "as_count", "check_errors", "define", "differentiate", "traced"]
+__all__ = ["_C", "as_count", "check_errors", "define", "dense", "differentiate", "traced"]
 
 _C.attach(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
 
@@ -62,12 +63,30 @@ def as_count(name: str, value: Any, least: int = 1) -> int:
     """``value`` as an int >= ``least``, with an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            value = value.__index__()  # NumPy integers
-        except AttributeError:
+            if isinstance(value, Tensor):
+                raise TypeError  # reading it would wait for its device
+            value = operator.index(value)  # NumPy integers
+        except TypeError:
             raise TypeError(f"{name} must be an int; got {type(value).__name__}. Pass a Python int.") from None
     if isinstance(value, int) and value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
     return value  # type: ignore[no-any-return]  # a SymInt counts as an int wherever it goes from here
+
+
+def dense(name: str, x: Any) -> Tensor:
+    """``x`` as a contiguous tensor: itself, or one copy where it is strided. Sparse tensors and tensors that overlap
+    themselves (expanded ones) are refused, for a copy would hide how large they get."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
+    if x.is_contiguous():
+        return x
+    if 0 in x.stride() and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{name} must not overlap itself; got {list(x.shape)} with strides {x.stride()}. Call .contiguous()."
+        )
+    return x.contiguous()
 
 
 def check_errors(device: torch.device | str | int | None = None) -> None:

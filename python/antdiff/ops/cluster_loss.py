@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, as_count, define, differentiate, traced
+from antdiff.ops._extension import _C, as_count, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
 
@@ -120,26 +120,23 @@ def _wants_grad(pred: object, target: object, weight: object) -> bool:
 def _as_it_lies(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """pred and target as contiguous ``[B, ...]``. Channels_last pairs are viewed, not copied: the mean over a sample's
     elements does not care for their order. Everything else that is not contiguous is copied once."""
-    for name, x in (("pred", pred), ("target", target)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
-        if x.dim() == 0:
-            raise ValueError(f"{name} must have a batch dimension, [B, ...]; got a single number.")
-    if not (pred.is_contiguous() and target.is_contiguous()):
-        if _channels_last(pred) and _channels_last(target):
-            return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
-        return pred.contiguous(), target.contiguous()
+    if _channels_last(pred) and _channels_last(target):
+        return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
+    pred, target = dense("pred", pred), dense("target", target)
+    if pred.dim() == 0:
+        raise ValueError("pred must have a batch dimension, [B, ...]; got a single number.")
     return pred, target
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    """In channels_last order and not contiguous as well (as with one channel)."""
+    if getattr(x, "layout", None) is not torch.strided or x.dim() != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
-    return x.contiguous() if isinstance(x, Tensor) else x
+def _optional(name: str, x: Tensor | None) -> Tensor | None:
+    return None if x is None else dense(name, x)
 
 
 def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -165,7 +162,17 @@ def _forward(
     pred, target = _as_it_lies(pred, target)
     losses, counts, per_sample, scratch = _outputs(pred, k)
     _C.cluster_loss_forward(
-        pred, target, _vector(cluster), _vector(weight), k, kind, delta, losses, counts, per_sample, scratch
+        pred,
+        target,
+        dense("cluster", cluster),
+        _optional("weight", weight),
+        k,
+        kind,
+        delta,
+        losses,
+        counts,
+        per_sample,
+        scratch,
     )
     return losses, counts, per_sample
 
@@ -183,7 +190,15 @@ def _backward(
     rows, target_rows = _as_it_lies(pred, target)
     grad = torch.empty_like(rows)
     _C.cluster_loss_backward(
-        grad_losses.contiguous(), rows, target_rows, _vector(cluster), _vector(weight), counts, kind, delta, grad
+        grad_losses.contiguous(),
+        rows,
+        target_rows,
+        dense("cluster", cluster),
+        _optional("weight", weight),
+        counts,
+        kind,
+        delta,
+        grad,
     )
     return _like(grad, rows, pred)
 
@@ -207,10 +222,10 @@ def _loss_and_grad(
     _C.cluster_loss_and_grad(
         rows,
         target_rows,
-        _vector(cluster),
-        _vector(weight),
+        dense("cluster", cluster),
+        _optional("weight", weight),
         k,
-        _vector(cluster_weight),
+        _optional("cluster_weight", cluster_weight),
         kind,
         delta,
         losses,
@@ -226,7 +241,9 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
     if not isinstance(per_sample, Tensor) or per_sample.dim() != 1 or not per_sample.is_floating_point():
         raise TypeError(f"per_sample must be a float tensor [B]; got {_describe(per_sample)}.")
     losses, counts, _, _ = _outputs(per_sample, k)
-    _C.cluster_mean_forward(_vector(per_sample), _vector(cluster), _vector(weight), k, losses, counts)
+    _C.cluster_mean_forward(
+        dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
+    )
     return losses, counts
 
 
@@ -329,7 +346,7 @@ def _fake_forward(pred: Tensor, _target: Any, _cluster: Any, _weight: Any, k: in
 
 
 def _fake_grad(pred: Tensor, target: Tensor) -> Tensor:
-    nhwc = not (pred.is_contiguous() and target.is_contiguous()) and _channels_last(pred) and _channels_last(target)
+    nhwc = _channels_last(pred) and _channels_last(target)
     return torch.empty_like(pred, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 

@@ -1,0 +1,126 @@
+"""The combination of K cluster gradients: the second and last pass over J, straight into ``p.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from antdiff.ops._extension import _C, define, traced
+from antdiff.ops.gram import Rows, as_rows, first_tensor
+
+
+@overload
+def combine(weights: Tensor, J: Tensor, out: Tensor | None = None) -> Tensor: ...
+@overload
+def combine(
+    weights: Tensor, J: Sequence[Tensor | None], out: Sequence[Tensor | None] | None = None
+) -> list[Tensor | None]: ...
+def combine(
+    weights: Tensor, J: Rows, out: Tensor | Sequence[Tensor | None] | None = None
+) -> Tensor | list[Tensor | None]:
+    """``weights^T J``: the update direction that a balancing method chose.
+
+    Args:
+        weights: float64 ``[k]`` (float32 is converted), on the device of J. They are read on the device: no host sync.
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Treated as data, never differentiated.
+        out: where to write: a tensor ``[P]`` for a matrix, a list of ``[*shape]`` for a list (None where J is None;
+            entries may be ``p.grad``). Overwritten, not added to. float32 or the dtype of J, contiguous, sharing no
+            memory with J or with one another, not requiring grad.
+
+    Returns:
+        ``out``, or new tensors like it in J's dtype (float32 for half-precision J): ``[P]`` for a matrix, a list for a
+        list. Sums run in float32 (float64 for float64 J), in row order, rounded once: the same bits on every run.
+        All rows are read, so an infinity or NaN in a row of weight 0 gives NaN, never a silently wrong update.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or layout of any of the three.
+    """
+    rows = as_rows(J)
+    k = first_tensor(rows).shape[0]
+    weights = _as_weights(weights, k)
+    if out is None:
+        if traced(weights, *rows):
+            made = iter(torch.ops.antdiff.combine(weights, [x.detach() for x in rows if x is not None]))
+            outs: list[Tensor | None] = [None if x is None else next(made) for x in rows]
+        else:
+            outs = _outputs(rows)
+            _C.combine(weights, rows, outs)
+        return outs[0] if isinstance(J, Tensor) else outs  # type: ignore[return-value]
+    outs = _checked_outputs(out, J, rows)
+    if traced(weights, *rows, *outs):
+        torch.ops.antdiff.combine_out(
+            weights, [x.detach() for x in rows if x is not None], [o for o in outs if o is not None]
+        )
+    else:
+        _C.combine(weights, rows, outs)
+    return out if isinstance(out, (Tensor, list)) else outs
+
+
+# ---- plain calls -----------------------------------------------------------------------------------------------------
+
+
+def _as_weights(weights: object, k: int | torch.SymInt) -> Tensor:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a torch.Tensor float64 [k]; got {type(weights).__name__}.")
+    weights = weights.detach()
+    if weights.dtype == torch.float32:
+        weights = weights.double()
+    return weights.contiguous()
+
+
+def _outputs(rows: list[Tensor | None]) -> list[Tensor | None]:
+    dtype = first_tensor(rows).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    return [None if x is None else torch.empty(x.shape[1:], dtype=dtype, device=x.device) for x in rows]
+
+
+def _checked_outputs(out: object, J: object, rows: list[Tensor | None]) -> list[Tensor | None]:
+    """``out`` as a list with None exactly where J has None; the extension checks each tensor."""
+    if isinstance(J, Tensor) != isinstance(out, Tensor) or not isinstance(out, (Tensor, list, tuple)):
+        raise TypeError(
+            f"out must be a torch.Tensor for a matrix J and a list for a list; got {type(out).__name__} for "
+            f"{type(J).__name__}."
+        )
+    outs: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
+    if len(outs) != len(rows):
+        raise ValueError(f"out must be as long as J; got {len(outs)} entries for {len(rows)}.")
+    for i, (o, x) in enumerate(zip(outs, rows, strict=True)):
+        if (o is None) != (x is None):
+            raise ValueError(f"out[{i}] must be None exactly where J[{i}] is None; got {_kind(o)} for {_kind(x)}.")
+        if o is not None and getattr(o, "requires_grad", False):
+            raise ValueError(f"out[{i}] must not require grad (it is overwritten). Pass p.grad, or .detach().")
+    return outs
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+# ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
+
+
+def _combine(weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
+    rows = as_rows(J)
+    outs = _outputs(rows)
+    _C.combine(weights, rows, outs)
+    return outs
+
+
+def _combine_out(weights: Tensor, J: list[Tensor], out: list[Tensor]) -> None:
+    _C.combine(weights, as_rows(J), list(out))
+
+
+def _fake_combine(_weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
+    return _outputs(list(J))
+
+
+def _fake_combine_out(_weights: Any, _J: Any, _out: Any) -> None:
+    return None
+
+
+define("combine(Tensor weights, Tensor[] J) -> Tensor[]", _combine, _fake_combine)
+define("combine_out(Tensor weights, Tensor[] J, Tensor(a!)[] out) -> ()", _combine_out, _fake_combine_out)

@@ -1,0 +1,141 @@
+"""The Gram matrix of K cluster gradients: everything a gradient-balancing method needs to know of them.
+
+One read of J. The result is float64: products are summed in float32 over short chains only, and in float64 from there,
+since a plain float32 matrix product is off by 2e-3 in the squared norms at P = 1e7, enough to change PCGrad's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.ops._extension import _C, define, traced
+
+Rows = Tensor | Sequence[Tensor | None]
+
+
+def gram(J: Rows) -> Tensor:
+    """``G = J J^T``, the inner products of K gradients.
+
+    Args:
+        J: ``[k, P]``, or one tensor ``[k, *shape]`` a parameter, in a list (None entries are skipped; P is the sum of
+            their sizes, and nothing is concatenated). float32, float64, float16 or bfloat16, all of one k, dtype and
+            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as data:
+            nothing is recorded for autograd, also where J requires grad.
+
+    Returns:
+        G float64 ``[k, k]``, exactly symmetric, on the device of J. The same bits from run to run on one device, and on
+        the CPU for any number of threads. NaN and infinity in J show up in G.
+
+    Raises:
+        TypeError, ValueError: no tensor in the list, or a wrong dtype, shape, device or layout.
+    """
+    rows = as_rows(J)
+    if traced(*rows):
+        return torch.ops.antdiff.gram([x.detach() for x in rows if x is not None])  # type: ignore[no-any-return]
+    return _gram(rows)
+
+
+def gram_(out: Tensor, J: Rows) -> Tensor:
+    """Adds the Gram matrix of J to ``out`` float64 ``[k, k]``, and returns ``out``.
+
+    For gradients that come in chunks of columns or live in shards: G is the sum over chunks, whatever their dtypes, and
+    for sharded parameters one all-reduce of k x k numbers finishes it. J is as in :func:`gram`; ``out`` must be
+    contiguous and must not require grad.
+    """
+    rows = as_rows(J)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}. Start from torch.zeros(k, k, ...).")
+    if out.requires_grad:
+        raise ValueError("out must not require grad (it is written in place). Pass out.detach().")
+    if traced(out, *rows):
+        torch.ops.antdiff.gram_(out, [x.detach() for x in rows if x is not None])
+    else:
+        _accumulate(out, rows)
+    return out
+
+
+# ---- plain calls -----------------------------------------------------------------------------------------------------
+
+
+def as_rows(J: object) -> list[Tensor | None]:
+    """J as a list of contiguous tensors and None. Metadata only, but for the one copy of a non-contiguous tensor; the
+    extension checks the rest."""
+    if isinstance(J, Tensor):
+        if J.dim() < 2:
+            raise ValueError(
+                f"J must be [k, P] or a list of [k, *shape]; got shape {list(J.shape)}. Stack the gradients."
+            )
+        rows: list[Tensor | None] = [J]
+    elif isinstance(J, (list, tuple)):
+        rows = list(J)
+    else:
+        raise TypeError(f"J must be a torch.Tensor [k, P] or a list of [k, *shape]; got {type(J).__name__}.")
+    try:  # the whole list in one sweep of C calls; a model has hundreds of parameters
+        if not torch.compiler.is_compiling() and all(map(Tensor.is_contiguous, rows)):  # type: ignore[arg-type]
+            return rows
+    except (TypeError, RuntimeError):  # None, sparse, or no tensor at all
+        pass
+    return [_contiguous(f"J[{i}]" if len(rows) > 1 else "J", x) for i, x in enumerate(rows)]
+
+
+def _contiguous(name: str, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(x).__name__}.")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(
+            f"{name} must not be expanded (one element of memory standing for several); got strides {list(x.stride())} "
+            f"for {list(x.shape)}. Call .contiguous() if that is meant."
+        )
+    return x.contiguous()
+
+
+def first_tensor(rows: list[Tensor | None]) -> Tensor:
+    for x in rows:
+        if isinstance(x, Tensor):
+            if x.dim() < 1:
+                raise ValueError("J must hold tensors [k, *shape]; got a 0-d tensor. Stack the gradients.")
+            return x
+    raise ValueError("J must hold at least one tensor; got an empty list or None entries only.")
+
+
+def _scratch(k: int, device: torch.device) -> Tensor | None:
+    if device.type != "cuda":
+        return None
+    return torch.empty(_C.gram_scratch(k, device.index), dtype=torch.float64, device=device)
+
+
+def _gram(rows: list[Tensor | None]) -> Tensor:
+    x = first_tensor(rows)
+    k = x.shape[0]
+    out = torch.empty(k, k, dtype=torch.float64, device=x.device)
+    _C.gram(out, rows, False, _scratch(k, x.device))
+    return out
+
+
+def _accumulate(out: Tensor, rows: list[Tensor | None]) -> None:
+    x = first_tensor(rows)
+    _C.gram(out, rows, True, _scratch(x.shape[0], x.device))
+
+
+# ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
+
+
+def _fake_gram(J: list[Tensor]) -> Tensor:
+    k = J[0].shape[0]
+    return J[0].new_empty((k, k), dtype=torch.float64)
+
+
+def _fake_accumulate(_out: Any, _J: Any) -> None:
+    return None
+
+
+define("gram(Tensor[] J) -> Tensor", lambda J: _gram(as_rows(J)), _fake_gram)
+define("gram_(Tensor(a!) out, Tensor[] J) -> ()", lambda out, J: _accumulate(out, as_rows(J)), _fake_accumulate)
