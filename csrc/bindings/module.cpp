@@ -7,6 +7,8 @@ void bind_tensor(pybind11::module_& m);
 void bind_cluster_loss(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
 void bind_combine(pybind11::module_& m);
+void bind_pcgrad(pybind11::module_& m);
+void bind_nash(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
 
 }  // namespace antdiff
@@ -16,5 +18,7 @@ PYBIND11_MODULE(_C, m) {
   antdiff::bind_cluster_loss(m);
   antdiff::bind_gram(m);
   antdiff::bind_combine(m);
+  antdiff::bind_pcgrad(m);
+  antdiff::bind_nash(m);
   antdiff::bind_interval(m);
 }

@@ -10,6 +10,8 @@ struct Status {
     ok,
     bad_id,       // a cluster id outside [0, K): `where` is its row, `value` the id
     not_finite,   // NaN or infinity where numbers are needed: `where` is the flat index
+    bad_gram,     // not a Gram matrix: `where` is the flat index of the entry
+    bad_perms,    // a visiting order that is none: `where` is the problem
     infeasible,   // no partition satisfies the constraints
     interrupted,  // the caller's interrupt callback asked to stop
     cuda,         // a CUDA call failed: `value` is the cudaError_t

@@ -3,6 +3,8 @@
 
 #include "core/cluster_loss.h"
 #include "core/gram.h"
+#include "core/nash.h"
+#include "core/pcgrad.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -13,5 +15,8 @@ Status cpu_cluster_loss_and_grad(const ClusterLossParams& p);  // forward and ba
 
 Status cpu_gram(const GramParams& p);
 Status cpu_combine(const CombineParams& p);
+
+Status cpu_pcgrad_weights(const PcgradParams& p);
+Status cpu_nash_weights(const NashParams& p);
 
 }  // namespace antdiff

@@ -5,6 +5,8 @@
 
 #include "core/cluster_loss.h"
 #include "core/gram.h"
+#include "core/nash.h"
+#include "core/pcgrad.h"
 #include "core/status.h"
 
 namespace antdiff {
@@ -21,6 +23,9 @@ Status cuda_cluster_loss_and_grad(const ClusterLossParams& p, Stream stream);
 int64_t cuda_gram_scratch(int64_t k, int device);  // float64 numbers that GramParams::scratch must hold
 Status cuda_gram(const GramParams& p, Stream stream);
 Status cuda_combine(const CombineParams& p, Stream stream);
+
+Status cuda_pcgrad_weights(const PcgradParams& p, Stream stream);
+Status cuda_nash_weights(const NashParams& p, Stream stream);
 
 // ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };

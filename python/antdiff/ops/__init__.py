@@ -11,6 +11,8 @@ from antdiff.ops.interval import (
     interval_partition_all,
     interval_partition_values,
 )
+from antdiff.ops.nash import nash, nash_residual, nash_weights
+from antdiff.ops.pcgrad import pcgrad, pcgrad_weights
 
 __all__ = [
     "check_errors",
@@ -24,5 +26,10 @@ __all__ = [
     "interval_partition_affinity",
     "interval_partition_all",
     "interval_partition_values",
+    "nash",
+    "nash_residual",
+    "nash_weights",
+    "pcgrad",
+    "pcgrad_weights",
     "reference",
 ]

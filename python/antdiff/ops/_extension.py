@@ -116,6 +116,6 @@ def check_errors(device: torch.device | str | int | None = None) -> None:
 
 _ERRORS = {
     1: "cluster must be int64 [B] with 0 <= id < k; some id was out of range (that call's losses are NaN)",
-    2: "gram must be finite with a non-negative diagonal; some entry was not (that call's weights are NaN)",
-    4: "perms must list, in row i, the k-1 other rows; some row did not (that call's weights are NaN)",
+    2: "gram must be a finite, symmetric Gram matrix with a non-negative diagonal; some was not (its weights are NaN)",
+    4: "perms must list, in row i, the k-1 other rows; some row did not (that problem's weights are NaN)",
 }

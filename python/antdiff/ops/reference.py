@@ -93,6 +93,116 @@ def combine(
     return [None if x is None else one(x, o) for x, o in zip(J, outs, strict=True)]
 
 
+# ---- weights from a Gram matrix --------------------------------------------------------------------------------------
+
+
+def pcgrad_weights(
+    gram: Tensor,
+    perms: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    reduction: str = "sum",
+    nonfinite: str = "raise",
+) -> Tensor:
+    """Twin of :func:`antdiff.ops.pcgrad_weights`."""
+    bad = _bad_gram(gram, nonfinite)  # [...]
+    if perms is None:
+        perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator))
+    k = gram.shape[-1]
+    c = torch.eye(k, dtype=gram.dtype, device=gram.device).expand(gram.shape)  # [..., k, k]: p_i = sum_j c_ij g_j
+    for s in range(k - 1):  # every row i makes its visit number s
+        j = perms[..., s]  # [..., k]
+        rows = gram.gather(-2, j[..., None].expand(gram.shape))  # [..., k, k]: G_j for each i
+        norms = gram.diagonal(dim1=-2, dim2=-1).gather(-1, j)  # [..., k]: |g_j|^2
+        products = (c * rows).sum(-1)  # [..., k]: <p_i, g_j>
+        projection = torch.where((products < 0) & (norms > 0), -products / norms, 0.0)
+        c = c.scatter_add(-1, j[..., None], projection[..., None])
+    weights = c.sum(-2) if reduction == "sum" else c.mean(-2)
+    return torch.where(bad[..., None], torch.nan, weights)
+
+
+def pcgrad(
+    J: Tensor | Sequence[Tensor | None],
+    perms: Tensor | None = None,
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    generator: torch.Generator | None = None,
+    reduction: str = "sum",
+    nonfinite: str = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """Twin of :func:`antdiff.ops.pcgrad`."""
+    weights = pcgrad_weights(gram(J), perms, generator=generator, reduction=reduction, nonfinite=nonfinite)
+    return combine(weights, J, out), weights
+
+
+def pcgrad_perms(keys: Tensor) -> Tensor:
+    """The orders [..., k, k-1] that :func:`pcgrad_weights` draws from keys [..., k, k]: the other rows, ascending."""
+    k = keys.shape[-1]
+    self_last = keys.masked_fill(torch.eye(k, dtype=torch.bool, device=keys.device), torch.inf)
+    return self_last.argsort(dim=-1, stable=True)[..., : k - 1]
+
+
+def nash_weights(gram: Tensor, *, solver: str = "newton", nonfinite: str = "raise") -> Tensor:
+    """Twin of :func:`antdiff.ops.nash_weights`, for ``solver="newton"``: damped Newton as textbooks have it."""
+    if solver != "newton":
+        raise ValueError(f"the reference knows solver='newton' only; got {solver!r}.")
+    bad = _bad_gram(gram, nonfinite)  # [...]
+    k = gram.shape[-1]
+    weights = gram.new_full(gram.shape[:-1], torch.nan)
+    for G, w, skip in zip(gram.reshape(-1, k, k), weights.view(-1, k), bad.reshape(-1), strict=True):
+        if skip:
+            continue
+        rows = G.diagonal() > 0
+        scale = G.diagonal()[rows].rsqrt()  # D: 1 / |g_i|
+        C = G[rows][:, rows] * scale * scale[:, None]  # correlation matrix
+        b = _nash_newton(C)
+        if b is None:  # no solution: some convex combination of the rows vanishes
+            b = _nash_newton(C + 1e-9 * torch.eye(len(C)).to(C))
+        w.zero_()
+        w[rows] = torch.nan if b is None else scale * b
+    return weights
+
+
+def nash(
+    J: Tensor | Sequence[Tensor | None],
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    solver: str = "newton",
+    nonfinite: str = "raise",
+) -> tuple[Tensor | list[Tensor | None], Tensor]:
+    """Twin of :func:`antdiff.ops.nash`."""
+    weights = nash_weights(gram(J), solver=solver, nonfinite=nonfinite)
+    return combine(weights, J, out), weights
+
+
+def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
+    """Twin of :func:`antdiff.ops.nash_residual`."""
+    rows = gram.diagonal(dim1=-2, dim2=-1) > 0
+    return torch.where(rows, (weights * torch.einsum("...ij, ...j -> ...i", gram, weights) - 1).abs(), 0.0).amax(-1)
+
+
+def _nash_newton(C: Tensor) -> Tensor | None:
+    """b > 0 with C b = 1/b, or None where Newton's method does not converge."""
+    b, last = torch.ones_like(C[0]), torch.inf
+    for _ in range(64):
+        gradient = C @ b - 1 / b
+        step = torch.linalg.solve(C + torch.diag(b**-2), -gradient)
+        decrement = float((-gradient @ step).clamp(min=0).sqrt())
+        if decrement <= 1e-12 or (decrement < 0.25 and decrement > 0.5 * last):
+            return b
+        last = decrement if decrement < 0.25 else torch.inf
+        b = b + step / (1 if decrement < 0.25 else 1 + decrement)
+    return None
+
+
+def _bad_gram(gram: Tensor, nonfinite: str) -> Tensor:
+    """Which problems [...] have no Gram matrix: not finite, or a negative diagonal."""
+    bad = ~gram.isfinite().all(-1).all(-1) | (gram.diagonal(dim1=-2, dim2=-1) < 0).any(-1)
+    if nonfinite == "raise" and gram.device.type == "cpu" and bad.any():
+        raise ValueError("gram must be finite with a non-negative diagonal.")
+    return bad
+
+
 def interval_partition(cost: Tensor, k: int, *, min_size: int = 1, max_size: int | None = None) -> tuple[Tensor, float]:
     """Twin of :func:`antdiff.ops.interval_partition`."""
     starts, total = interval_partition_all(cost, k, min_size=min_size, max_size=max_size)[k - 1]

@@ -1,0 +1,36 @@
+#include "core/pcgrad.h"
+
+#include "bindings/problems.h"
+#include "cpu/launchers.h"
+
+namespace antdiff {
+namespace {
+
+void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, bool poison, py::handle out, py::handle scratch) {
+  Problems<PcgradParams> c(gram, poison, out);
+  if (perms_.is_none()) {
+    c.p.keys = Tensor(keys, "keys").as<double>();
+  } else {
+    Tensor perms(perms_, "perms");
+    perms.require_int64().require_same_device(c.gram);
+    const int64_t dim = c.gram.dim();
+    bool ok = perms.dim() == dim && perms.size(dim - 1) == c.p.K - 1;
+    for (int64_t i = 0; ok && i < dim - 1; ++i) ok = perms.size(i) == c.gram.size(i);
+    if (!ok)
+      throw_value("perms must have shape [..., k, k-1] for gram [..., k, k]; got " + perms.describe() + " for gram " +
+                  c.gram.describe() + ". Leave perms out to draw the orders.");
+    c.p.perms = perms.as<int64_t>();
+  }
+  c.p.mean = mean;
+  c.scratch(scratch);
+  check_problems(ANTDIFF_LAUNCH(c.gram, pcgrad_weights, c.p), c.gram);
+}
+
+}  // namespace
+
+void bind_pcgrad(py::module_& m) {
+  m.def("pcgrad_weights", &weights);
+  m.def("pcgrad_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, pcgrad_workspace(K)); });
+}
+
+}  // namespace antdiff

@@ -1,0 +1,37 @@
+// Linear systems of the small solvers.
+#pragma once
+
+#include <cstdint>
+
+#include "core/hd.h"
+#include "core/team.h"
+
+namespace antdiff {
+
+// Solves M x = x in place for symmetric positive definite M [K, K], of which only the upper triangle is read (and
+// overwritten): M = U^T diag(pivots)^-1 U, rows of U unscaled, so there is one division a row and no square root.
+// False on a pivot that is not positive. The caller syncs before; after the call all members may read x.
+template <class Team>
+ANTDIFF_HD bool cholesky_solve(double* M, double* x, int64_t K, Team team) {
+  for (int64_t j = 0; j < K; ++j) {
+    const double pivot = M[j * K + j];
+    if (!(pivot > 0)) return false;
+    const double inverse = 1 / pivot;
+    for (int64_t i = j + 1 + team.row(); i < K; i += team.rows()) {
+      const double factor = M[j * K + i] * inverse;
+      for (int64_t k = i + team.column(); k < K; k += team.columns()) M[i * K + k] -= factor * M[j * K + k];
+      if (team.column() == 0) x[i] -= factor * x[j];
+    }
+    team.sync();
+  }
+  for (int64_t j = K - 1; j > 0; --j) {
+    const double value = x[j] / M[j * K + j];
+    for (int64_t i = team.rank(); i < j; i += team.size()) x[i] -= M[i * K + j] * value;
+    team.sync();
+  }
+  for (int64_t i = team.rank(); i < K; i += team.size()) x[i] /= M[i * K + i];
+  team.sync();
+  return true;
+}
+
+}  // namespace antdiff

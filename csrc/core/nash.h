@@ -1,0 +1,114 @@
+// NashMTL (Navon et al., ICML 2022) solved exactly: parameters of the launchers, and one problem.
+//
+// The weights a > 0 with G a = 1/a (elementwise) are the unique minimiser of F(a) = 1/2 a^T G a - sum_i log a_i, which is
+// self-concordant. Newton's method in relative steps x = (change of b) / b on the scaled matrix S, a = D b:
+//
+//   (I + B S B) x = 1 - b * (S b),  B = diag(b);  lambda^2 = x . (1 - b * (S b))
+//   b *= 1 + x where lambda < 1/4, where convergence is quadratic, else b *= 1 + x / (1 + lambda)
+//
+// The matrix has no eigenvalue below 1, however close S is to singular. Before each step b is moved along its own ray to
+// the minimum of F there, b^T S b = number of rows, at no cost: rows that nearly oppose each other want weights many
+// orders of magnitude above the start, and Newton's damped steps could only double them.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "core/cholesky.h"
+#include "core/scaled_gram.h"
+#include "core/team.h"
+
+namespace antdiff {
+
+// Contiguous, on one device.
+struct NashParams {
+  int64_t n = 0, K = 0;          // problems, clusters
+  const double* gram = nullptr;  // [n, K, K]
+  bool poison = false;           // a bad gram gives NaN weights and nothing else
+  double* weights = nullptr;     // [n, K]
+  double* scratch = nullptr;     // CUDA only: scratch_for(n, K, nash_workspace(K)) doubles
+};
+
+constexpr int64_t nash_workspace(int64_t K) { return 2 * K * K + 4 * K; }
+
+constexpr int kNashIterations = 64;
+constexpr double kNashResidual = 1e-12;  // stop at max_i |a_i (G a)_i - 1| below
+constexpr double kNashRidge = 1e-9;      // relative to the diagonal, for a G without a solution
+// b^T S b this far below its diagonal part (a few times K) is rounding of G: a positive combination of the rows is zero.
+constexpr double kNashStationary = 64 * DBL_EPSILON;
+
+// Minimises F for S with its diagonal times 1 + ridge. b, y, x [K] and M [K, K] are workspace; the result is in b, zero
+// for zero rows. False where there is no minimum: a positive combination of rows vanishes, or S is indefinite.
+template <class Team>
+ANTDIFF_HD bool nash_newton(const double* S, double ridge, int64_t K, double* M, double* b, double* y, double* x,
+                            Team team) {
+  for (int64_t i = team.rank(); i < K; i += team.size()) b[i] = S[i * K + i] > 0 ? 1 / sqrt(S[i * K + i]) : 0;
+  team.sync();
+  double last = DBL_MAX;
+  for (int iteration = 0; iteration < kNashIterations; ++iteration) {
+    for (int64_t i = team.rank(); i < K; i += team.size()) {
+      double sum = ridge * S[i * K + i] * b[i];
+      for (int64_t k = 0; k < K; ++k) sum += S[k * K + i] * b[k];
+      y[i] = sum;
+    }
+    team.sync();
+    double form = 0, diagonal = 0, rows = 0;
+    for (int64_t i = 0; i < K; ++i) {
+      form += b[i] * y[i];
+      diagonal += b[i] * b[i] * S[i * K + i];
+      rows += double(b[i] > 0);
+    }
+    if (rows == 0) return true;
+    if (!(form > kNashStationary * double(K) * diagonal) || !is_finite(form)) return false;
+    const double ray = sqrt(rows / form);
+    double residual = 0;
+    for (int64_t i = 0; i < K; ++i)
+      if (b[i] > 0) residual = fmax(residual, fabs(ray * b[i] * (ray * y[i]) - 1));
+    team.sync();
+    for (int64_t i = team.rank(); i < K; i += team.size()) {
+      b[i] *= ray;
+      y[i] = b[i] > 0 ? 1 - b[i] * (ray * y[i]) : 0;  // the right-hand side from here on
+      x[i] = y[i];
+    }
+    team.sync();
+    if (residual <= kNashResidual) return true;
+    for (int64_t i = team.row(); i < K; i += team.rows())
+      for (int64_t k = i + team.column(); k < K; k += team.columns()) {
+        const double entry = b[i] * S[i * K + k] * b[k];
+        M[i * K + k] = i == k ? 1 + entry * (1 + ridge) : entry;
+      }
+    team.sync();
+    if (!cholesky_solve(M, x, K, team)) return false;
+    double square = 0;
+    for (int64_t i = 0; i < K; ++i) square += x[i] * y[i];
+    if (!(square >= 0)) return false;
+    const double lambda = sqrt(square);
+    // Below 1/4 the decrement at least halves with each step, until rounding is all that is left of it.
+    if (lambda < 0.25 && lambda > 0.5 * last) return true;
+    last = lambda < 0.25 ? lambda : DBL_MAX;
+    const double step = lambda < 0.25 ? 1 : 1 / (1 + lambda);
+    team.sync();
+    for (int64_t i = team.rank(); i < K; i += team.size()) b[i] *= 1 + step * x[i];
+    team.sync();
+  }
+  return false;
+}
+
+// One problem. `work` holds nash_workspace(K) doubles. Weights are written only if ok.
+template <class Team>
+ANTDIFF_HD Verdict nash_problem(const NashParams& p, int64_t n, double* work, Team team) {
+  const int64_t K = p.K;
+  double *S = work, *M = S + K * K, *b = M + K * K, *y = b + K, *x = y + K, *d = x + K;
+  if (!scale_gram(p.gram + n * K * K, K, S, d, team)) return Verdict::bad_gram;
+  // One ridge serves a Gram matrix right to float64. One that was rounded more coarsely may have eigenvalues well below
+  // zero: the ridge grows until it covers them. With K (1 + kGramSlack) it covers every matrix that passed the check.
+  bool solved = nash_newton(S, 0.0, K, M, b, y, x, team);
+  for (double ridge = kNashRidge; !solved && ridge < 1e3 * double(K); ridge *= 100) {
+    team.sync();
+    solved = nash_newton(S, ridge, K, M, b, y, x, team);
+  }
+  for (int64_t i = team.rank(); i < K; i += team.size()) p.weights[n * K + i] = solved ? b[i] * d[i] : NAN;
+  return Verdict::ok;
+}
+
+}  // namespace antdiff

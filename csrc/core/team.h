@@ -1,0 +1,35 @@
+// Who computes a K x K problem: one CPU thread (Solo) or the lanes of a warp (cuda/warp.h). The maths of core is written
+// once for both: loops stride over the team, `sync` separates writes from the reads of other members, and numbers that
+// every member needs are computed by every member, from the same memory and in the same order, instead of exchanged.
+#pragma once
+
+#include <cstdint>
+
+#include "core/hd.h"
+
+namespace antdiff {
+
+struct Solo {
+  ANTDIFF_HD int64_t rank() const { return 0; }
+  ANTDIFF_HD int64_t size() const { return 1; }
+  // The same members as a grid, for loops over two indices.
+  ANTDIFF_HD int64_t row() const { return 0; }
+  ANTDIFF_HD int64_t rows() const { return 1; }
+  ANTDIFF_HD int64_t column() const { return 0; }
+  ANTDIFF_HD int64_t columns() const { return 1; }
+  ANTDIFF_HD void sync() const {}
+};
+
+// What a method found out about its input.
+enum class Verdict : int8_t { ok, bad_gram, bad_perms };
+
+// Largest K whose workspace fits the static shared memory of a CUDA block (48 KiB); beyond it lies in global memory.
+constexpr int64_t kSharedK = 32;
+// Most problems under way at once where the workspace is global memory.
+constexpr int64_t kScratchBlocks = 1024;
+// Doubles of global memory that the CUDA launchers need for n problems of `workspace` doubles each.
+inline int64_t scratch_for(int64_t n, int64_t K, int64_t workspace) {
+  return K <= kSharedK ? 0 : (n < kScratchBlocks ? n : kScratchBlocks) * workspace;
+}
+
+}  // namespace antdiff

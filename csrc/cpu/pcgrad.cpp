@@ -1,0 +1,13 @@
+// PCGrad weights on the CPU. Parallel over problems; a problem costs O(K^2) without conflicts and O(K^3) with.
+#include "core/pcgrad.h"
+
+#include "cpu/launchers.h"
+#include "cpu/problems.h"
+
+namespace antdiff {
+
+Status cpu_pcgrad_weights(const PcgradParams& p) {
+  return solve_problems(p, pcgrad_workspace(p.K), [&](int64_t n, double* work) { return pcgrad_problem(p, n, work, Solo{}); });
+}
+
+}  // namespace antdiff

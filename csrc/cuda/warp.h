@@ -1,0 +1,47 @@
+// A warp as the team of a K x K problem (core/team.h), and where a problem finds its workspace.
+#pragma once
+
+#include <cmath>
+
+#include "core/team.h"
+#include "cuda/launch.h"
+
+#if defined(__CUDACC__) || defined(ANTDIFF_CUDA_EMULATION)
+
+namespace antdiff {
+
+struct Warp {
+  int lane;
+  __device__ __forceinline__ int64_t rank() const { return lane; }
+  __device__ __forceinline__ int64_t size() const { return kWarp; }
+  __device__ __forceinline__ int64_t row() const { return lane / 8; }
+  __device__ __forceinline__ int64_t rows() const { return kWarp / 8; }
+  __device__ __forceinline__ int64_t column() const { return lane % 8; }
+  __device__ __forceinline__ int64_t columns() const { return 8; }
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
+};
+
+// Problems [blockIdx.x, n) with stride gridDim.x, a warp each: body(n, work, warp) -> Verdict. One that fails gets NaN
+// weights and leaves its mark in the sticky error word.
+template <class Params, class Problem>
+__device__ __forceinline__ void solve_problems(const Params& p, double* shared, int64_t workspace, uint32_t* errors,
+                                               Problem&& problem) {
+  const Warp warp{int(threadIdx.x)};
+  double* work = p.K <= kSharedK ? shared : p.scratch + int64_t(blockIdx.x) * workspace;
+  for (int64_t n = blockIdx.x; n < p.n; n += gridDim.x) {
+    const Verdict verdict = problem(n, work, warp);
+    if (verdict != Verdict::ok) {
+      for (int64_t i = warp.rank(); i < p.K; i += warp.size())
+        p.weights[n * p.K + i] = NAN;
+      if (warp.rank() == 0 && verdict == Verdict::bad_perms) record(errors, kBadPerms);
+      if (warp.rank() == 0 && verdict == Verdict::bad_gram && !p.poison) record(errors, kBadGram);
+    }
+    warp.sync();  // the next problem writes what some lanes may still read
+  }
+}
+
+inline int64_t problem_blocks(int64_t n, int64_t K) { return K <= kSharedK || n < kScratchBlocks ? grid_for(n) : kScratchBlocks; }
+
+}  // namespace antdiff
+
+#endif

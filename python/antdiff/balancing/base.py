@@ -1,0 +1,96 @@
+"""What a balancing method is to a training loop: the attributes it declares, and the state it keeps."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Balancer(Protocol):
+    """From K losses or their K x K Gram matrix to K weights.
+
+    ``needs`` says what :meth:`weights` is given. ``scale`` says how the weights enter a step: those of a ``"sum"``-type
+    method are multiplied by 1/K, so that without conflict they give the gradient of the mean loss and a learning rate
+    keeps its meaning; those of a ``"mean"``-type method are used as they are.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Literal["gram", "losses"]]
+    scale: ClassVar[Literal["sum", "mean"]]
+
+    def weights(self, x: Tensor, /) -> Tensor: ...
+    def reset(self) -> None: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class GramBalancer:
+    """Base of the methods that need the Gram matrix: a subclass defines ``name``, ``scale`` and :meth:`solve`.
+
+    Args:
+        update_every: solve on every ``update_every``-th call of :meth:`weights`, return the last solution in between.
+            Where :attr:`due` is False the Gram matrix, and with it the K gradients, need not be computed.
+        nonfinite: see :func:`antdiff.ops.pcgrad_weights`; ``"poison"`` under a ``GradScaler``.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Literal["gram", "losses"]] = "gram"
+    scale: ClassVar[Literal["sum", "mean"]] = "mean"
+
+    def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
+        if update_every < 1:
+            raise ValueError(f"update_every must be at least 1; got {update_every}.")
+        self.update_every = update_every
+        self.nonfinite: Literal["raise", "poison"] = nonfinite
+        self._calls = 0
+        self._last: Tensor | None = None  # [..., k]
+
+    def solve(self, gram: Tensor) -> Tensor:
+        """Weights [..., k] of a Gram matrix [..., k, k], without memory of earlier calls."""
+        raise NotImplementedError
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call of :meth:`weights` solves, and so needs a Gram matrix."""
+        return self._last is None or self._calls % self.update_every == 0
+
+    def weights(self, gram: Tensor | None = None, /) -> Tensor:
+        """Weights float64 [..., k] for this step, from the Gram matrix float64 [..., k, k] of unscaled gradients.
+
+        Raises:
+            ValueError: ``gram`` is None although a solution is :attr:`due`; what the op raises.
+        """
+        if not self.due:
+            assert self._last is not None
+            self._calls += 1
+            return self._last
+        if gram is None:
+            raise ValueError(f"gram must be given on this call: weights are due every {self.update_every} calls.")
+        weights = self.solve(gram)
+        self._calls += 1
+        if self.update_every > 1:
+            self._last = self._worth_keeping(weights)
+        return weights
+
+    def _worth_keeping(self, weights: Tensor) -> Tensor:
+        """``weights``, or the last ones where these are poisoned: one bad step must not spoil the next ones."""
+        if self._last is None or self._last.shape != weights.shape:
+            return weights
+        return torch.where(weights.isfinite().all(dim=-1, keepdim=True), weights, self._last)
+
+    def reset(self) -> None:
+        """Forgets the last solution; the next call solves."""
+        self._calls = 0
+        self._last = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if never interrupted."""
+        return {"calls": self._calls, "last": None if self._last is None else self._last.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._calls = int(state["calls"])
+        self._last = None if state["last"] is None else state["last"].clone()

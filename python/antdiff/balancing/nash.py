@@ -1,0 +1,50 @@
+"""NashMTL (Navon et al., ICML 2022): the direction on which the tasks would agree in Nash bargaining."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from antdiff.balancing.base import GramBalancer
+from antdiff.ops import nash_weights
+
+
+class NashMTL(GramBalancer):
+    """Weights of the exact bargaining solution; see :func:`antdiff.ops.nash_weights`.
+
+    The direction has length ``sqrt(number of non-zero rows)`` whatever the gradients, so ``max_norm=1`` (usual with
+    NashMTL) divides by that root at every step: with it or without it, the learning rate is a step length.
+
+    Args:
+        max_norm: scale the direction down to this length where it is longer. Default: leave it.
+        solver: ``"newton"`` or ``"cvxpy"``.
+        update_every: 1 by default; the published implementations solve every 1 or 25 steps, for the price of theirs.
+        nonfinite: see :class:`GramBalancer`.
+    """
+
+    name = "nash"
+    scale = "mean"
+
+    def __init__(
+        self,
+        *,
+        max_norm: float | None = None,
+        solver: Literal["newton", "cvxpy"] = "newton",
+        update_every: int = 1,
+        nonfinite: Literal["raise", "poison"] = "raise",
+    ) -> None:
+        super().__init__(update_every=update_every, nonfinite=nonfinite)
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, or None to leave the length; got {max_norm}.")
+        self.max_norm = max_norm
+        self.solver: Literal["newton", "cvxpy"] = solver
+
+    def solve(self, gram: Tensor) -> Tensor:
+        weights = nash_weights(gram, solver=self.solver, nonfinite=self.nonfinite)
+        if self.max_norm is None:
+            return weights
+        # |J^T a|^2 = a^T G a; rounding can bring a vanishing one below zero.
+        square = torch.einsum("...i, ...ij, ...j -> ...", weights, gram, weights).clamp(min=0)[..., None]
+        return torch.where(square > self.max_norm**2, weights * (self.max_norm * square.rsqrt()), weights)

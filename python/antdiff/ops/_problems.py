@@ -1,0 +1,62 @@
+"""What the ops on batches of K x K problems share: the check of ``gram``, their outputs, and ``ANTDIFF_CHECK``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from antdiff.ops._extension import check_errors, dense
+
+NonFinite = Literal["raise", "poison"]
+
+# Read once: the choice is made where the program starts, and costs nothing a call.
+_CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
+
+
+def as_gram(gram: Tensor) -> Tensor:
+    """``gram`` as a contiguous float64 ``[..., k, k]`` outside autograd, or an error that names the rule it breaks."""
+    gram = dense("gram", gram)
+    if gram.dtype != torch.float64:
+        raise TypeError(
+            f"gram must be float64 (a Gram matrix in less precision changes the weights); got {gram.dtype}. "
+            "Compute it with antdiff.ops.gram(J), or pass gram.double() if it cannot be better."
+        )
+    shape = gram.shape
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(
+            f"gram must have shape [..., k, k] with k >= 1; got {list(shape)}. Compute it with antdiff.ops.gram(J)."
+        )
+    return gram.detach() if gram.requires_grad else gram
+
+
+def as_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value  # type: ignore[return-value]
+
+
+def outputs(gram: Tensor, scratch_size: Callable[[int, int], int]) -> tuple[Tensor, Tensor | None]:
+    """weights ``[..., k]``, and the workspace in global memory that a CUDA kernel needs for a large k."""
+    weights = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+    scratch = None
+    if gram.is_cuda:
+        k = gram.shape[-1]
+        if size := scratch_size(gram.numel() // (k * k), k):
+            scratch = torch.empty(size, dtype=torch.float64, device=gram.device)
+    return weights, scratch
+
+
+def checked(weights: Tensor) -> Tensor:
+    """``weights``; with ``ANTDIFF_CHECK=1`` after waiting for the kernel and raising what it noted."""
+    if _CHECK and weights.is_cuda:
+        check_errors(weights.device)
+    return weights
+
+
+def fake_weights(gram: Tensor) -> Tensor:
+    return gram.new_empty(gram.shape[:-1])
