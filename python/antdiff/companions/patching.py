@@ -272,7 +272,7 @@ def patch_dit(
         patch.was_trainable = [(p, p.requires_grad) for p in dit.parameters()]
         dit.requires_grad_(False)
     like = next(dit.parameters())
-    prompts.to(like.device)
+    prompts.to(like.device).train(dit.training)
     dit.add_module(NAME, prompts)
     prompts.patch = patch
     patch.handles.append(dit.register_forward_pre_hook(patch.begin, with_kwargs=True))
