@@ -253,7 +253,7 @@ def test_restriction_keeps_the_density_inside_the_range(make: Any, stage: int) -
     p = torch.full((T,), 1 / T, dtype=torch.float64)
     if make is StratifiedTimesteps:
         p = 1 / (clusters.k * clusters.sizes[clusters.cluster_of(torch.arange(T))].double())
-    low, high = map(int, timesteps.curriculum.range)
+    low, _high = map(int, timesteps.curriculum.range)
     p[:low] = 0
     p /= p.sum()
     n = 200_000
@@ -288,7 +288,8 @@ def test_importance_weights_give_the_mean_over_uniform_t_in_the_range(stage: int
     want = torch.cos(torch.arange(low, high).double() / 150).mean()
     # |value| <= 1, weights average to 1 and stay below 5: a standard deviation below 5 / sqrt(n); four of them.
     assert abs(float(losses.sum() / clusters.k - want)) < 20 / math.sqrt(len(t))
-    assert bool(((timesteps.cluster_weights == 0) == (counts == 0)).all())
+    assert torch.equal(timesteps.cluster_weights[cluster], weight)
+    assert bool(((counts == 0) == (clusters.starts + clusters.sizes <= low)).all())
 
 
 def test_uncertainty_weighting_leaves_clusters_outside_the_range_alone() -> None:
@@ -300,7 +301,7 @@ def test_uncertainty_weighting_leaves_clusters_outside_the_range_alone() -> None
     scale = torch.tensor([1.0, 0.5, 0.3, 0.2, 0.1])
     moved = []
     for step in range(30):
-        t, cluster, weight = timesteps.sample(10, generator=generator(step))
+        _t, cluster, weight = timesteps.sample(10, generator=generator(step))
         losses, counts = ops.cluster_mean(scale[cluster], cluster, clusters.k, weight)
         optimizer.zero_grad()
         loss = uw.loss(losses, counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_every_timestep_has_one_expert_that_of_the_bounds(n: int) -> None:
     owners = [b.expert_for(t) for t in range(T)]
     assert owners == sorted(owners)
     bounds = [i * T // n for i in range(n + 1)]
-    assert [owners.count(i) for i in range(n)] == [hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    assert [owners.count(i) for i in range(n)] == [hi - lo for lo, hi in itertools.pairwise(bounds)]
     if n == 4:
         assert (owners[249], owners[250]) == (0, 1)
     if n == 7:
@@ -218,8 +219,8 @@ def test_high_ratio_has_the_published_points_and_falls_with_noise_and_depth() ->
     for n, stages in ((4, 4), (6, 3), (2, 2)):
         table = [[high_ratio_schedule(e, s, n, stages) for s in range(stages)] for e in range(n)]
         assert all(0 < r < 1 for row in table for r in row)
-        assert all(a > b for row in table for a, b in zip(row, row[1:], strict=False))
-        assert all(a > b for column in zip(*table, strict=True) for a, b in zip(column, column[1:], strict=False))
+        assert all(a > b for row in table for a, b in itertools.pairwise(row))
+        assert all(a > b for column in zip(*table, strict=True) for a, b in itertools.pairwise(column))
     falls = [high_ratio_schedule(e, 3) / high_ratio_schedule(e, 1) for e in range(4)]
     assert falls == sorted(falls, reverse=True)  # with depth it falls faster for noisier experts
     assert 0 < high_ratio_schedule(0, 0, 1, 1) < 1
@@ -252,7 +253,7 @@ def test_inception_in_a_unet_starts_as_the_unet_and_has_more_attention_at_more_n
         lows.append([m.low / (m.low + m.high) for m in net.modules() if isinstance(m, InceptionMixer2d)])
     assert all(a[0] < a[1] for a in lows)
     # 32 and 64 channels hold 8 heads each, too few for four different shares
-    assert all(a[s] <= b[s] for a, b in zip(lows, lows[1:], strict=False) for s in range(2))
+    assert all(a[s] <= b[s] for a, b in itertools.pairwise(lows) for s in range(2))
     assert all(lows[0][s] < lows[3][s] for s in range(2))
 
 

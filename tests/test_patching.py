@@ -246,7 +246,7 @@ def test_inference_table_holds_the_gates_of_every_block() -> None:
 
 
 def test_published_importance_at_the_start() -> None:
-    """One block: gates are softmax of N normals of deviation ln 2 + 0.01, whose squared variation is exp(s^2) - 1 = 0.64
+    """One block: gates are softmax of N normals of deviation ln 2 + .01, whose squared variation is exp(s^2) - 1 = 0.64
     for N -> inf; twelve blocks of independent noise average it down to a twelfth, 0.053 (published 0.052)."""
     for depth, want in ((1, math.exp(0.703**2) - 1), (12, 0.052)):
         mop = MixtureOfPrompts(depth, 256, 8, balancing="published", generator=torch.Generator().manual_seed(0))

@@ -332,12 +332,12 @@ class RestrictedTimesteps:
 
     @property
     def cluster_weights(self) -> Tensor:
-        """float32 [K]: the weight of a row of each cluster at the current stage."""
+        """float32 [K]: the weight of a row of each cluster at the current stage (1 for a cluster that gets none)."""
         if not self.importance:
             return torch.ones(self.clusters.k, device=self._bounds.device)
         low, high = self.curriculum.range
         inside = torch.minimum(self._bounds[1:], high) - torch.maximum(self._bounds[:-1], low)  # [K]
-        return (self.clusters.k * inside.clamp(min=0) / (high - low)).float()
+        return torch.where(inside > 0, self.clusters.k * inside / (high - low), 1.0).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Of the sampler and of the curriculum."""

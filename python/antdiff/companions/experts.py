@@ -103,6 +103,8 @@ class ExpertBank(nn.Module):
     the batch is split by expert, which waits for the device, and each expert must return a tensor [B, ...]; arguments
     whose first dimension is B are split too.
 
+    Soft intervals train an expert on timesteps that are not its own: with ``only = i`` all samples go to expert i.
+
     Args:
         experts: in the order of their intervals, least noise first.
         T: number of timesteps.
@@ -129,6 +131,7 @@ class ExpertBank(nn.Module):
         self._home: torch.device | None = None
         self._device: torch.device | None = None
         self._resident: int | None = None
+        self.only: int | None = None
 
     def expert_for(self, t: int) -> int:
         """The expert whose interval holds t."""
@@ -155,6 +158,8 @@ class ExpertBank(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | int, *args: Any, **kwargs: Any) -> Any:
         """What the expert of t returns; for t int64 [B] of several experts the tensors [B, ...] put back in order."""
+        if self.only is not None:
+            return self.expert(self.only)(x, t, *args, **kwargs)
         if not isinstance(t, Tensor) or (t.numel() == 1 and t.device.type == "cpu"):
             return self.expert(self.expert_for(int(t)))(x, t, *args, **kwargs)
         B = len(x)

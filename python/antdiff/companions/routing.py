@@ -218,7 +218,8 @@ def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Ten
     """
 
     def rank(sigma: Tensor) -> Tensor:
-        return torch.special.ndtr((sigma.double().log() - p_mean) / p_std)
+        u: Tensor = torch.special.ndtr((sigma.double().log() - p_mean) / p_std)
+        return u
 
     return rank
 
