@@ -33,7 +33,7 @@ CASES = {
     "curriculum, vanilla": replace(TINY, curriculum=True, method="vanilla"),
     "routing": replace(TINY, routing=True),
     "both, DiT": replace(TINY, curriculum=True, routing=True, model="dit", method="nash"),
-    "experts": replace(TINY, experts=4),
+    "experts": replace(TINY, experts=2),
     "experts, DiT": replace(TINY, experts=2, model="dit"),
 }
 
@@ -191,7 +191,15 @@ SMALL = ["--steps", "2", "--batch-size", "5", "--eval-samples", "12", "--eval-se
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same measurements, of fewer images and by a network that nobody trained."""
     whole = load_data("digits")
-    few = ImageData("digits", whole.train[:90], whole.held_out[:30], whole.train_labels, whole.held_out_labels)
+    assert whole.train_labels is not None
+    assert whole.held_out_labels is not None
+    few = replace(
+        whole,
+        train=whole.train[:90],
+        held_out=whole.held_out[:30],
+        train_labels=whole.train_labels[:90],
+        held_out_labels=whole.held_out_labels[:30],
+    )
     for module in ("data", "compare", "sample"):
         monkeypatch.setattr(f"antdiff.train.{module}.load_data", lambda *_, **__: few)
     monkeypatch.setattr("antdiff.train.run.feature_net", lambda data: FeatureNet(1, 10).eval())

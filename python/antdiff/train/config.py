@@ -50,7 +50,7 @@ class TrainConfig:
     """unet (UNet2DModel) or dit (DiTTransformer2DModel), both from diffusers, sized for the images."""
 
     curriculum: bool = False
-    """Train from much noise to little: 20 log-SNR clusters join one by one, each when the loss has stopped improving for
+    """Train from much noise to little: 20 log-SNR clusters join one by one, each when the loss has not improved for
     `patience` steps. Timesteps are otherwise drawn as above."""
 
     patience: int = 0
