@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, define, traced
+from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import Rows
@@ -70,6 +70,12 @@ def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
     Returns float64 ``[...]``, on the device, without synchronisation. It is free of units: rounding gives about
     ``1e-16 * k`` times the condition number of the correlation matrix of ``gram``.
     """
+    gram, weights = as_gram(gram), dense("weights", weights)
+    if weights.dtype != torch.float64 or weights.shape != gram.shape[:-1] or weights.device != gram.device:
+        raise ValueError(
+            f"weights must be float64 {list(gram.shape[:-1])} on {gram.device}, one number for each row of gram; got "
+            f"{weights.dtype} {list(weights.shape)} on {weights.device}."
+        )
     products = weights * (gram @ weights[..., None])[..., 0]  # [..., k]
     error = torch.where(gram.diagonal(dim1=-2, dim2=-1) > 0, (products - 1).abs(), 0.0)
     return error.amax(dim=-1)
