@@ -34,8 +34,8 @@ sanitize() {
 }
 bench() {
   status=0
-  for script in benchmarks/bench_cluster_loss.py benchmarks/bench_gram.py benchmarks/bench_weights.py; do
-    python3 "$script" --device cuda --out "$OUT" || status=1
+  for family in cluster_loss gram weights; do
+    timeout 190 python3 "benchmarks/bench_$family.py" --device cuda --csv "$OUT/${family}_cuda.csv" || status=1
   done
   return $status
 }
