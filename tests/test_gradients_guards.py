@@ -194,6 +194,21 @@ def test_an_op_without_a_rule_is_named_before_any_backward() -> None:
     assert "cdist" in cg.explain()
 
 
+def test_gradients_inside_the_forward() -> None:
+    model, _, (x,) = case(Tied())
+
+    def penalty(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.flatten(1).square().mean(1)
+
+    with pytest.raises(GroupingError, match="a gradient is taken inside the forward"):
+        ClusterGradients(model, K, "grouped").compute(penalty, (x,), cluster_ids())
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(penalty, (x,), cluster_ids()), by_hand(model, penalty(x), cluster_ids())) < EXACT
+    assert cg.explain().startswith("route 'split': not 'grouped': a gradient is taken inside")
+
+
 def test_compiled_models_are_split() -> None:
     model, _, batch = case(Net(torch.tanh))
     compiled = torch.compile(model, backend="eager", dynamic=True)

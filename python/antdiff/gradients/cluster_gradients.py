@@ -105,7 +105,7 @@ class ClusterGradients:
         self._jacobian = Jacobian(model, k, dtype)
         self._choice: tuple[Chosen, str] | None = None if route == "auto" else (route, "asked for")
         self._open: tuple[Rows, list[Sink], GroupedMode | None, Tensor | float] | None = None
-        self._sums: tuple[Tensor, list[int]] | None = None
+        self._sums: tuple[Tensor, Tensor] | None = None
 
     @property
     def J(self) -> list[Tensor | None]:  # noqa: N802
@@ -148,7 +148,7 @@ class ClusterGradients:
         self._sums = None
         self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
-        self._report(sums, rows.sizes)
+        self._report(sums, rows.counts)
         return self.J
 
     def accumulate(
@@ -170,9 +170,9 @@ class ClusterGradients:
             self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=False, fresh=first)
         if self._sums is None:
-            self._sums = (sums, rows.sizes)
+            self._sums = (sums, rows.counts)
         else:
-            self._sums = (self._sums[0] + sums, [a + b for a, b in zip(self._sums[1], rows.sizes, strict=True)])
+            self._sums = (self._sums[0] + sums, self._sums[1] + rows.counts)
 
     def mean(self) -> list[Tensor | None]:
         """J of all micro-batches since the last call: row i is the gradient of the mean over all samples of cluster i.
@@ -182,13 +182,12 @@ class ClusterGradients:
         """
         if self._sums is None:
             raise RuntimeError("mean() ends accumulate(); call accumulate(loss_fn, batch, cluster) first.")
-        sums, sizes = self._sums
+        sums, counts = self._sums
         self._sums = None
-        self._report(sums, sizes)
-        counts = self.counts.clamp(min=1)
+        self._report(sums, counts)
         for J in self.J:
             if J is not None:
-                J.div_(counts.to(J.device).view(self.k, *[1] * (J.dim() - 1)))
+                J.div_(counts.clamp(min=1).to(J.device).view(self.k, *[1] * (J.dim() - 1)))
         return self.J
 
     # ---- from a forward of your own ------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ class ClusterGradients:
         self._open = None
         with torch._C.DisableTorchFunction():
             sums = routes.backward(per_sample, rows, sinks, mode, scale=self.scale)
-        self._report(sums, rows.sizes)
+        self._report(sums, rows.counts)
         return self.J
 
     # ---- asking --------------------------------------------------------------------------------------------------
@@ -290,8 +289,8 @@ class ClusterGradients:
             self._choice = checks.choose(self.model, loss_fn, batch, rows, self.k, self.separable)
         return self._choice[0]
 
-    def _report(self, sums: Tensor, sizes: list[int]) -> None:
-        self.counts = torch.tensor(sizes, dtype=torch.int64).to(sums.device, non_blocking=True)
+    def _report(self, sums: Tensor, counts: Tensor) -> None:
+        self.counts = counts.to(sums.device)
         self.losses = sums / self.counts.clamp(min=1)
 
 

@@ -54,6 +54,7 @@ class GroupedMode(TorchFunctionMode):
         super().__init__()
         self.rows = rows
         self.probe = probe
+        self._in_backward = False
         self._roots = sinks
         self._sinks = {id(s.tensor): s for s in sinks}
         self._separable = set(separable)
@@ -138,13 +139,13 @@ class GroupedMode(TorchFunctionMode):
         """``out``; and when its gradient arrives, ``write(gradient, *saved)``."""
         if not torch.is_grad_enabled():
             return out
-        return _Tap.apply(out, _ANCHOR, write, *(x.detach() for x in saved))  # type: ignore[no-any-return, no-untyped-call]
+        return _Tap.apply(out, _ANCHOR, partial(self._write, write), *(x.detach() for x in saved))  # type: ignore
 
     def leaf(self, x: Tensor, write: Write) -> Tensor:
         """The values of ``x``, and when their gradient arrives, ``write(gradient)``."""
         if not torch.is_grad_enabled():
             return x.detach()
-        return _Leaf.apply(x.detach(), _ANCHOR, write)  # type: ignore[no-any-return, no-untyped-call]
+        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write))  # type: ignore
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -161,8 +162,12 @@ class GroupedMode(TorchFunctionMode):
             sink.tensor.grad = None
         # Given an edge in place of the tensor, autograd leaves this mode on while it runs, so that what a checkpoint
         # computes again is recorded too.
-        with self:
-            torch.autograd.backward((edge,), (factors,))
+        self._in_backward = True
+        try:
+            with self:
+                torch.autograd.backward((edge,), (factors,))
+        finally:
+            self._in_backward = False
         leaks = [s.name for s in self._roots if s.tensor.grad is not None]
         if leaks:
             raise GroupingError(
@@ -192,6 +197,20 @@ class GroupedMode(TorchFunctionMode):
         for sink, grads in zip(self._roots, pulled, strict=True):
             if grads is not None:
                 sink.add_all(grads)
+
+    def _write(self, write: Write, grad: Tensor, *saved: Tensor) -> None:
+        if not self._in_backward:
+            raise GroupingError(
+                "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows "
+                "first derivatives alone. Use route='split'."
+            )
+        device = grad.device.type
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    write(grad, *saved)
+            else:
+                write(grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -240,7 +259,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # may run a checkpointed forward again, with the mode on
-        _write(ctx.write, grad_out, *saved)
+        ctx.write(grad_out, *saved)
         return grad_out, None, None, *(None for _ in saved)
 
 
@@ -252,18 +271,8 @@ class _Leaf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        _write(ctx.write, grad)
+        ctx.write(grad)
         return None, None, None
-
-
-def _write(write: Write, grad: Tensor, *saved: Tensor) -> None:
-    device = grad.device.type
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                write(grad, *saved)
-        else:
-            write(grad, *saved)
 
 
 def _stack(p: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:

@@ -65,6 +65,12 @@ class Rows:
             each_row(batch, self.B, lambda x: leaf(x.index_select(0, order))),
         )
 
+    @property
+    def counts(self) -> Tensor:
+        """``sizes`` as int64 ``[k]`` on the device, made there: a copy from the host would stand in the way of a CUDA
+        graph."""
+        return self.one_hot(torch.bool).sum(1)
+
     def slices(self) -> list[tuple[int, int]]:
         """``[start, stop)`` of every cluster in a sorted batch."""
         stops = list(itertools.accumulate(self.sizes))
@@ -152,12 +158,12 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_() if x.requires_grad else x
 
 
-def check_losses(per_sample: object, size: int, *, graph: bool = True) -> None:
+def check_losses(per_sample: object, size: int) -> None:
     if not isinstance(per_sample, Tensor) or per_sample.shape != (size,):
         came = list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
         raise ValueError(
             f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got {came}. "
             "Average over the other dimensions, not over the samples."
         )
-    if graph and not per_sample.requires_grad:
+    if not per_sample.requires_grad:
         raise ValueError("loss_fn must return losses that depend on model's parameters; got a tensor without a graph.")

@@ -90,8 +90,9 @@ def refuse_batch_norm(route: Chosen, model: nn.Module) -> None:
     """``split`` would take the statistics of each slice, ``grouped`` would leave out what samples do to each other."""
     if route == "loop":
         return
-    for name, m in model.named_modules():
+    for m in model.modules():
         if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
+            name = next(n for n, other in model.named_modules() if other is m)
             raise GroupingError(
                 f"{name} ({type(m).__name__}) takes the statistics of the batch: it mixes the samples of all clusters. "
                 "Use GroupNorm, freeze its statistics with .eval(), or take route='loop'."

@@ -53,12 +53,10 @@ def choose(
         return "split", "the model is compiled, which hides its ops"
     small, few = first_of_each(batch, rows)
     with repeatable(model) as replay:
-        with torch.no_grad():
-            once = loss_fn(*small)
-            check_losses(once, few.B, graph=False)
-            replay.rewind()
-            again = loss_fn(*small)
-        if not torch.equal(once.nan_to_num(), again.nan_to_num()):
+        once = loss_fn(*small)
+        check_losses(once, few.B)
+        replay.rewind()
+        if not torch.equal(once.nan_to_num(), loss_fn(*small).nan_to_num()):
             return "split", (
                 "loss_fn gives other losses for the same batch and random state, so 'grouped' cannot be checked here; "
                 "draw noise and timesteps before it"
@@ -160,7 +158,6 @@ def tolerance(model: nn.Module) -> float:
     return max(TOLERANCE.get(p.dtype, TOLERANCE_LOW) for p in model.parameters() if p.requires_grad)
 
 
-@torch.no_grad()
 def probe(
     route: Chosen,
     model: nn.Module,
@@ -193,7 +190,7 @@ def probe(
                 losses = loss_fn(*poisoned)
         else:
             losses = loss_fn(*poisoned)
-        check_losses(losses, rows.B, graph=False)
+        check_losses(losses, rows.B)
         others = torch.isnan(losses)
         others[j] = False
         if others.any():
