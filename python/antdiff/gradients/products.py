@@ -28,18 +28,21 @@ GROUPED_MM = False
 def linear(mode: GroupedMode, func: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not mode.varies(input) or mode.varies(weight) or mode.varies(bias) or input.dim() < 2:
         return NotImplemented
-    x = cast(mode.check(input, weight, bias))  # [R, ..., in]
+    x = _flat(mode.check(input, weight, bias))  # [R, in]
     w, b = mode.sink_of(weight), mode.sink_of(bias)
-    out = func(x, still(weight), still(bias))  # [R, ..., out]
-    return mode.tap(out, partial(_linear_grads, mode.rows, w, b, False), *((x,) if w else ()))
+    out = func(x, still(weight), still(bias))  # [R, out]
+    out = mode.tap(out, partial(_linear_grads, mode.rows, w, b, False), *((x,) if w else ()))
+    return out.view(*input.shape[:-1], out.shape[-1])
 
 
 def matmul(mode: GroupedMode, func: Op, input: Tensor, other: Tensor) -> Any:
     if mode.varies(input) and mode.varies(other):
         return NotImplemented
     if mode.varies(input) and other.dim() == 2 and input.dim() >= 2:
-        x = cast(mode.check(input, other))  # [R, ..., in]
-        return mode.tap(func(x, still(other)), partial(_linear_grads, mode.rows, mode.sink(other), None, True), x)
+        x = _flat(mode.check(input, other))  # [R, in]
+        out = func(x, still(other))  # [R, out]
+        out = mode.tap(out, partial(_linear_grads, mode.rows, mode.sink(other), None, True), x)
+        return out.view(*input.shape[:-1], out.shape[-1])
     if mode.varies(other) and input.dim() == 2 and other.dim() >= 3:
         letters = string.ascii_lowercase[: other.dim()]
         out = [*letters[:-2], "z", letters[-1]]
@@ -62,13 +65,18 @@ def addmm(
     )
 
 
+def _flat(x: Tensor) -> Tensor:
+    """One matrix, as torch makes it where the weight needs a gradient; of a detached weight it would make a batch of
+    copies if the input is not contiguous."""
+    return cast(x).reshape(-1, x.shape[-1])
+
+
 def _linear_grads(
     rows: Rows, weight: Sink | None, bias: Sink | None, transposed: bool, grad: Tensor, x: Tensor | None = None
 ) -> None:
-    grad = grad.reshape(-1, grad.shape[-1])  # [R, out]
+    """Of ``grad [R, out]`` and ``x [R, in]``."""
     if weight is not None:
         assert x is not None
-        x = x.reshape(-1, x.shape[-1])  # [R, in]
         left, right = (x, grad) if transposed else (grad, x)
         if GROUPED_MM and weight.fresh and rows.order is None:
             stops = torch.tensor([stop for _, stop in rows.slices()], device=x.device) * rows.repeats(x)
