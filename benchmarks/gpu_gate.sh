@@ -23,7 +23,7 @@ build() {
     python3 -m antdiff.info
 }
 # The op families; the training job needs packages that such a machine may lack, and no kernel of its own.
-families="tests/test_cluster_loss.py tests/test_gram.py tests/test_combine.py tests/test_pcgrad.py tests/test_nash.py tests/test_gradients.py tests/test_timesteps.py"
+families="tests/test_cluster_loss.py tests/test_gram.py tests/test_combine.py tests/test_pcgrad.py tests/test_nash.py tests/test_gradients.py tests/test_timesteps.py tests/test_cuda.py"
 gate_test() { python3 -m pytest $families -m "cuda or not cuda" -p no:cacheprovider; }
 # One example of each kernel, since the tools slow a program down a hundredfold. Leak checks are off: torch caches memory.
 sanitize() {

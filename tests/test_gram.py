@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import gram as gram_tolerance
@@ -16,9 +15,6 @@ from antdiff import ops
 from antdiff.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-if os.environ.get("ANTDIFF_REQUIRE_CUDA") == "1":
-    DEVICES = ["cpu", "cuda"]
 SHAPES = [(7,), (3, 5), (), (130, 70), (0,), (1, 4, 4), (2048,), (33, 9)]  # of parameters: P = 13,000 or so
 
 
@@ -56,6 +52,7 @@ def check(G: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert error.max() <= gram_tolerance(dtype), error.max()
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 33, 64])

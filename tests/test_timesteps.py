@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from devices import HAS_CUDA
 
 from antdiff import StratifiedTimesteps, TimestepClusters, UniformTimesteps, ops
 
@@ -139,7 +140,7 @@ def test_uniform_timesteps() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
 def test_on_a_gpu_nothing_waits() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     for sampler in (StratifiedTimesteps(CLUSTERS, importance=True), UniformTimesteps(CLUSTERS)):

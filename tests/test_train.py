@@ -372,6 +372,24 @@ def test_clusters_and_devices_that_are_not_there(tmp_path: Path) -> None:
         build_model("unet", 1, 18, generator_seed=0)
 
 
+def test_threads_are_taken_back_and_the_users_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    cpu = torch.device("cpu")
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with loop.sensible_threads(8, cpu):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with loop.sensible_threads(28, cpu), loop.sensible_threads(8, torch.device("cuda")):
+            assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with loop.sensible_threads(8, cpu):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- the whole way -----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@
 namespace antdiff {
 namespace {
 
-void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, bool poison, py::handle out, py::handle scratch) {
+void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, bool poison, py::handle out,
+             py::handle scratch) {
   Problems<PcgradParams> c(gram, poison, out);
   if (perms_.is_none()) {
     c.p.keys = Tensor(keys, "keys").as<double>();

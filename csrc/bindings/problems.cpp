@@ -30,7 +30,8 @@ std::string place(const Tensor& tensor, int64_t dims, int64_t where) {
   if (!std::isfinite(here))
     throw_value("gram must be finite; " + got + ". Skip the step, or pass nonfinite='poison' to get NaN weights.");
   if (i == j)
-    throw_value("gram must have a non-negative diagonal (squared norms); " + got + ". Compute it with antdiff.ops.gram.");
+    throw_value("gram must have a non-negative diagonal (squared norms); " + got +
+                ". Compute it with antdiff.ops.gram.");
   throw_value("gram must be a Gram matrix J J^T, symmetric with |G_ij| <= |g_i| |g_j|; " + got + " beside " +
               number(G[j * K + i]) + " mirrored and " + number(G[i * K + i]) + ", " + number(G[j * K + j]) +
               " on the diagonal. Compute it with antdiff.ops.gram.");

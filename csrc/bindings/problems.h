@@ -17,7 +17,8 @@ struct Problems {
     gram.require_dtype(DType::f64, "the balancing arithmetic is in double precision, as antdiff.ops.gram returns it");
     const int64_t dim = gram.dim();
     if (dim < 2 || gram.size(dim - 1) != gram.size(dim - 2) || gram.size(dim - 1) < 1)
-      throw_value("gram must have shape [..., k, k] with k >= 1; got " + gram.describe() + ". Compute it with antdiff.ops.gram.");
+      throw_value("gram must have shape [..., k, k] with k >= 1; got " + gram.describe() +
+                  ". Compute it with antdiff.ops.gram.");
     p.K = gram.size(dim - 1);
     p.n = gram.numel() / (p.K * p.K);
     p.gram = gram.as<double>();

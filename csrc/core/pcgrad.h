@@ -63,7 +63,8 @@ ANTDIFF_HD void pcgrad_row(const double* S, int64_t K, int64_t i, const double* 
   }
 }
 
-// One problem, members of the team a row each. `work` holds pcgrad_workspace(K) doubles. Weights are written only if ok.
+// One problem, members of the team a row each. `work` holds pcgrad_workspace(K) doubles. Weights are written only if
+// ok.
 template <class Team>
 ANTDIFF_HD Verdict pcgrad_problem(const PcgradParams& p, int64_t n, double* work, Team team) {
   const int64_t K = p.K;
@@ -72,10 +73,14 @@ ANTDIFF_HD Verdict pcgrad_problem(const PcgradParams& p, int64_t n, double* work
   for (int64_t i = team.rank(); i < K; i += team.size()) {
     double* visits = order + i * K;
     bool ok = true;
-    if (p.perms) ok = order_from_perms(p.perms + (n * K + i) * (K - 1), K, i, visits, v + i * K);
-    else order_from_keys(p.keys + (n * K + i) * K, K, i, visits);
-    if (ok) pcgrad_row(S, K, i, visits, v + i * K, c + i * K);
-    else c[i * K + i] = NAN;
+    if (p.perms)
+      ok = order_from_perms(p.perms + (n * K + i) * (K - 1), K, i, visits, v + i * K);
+    else
+      order_from_keys(p.keys + (n * K + i) * K, K, i, visits);
+    if (ok)
+      pcgrad_row(S, K, i, visits, v + i * K, c + i * K);
+    else
+      c[i * K + i] = NAN;
   }
   team.sync();
   bool ok = true;

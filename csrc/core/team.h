@@ -1,6 +1,7 @@
-// Who computes a K x K problem: one CPU thread (Solo) or the lanes of a warp (cuda/warp.h). The maths of core is written
-// once for both: loops stride over the team, `sync` separates writes from the reads of other members, and numbers that
-// every member needs are computed by every member, from the same memory and in the same order, instead of exchanged.
+// Who computes a K x K problem: one CPU thread (Solo) or the lanes of a warp (cuda/warp.h). The maths of core is
+// written once for both: loops stride over the team, `sync` separates writes from the reads of other members, and
+// numbers that every member needs are computed by every member, from the same memory and in the same order, instead of
+// exchanged.
 #pragma once
 
 #include <cstdint>

@@ -31,8 +31,7 @@ __device__ __forceinline__ void solve_problems(const Params& p, double* shared, 
   for (int64_t n = blockIdx.x; n < p.n; n += gridDim.x) {
     const Verdict verdict = problem(n, work, warp);
     if (verdict != Verdict::ok) {
-      for (int64_t i = warp.rank(); i < p.K; i += warp.size())
-        p.weights[n * p.K + i] = NAN;
+      for (int64_t i = warp.rank(); i < p.K; i += warp.size()) p.weights[n * p.K + i] = NAN;
       if (warp.rank() == 0 && verdict == Verdict::bad_perms) record(errors, kBadPerms);
       if (warp.rank() == 0 && verdict == Verdict::bad_gram && !p.poison) record(errors, kBadGram);
     }
@@ -40,7 +39,9 @@ __device__ __forceinline__ void solve_problems(const Params& p, double* shared, 
   }
 }
 
-inline int64_t problem_blocks(int64_t n, int64_t K) { return K <= kSharedK || n < kScratchBlocks ? grid_for(n) : kScratchBlocks; }
+inline int64_t problem_blocks(int64_t n, int64_t K) {
+  return K <= kSharedK || n < kScratchBlocks ? grid_for(n) : kScratchBlocks;
+}
 
 }  // namespace antdiff
 

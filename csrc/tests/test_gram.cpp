@@ -42,11 +42,13 @@ struct Case {
   }
 
   void check_gram(bool with_cuda = true) const {
-    std::vector<double> want(size_t(K * K), 0), got(size_t(K * K));
+    std::vector<long double> sums(size_t(K * K), 0);  // a plain double sum would be no better than what it checks
     for (size_t s = 0; s < sizes.size(); ++s)
       for (int64_t i = 0; i < K; ++i)
         for (int64_t j = 0; j < K; ++j)
-          for (int64_t p = 0; p < sizes[s]; ++p) want[size_t(i * K + j)] += at(s, i, p) * at(s, j, p);
+          for (int64_t p = 0; p < sizes[s]; ++p) sums[size_t(i * K + j)] += (long double)(at(s, i, p)) * at(s, j, p);
+    const std::vector<double> want(sums.begin(), sums.end());
+    std::vector<double> got(size_t(K * K));
     std::vector<double> scratch(size_t(cuda_gram_scratch(K, 0)), -1e300);
     GramParams g;
     g.dtype = dtype, g.K = K, g.pieces = pieces.data(), g.count = int64_t(pieces.size());

@@ -155,8 +155,10 @@ void nash_solves(int64_t K, int64_t P) {
           scale += std::fabs(G[i * K + j]) * run.weights[j];
         }
         const double a = run.weights[i];
-        if (G[i * K + i] == 0) CHECK(a == 0);
-        else CHECK(a > 0 && std::isfinite(a));
+        if (G[i * K + i] == 0)
+          CHECK(a == 0);
+        else
+          CHECK(a > 0 && std::isfinite(a));
         // Pareto-stationary matrices have no solution: their weights are finite, that is all. Elsewhere cancellation in
         // G a bounds what float64 can show.
         if (G[i * K + i] > 0 && kind != Kind::opposed && kind != Kind::deficient)
@@ -226,7 +228,10 @@ void bad_input() {
   const int64_t K = 3, n = 2;
   const Vector good = {2, 1, 0, 1, 2, 1, 0, 1, 2, 2, 1, 0, 1, 2, 1, 0, 1, 2};
   const std::vector<int64_t> perms = {1, 2, 0, 2, 0, 1, 1, 2, 0, 2, 0, 1};
-  struct Bad { int64_t at; double value; } cases[] = {{9, NAN}, {10, INFINITY}, {13, -1}, {12, 2.5}, {11, 1}, {14, 1e300}};
+  struct Bad {
+    int64_t at;
+    double value;
+  } cases[] = {{9, NAN}, {10, INFINITY}, {13, -1}, {12, 2.5}, {11, 1}, {14, 1e300}};
   for (auto c : cases)
     for (bool cuda : {false, true})
       for (bool poison : {false, true}) {

@@ -173,9 +173,9 @@ def _square(name: str, x: object) -> Tensor:
 
 
 def _finite(name: str, x: Tensor) -> Tensor:
-    bad = ~(x.abs() <= _LARGEST)
-    if bad.any():
-        at = [int(i) for i in bad.nonzero()[0]]
+    least, most = x.aminmax()  # one pass and no copy: x may be [T, T]
+    if not (least >= -_LARGEST and most <= _LARGEST):  # NaN fails both
+        at = (~(x.abs() <= _LARGEST)).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite (and at most 2^960 in size); got {x[tuple(at)].item()} at {at}.")
     return x
 

@@ -11,7 +11,7 @@ import torch
 from antdiff.train.checkpoint import write_atomically
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import load_data, to_uint8
-from antdiff.train.loop import choose_device
+from antdiff.train.loop import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.plots import save_grid
 from antdiff.train.run import load_model
@@ -44,7 +44,8 @@ def sample(
     where = choose_device(device)
     model, _ = load_model(run, config, shape, where)
     generator = torch.Generator(where).manual_seed(seed)
-    images = to_uint8(draw_samples(model, noise_schedule(), n, shape, steps=steps, generator=generator)).cpu()
+    with sensible_threads(shape[1], where):
+        images = to_uint8(draw_samples(model, noise_schedule(), n, shape, steps=steps, generator=generator)).cpu()
     if out.suffix in (".png", ".npz"):
         out = out.with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
