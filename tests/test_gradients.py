@@ -108,6 +108,15 @@ def test_given_counts_change_nothing_and_skip_the_sort(route: Route) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_a_batch_without_samples(route: Route) -> None:
+    net, (x, t) = setup()
+    cg = ClusterGradients(net, 3, route)
+    J = cg.compute(lambda x, t: net(x, t).square().mean(1), (x[:0], t[:0]), torch.zeros(0, dtype=torch.int64))
+    assert all(rows.eq(0).all() for rows in J if rows is not None)
+    assert cg.losses.tolist() == cg.counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_existing_grads_survive_even_an_error(route: Route) -> None:
     net, (x, t) = setup()
     net.first.weight.grad = torch.ones_like(net.first.weight)

@@ -277,9 +277,13 @@ class ClusterGradients:
 
     def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, *, mean: bool, fresh: bool) -> Tensor:
         """Sums of the losses ``[k]``; J (+)= the gradients of the means or the sums, times the scale."""
+        sinks = self._jacobian.sinks(fresh=fresh)
+        if rows.B == 0:
+            for sink in sinks:
+                sink.finish()
+            return rows.cluster.new_zeros(self.k, dtype=torch.float32)
         rows, batch = rows.sort(batch)
         route = self._settled(loss_fn, batch, rows)
-        sinks = self._jacobian.sinks(fresh=fresh)
         return routes.run(
             route, self.model, loss_fn, batch, rows, sinks, mean=mean, scale=self.scale, separable=self.separable
         )
