@@ -87,12 +87,13 @@ def save_curves(
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """A centred moving mean over `share` of the points, as narrow at the ends as is symmetric; NaN is passed over."""
+    """A centred moving mean over `share` of the points; NaN is passed over. At the start, where curves fall steeply, it
+    is as narrow as is symmetric; at the end, where one point would stand for a trend, it looks back over half of it."""
     widest = int(len(values) * share / 2)
     out = np.full(len(values), np.nan)
     for i in range(len(values)):
-        half = min(widest, i, len(values) - 1 - i)
-        window = values[i - half : i + half + 1]
+        half = min(widest, i)
+        window = values[i - half : i + half + 1]  # slicing cuts it at the end
         if np.isfinite(window).any():
             out[i] = np.nanmean(window)
     return out
