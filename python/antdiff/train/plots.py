@@ -132,6 +132,6 @@ def save_comparison(
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(range(len(intervals)), [f"{start}..{stop - 1}" for start, stop in intervals])
     right.set(title="held-out loss against vanilla, mean and SD", xlabel="timesteps of the cluster", ylabel="%")
-    right.legend(fontsize=8, frameon=False)
+    sheet.legend(loc="outside lower center", ncols=len(results), fontsize=9, frameon=False)
     sheet.suptitle(title)
     sheet.savefig(path)
