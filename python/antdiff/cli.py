@@ -1,4 +1,4 @@
-"""The ``antdiff`` command: train, compare, sample, cluster, info. Each imports what it needs when it runs."""
+"""The ``antdiff`` command: train, compare, patch, sample, cluster, info. Each imports what it needs when it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from antdiff.train.config import Method, TrainConfig, resumed
+from antdiff.train.config import Companion, Method, TrainConfig, resumed
 
 COMPARE_STEPS = 800
 Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test holds them together
@@ -63,6 +63,7 @@ def _run(argv: list[str]) -> int:
     def compare(
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
         methods: tuple[Method, ...] = ("vanilla", "sum", "uw", "pcgrad", "nash"),
+        companions: tuple[Companion, ...] = (),
         seeds: tuple[int, ...] = (0, 1, 2),
         out: Path = Path("runs/compare"),
     ) -> int:
@@ -73,10 +74,32 @@ def _run(argv: list[str]) -> int:
         Args:
             config: the settings of every run; method and seed are replaced.
             methods: what to compare; vanilla (uniform t) and sum (stratified t) are always among them.
+            companions: which of curriculum, routing and experts to add, each with vanilla.
             seeds: training seeds.
             out: folder of the comparison; one run folder a method and seed in it.
         """
-        return _compare(config, methods, seeds, out)
+        return _compare(config, methods, companions, seeds, out)
+
+    @app.command
+    def patch(
+        run: tyro.conf.Positional[Path],
+        steps: int = 400,
+        lr: float = 1e-4,
+        device: str = "auto",
+        out: Path | None = None,
+    ) -> int:
+        """Patch the trained DiT of a run with a mixture of prompts (DMP), on the same data. The network stays as it is.
+
+        antdiff train --resume goes on with an interrupted one.
+
+        Args:
+            run: run folder of antdiff train --model dit.
+            steps: optimizer steps.
+            lr: learning rate of the prompts; the gate's is ten times that.
+            device: auto, cpu, cuda, cuda:1, ...
+            out: run folder of the patch; the default is the first free RUN-patch-<number>.
+        """
+        return _patch(run, steps, lr, device, out)
 
     @app.command
     def sample(
@@ -165,14 +188,27 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
 
 
 def _free_folder(config: TrainConfig) -> Path:
-    stem = f"{Path(config.data).name}-{config.method}"
-    return next(run for number in itertools.count() if not (run := Path("runs") / f"{stem}-{number}").exists())
+    return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
 
 
-def _compare(config: TrainConfig, methods: Sequence[Method], seeds: Sequence[int], out: Path) -> int:
+def _first_free(stem: Path) -> Path:
+    return next(run for number in itertools.count() if not (run := stem.with_name(f"{stem.name}-{number}")).exists())
+
+
+def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> int:
+    from antdiff.train.run import start_patch
+
+    run = out or _first_free(base.with_name(f"{base.name}-patch"))
+    start_patch(base, run, steps=steps, lr=lr, device=device)
+    return _train(TrainConfig(), None, run)
+
+
+def _compare(
+    config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], seeds: Sequence[int], out: Path
+) -> int:
     from antdiff.train.compare import compare
 
-    results = compare(config, methods, seeds, out)
+    results = compare(config, methods, seeds, out, companions=companions)
     if results is None:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

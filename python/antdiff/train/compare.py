@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from antdiff.train.checkpoint import write_atomically
-from antdiff.train.config import Method, TrainConfig
+from antdiff.train.config import Companion, Method, TrainConfig
 from antdiff.train.data import load_data
 from antdiff.train.plots import LABELS, save_comparison
 from antdiff.train.run import execute, start_run
@@ -28,34 +28,43 @@ CONFIDENCE = 0.95
 
 
 def compare(
-    config: TrainConfig, methods: Sequence[Method], seeds: Sequence[int], out: Path, *, progress: bool = True
+    config: TrainConfig,
+    methods: Sequence[Method],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    companions: Sequence[Companion] = (),
+    progress: bool = True,
 ) -> dict[str, list[dict[str, Any]]] | None:
     """Run every method with every seed into ``out/<method>-seed<seed>``; results by method, None if a signal came.
 
     vanilla (uniform t) and the plain sum (stratified t, as the other methods draw it) are always among the methods.
+    Each of `companions` is vanilla with that companion, at the same number of steps in all (experts share them).
 
     Raises:
-        ValueError: no seeds or a repeated one, or `out` holds a comparison with other settings.
+        ValueError: no seeds or a repeated one, experts or a patch for every run, or `out` holds a comparison with other
+            settings.
     """
+    if config.experts or config.patch:
+        raise ValueError("a comparison needs one network a run: leave out --experts (--companions experts adds a row)")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one; got {list(seeds)}")
-    ordered = [*ANCHORS, *(method for method in dict.fromkeys(methods) if method not in ANCHORS)]
+    cells: dict[str, TrainConfig] = {method: _method(config, method) for method in (*ANCHORS, *methods)}
+    cells |= {companion: _companion(config, companion) for companion in companions}
     data = load_data(config.data, image_size=config.image_size)
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in ordered}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in cells}
     for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
-        for method in ordered:
-            cell = replace(
-                config, method=method, seed=seed, timesteps="uniform" if method == "vanilla" else config.timesteps
-            )
-            folder = out / f"{method}-seed{seed}"
+        for name, settings in cells.items():
+            cell = replace(settings, seed=seed)
+            folder = out / f"{name}-seed{seed}"
             found = _finished(cell, folder)
             if found is None:
                 if progress:
-                    print(f"{LABELS[method]}, seed {seed}", flush=True)
+                    print(f"{LABELS[name]}, seed {seed}", flush=True)
                 found = execute(cell, folder, data=data, progress=progress)
             if found is None:
                 return None
-            results[method].append(found)
+            results[name].append(found)
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
     drawn = results["sum"][0]["timesteps"]
     title = f"{data.name}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
@@ -63,6 +72,15 @@ def compare(
     write_atomically(out / "table.txt", (text + "\n").encode())
     save_comparison(results, results["vanilla"][0]["intervals"], title, out / "comparison.png")
     return results
+
+
+def _method(config: TrainConfig, method: Method) -> TrainConfig:
+    return replace(config, method=method, timesteps="uniform" if method == "vanilla" else config.timesteps)
+
+
+def _companion(config: TrainConfig, companion: Companion) -> TrainConfig:
+    on: dict[str, Any] = {companion: 4 if companion == "experts" else True}
+    return replace(_method(config, "vanilla"), **on)
 
 
 def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ No torch here: the command line builds its help from this file alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 Method = Literal["vanilla", "sum", "uw", "pcgrad", "nash"]
 Timesteps = Literal["auto", "uniform", "stratified", "stratified-weighted"]
 Model = Literal["unet", "dit"]
+Companion = Literal["curriculum", "routing", "experts"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,24 @@ class TrainConfig:
 
     model: Model = "unet"
     """unet (UNet2DModel) or dit (DiTTransformer2DModel), both from diffusers, sized for the images."""
+
+    curriculum: bool = False
+    """Train from much noise to little: 20 log-SNR clusters join one by one, each when the loss has not improved for
+    `patience` steps. Timesteps are otherwise drawn as above."""
+
+    patience: int = 0
+    """Steps without improvement that end a stage of the curriculum. 0: the published share of the run, 200 in 400,000
+    steps, and at least 1."""
+
+    routing: bool = False
+    """Denoising task routing (DTR): each timestep reads its own window of channels in every residual block."""
+
+    experts: int = 0
+    """Interval experts (MEME): so many networks; the noisier the interval, the more attention and the less convolution.
+    Each step trains one of them, in turn, on timesteps of its own: method is vanilla. 0: one network."""
+
+    patch: str = ""
+    """The run whose DiT this run patches with a mixture of prompts (DMP). Set by antdiff patch."""
 
     steps: int = 1600
     """Optimizer steps."""
@@ -99,6 +119,35 @@ class TrainConfig:
             raise ValueError(f"ema must be in [0, 1); got {self.ema}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
+        if self.patience < 0:
+            raise ValueError(f"patience must be at least 0; got {self.patience}")
+        if self.curriculum and self.patience == 0:  # settled here, so that a run resumed with more steps keeps it
+            object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
+        if self.experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        if not 2 <= self.experts <= 100:
+            raise ValueError(f"experts must be in [2, 100], or 0 for one network; got {self.experts}")
+        if self.curriculum or self.routing or self.patch:
+            raise ValueError(
+                "experts have a sampling and networks of their own: leave out curriculum, routing and patch"
+            )
+        if self.method not in ("vanilla", TrainConfig.method) or self.timesteps not in ("auto", "uniform"):
+            raise ValueError(
+                f"experts are trained with method vanilla and their own timesteps; got method {self.method}, "
+                f"timesteps {self.timesteps}"
+            )
+        object.__setattr__(self, "method", "vanilla")
+
+    @property
+    def companions(self) -> list[str]:
+        """Names of the companions that are on."""
+        return [name for name in ("curriculum", "routing", "experts", "patch") if getattr(self, name)]
+
+    def label(self, methods: Mapping[str, str]) -> str:
+        """The method, as `methods` writes it, and the companions: what tables and titles call a run."""
+        return " + ".join([methods[self.method], *self.companions])
 
     @property
     def timestep_sampling(self) -> str:

@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, UniformTimesteps, balancing, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff.companions import RestrictedTimesteps
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
 from antdiff.train.log import Meter, MetricLog
-from antdiff.train.models import build_model, noise_schedule
+from antdiff.train.models import Denoiser, noise_schedule
 
-RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing")  # appended to, never reordered
+RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 
 
 class DivergenceError(RuntimeError):
@@ -54,22 +56,25 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     device = choose_device(config.device)
     rng = generators(config.seed, device)
     schedule = noise_schedule()
-    channels, size, _ = data.shape
-    model = build_model(config.model, channels, size, generator_seed=rng["weights"].initial_seed()).to(device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0)
+    model = make_model(config, data.shape, run, seed=rng["weights"].initial_seed()).to(device)
+    # An expert is trained every N-th step: its average reaches back as many steps of its own.
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema ** (1 / max(1, config.experts))))
+    if (prompts := prompts_of(model)) is not None:
+        prompts.generator = rng["prompts"]
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
     batches = Batches(data.train, config.batch_size, rng["data"])
 
     # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
     clusters = TimestepClusters.load(run / "clusters.json")
     K = clusters.k
-    timesteps = make_timesteps(config, clusters)
+    timesteps = make_timesteps(config, clusters, model, device)
+    curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
     gradients = ClusterGradients(model, K)
     balancer = make_balancer(config, K, optimizer, rng["balancing"])
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
     share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
-    importance = share * K if config.timestep_sampling == "stratified-weighted" else torch.ones_like(share)  # [K]
+    importance = cluster_weights(timesteps, device)
     meter = Meter(K, device)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
              "balancer": balancer, "meter": meter}  # fmt: skip
@@ -87,6 +92,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         for step in range(start + 1, config.steps + 1):
             # 1. A batch, noised to timesteps whose clusters are known.
             x0 = batches.next(device)  # [B, C, H, W]
+            drawn = next(importance)  # [K]
             shares = timesteps.shares(len(x0)) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
             t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
             noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
@@ -105,18 +111,23 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
                 # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
-                balancer.loss(losses, counts).backward()
+                (balancer.loss(losses, counts) + model.auxiliary_loss()).backward()
                 G, w = None, balancer.weights(losses) / K
 
             # 5. Nothing else changes.
             optimizer.step()
             ema.update_parameters(model)
 
-            meter.add(losses.detach() / importance, counts, w, G)
+            unweighted = losses.detach() / drawn  # [K]
+            if curriculum is not None:
+                curriculum.update((unweighted * counts).sum() / counts.sum())
+            meter.add(unweighted, counts, w, G)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
                 row = meter.read(share)
                 check_finite(row["loss"], step, run)
+                if curriculum is not None:
+                    row["stage"] = float(curriculum.stage)
                 log.write(step, row)
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K))
@@ -130,10 +141,11 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
 
 
 def sample_losses(
-    model: torch.nn.Module, xt: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, weight: torch.Tensor
+    model: Denoiser | Experts, xt: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """Mean squared error of each sample's noise estimate times its weight, [B]."""
-    return (model(xt, t) - noise).square().flatten(1).mean(1) * weight  # type: ignore[no-any-return]
+    errors: torch.Tensor = (model(xt, t) - noise).square().flatten(1).mean(1) * weight
+    return errors + model.auxiliary_loss()
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
@@ -159,13 +171,6 @@ class Batches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.left = state["left"]
-
-
-def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> StratifiedTimesteps | UniformTimesteps:
-    """The sampler of timesteps the settings name."""
-    if config.timestep_sampling == "uniform":
-        return UniformTimesteps(clusters)
-    return StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
 
 
 class BatchMean:

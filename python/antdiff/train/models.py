@@ -23,8 +23,20 @@ class Denoiser(torch.nn.Module):
         self.class_conditional = class_conditional
 
     def save(self, folder: Path) -> None:
-        """Write the network where diffusers' ``from_pretrained`` finds it."""
-        self.net.save_pretrained(folder)
+        """Write the network where diffusers' ``from_pretrained`` finds it; of a patched one, the patch alone."""
+        prompts = getattr(self.net, "mixture_of_prompts", None)
+        if prompts is None:
+            self.net.save_pretrained(folder)
+            return
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(prompts.state_dict(), folder / "patch.safetensors")
+
+    def auxiliary_loss(self) -> torch.Tensor | float:
+        """What a patch adds to the loss of the latest forward; 0 without one."""
+        prompts = getattr(self.net, "mixture_of_prompts", None)
+        return 0.0 if prompts is None else prompts.balancing_loss()  # type: ignore[no-any-return]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.class_conditional:  # diffusers' DiT always takes labels: everything is class 0 here

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 # One hue from light to dark in the order of the noise: the clusters are ordered, so their colours are too.
 CLUSTER_COLOURS = "viridis"
-METHOD_COLOURS = {"vanilla": "#4d4d4d", "sum": "#999999", "uw": "#0072b2", "pcgrad": "#d55e00", "nash": "#009e73"}
-LABELS = {"vanilla": "vanilla", "sum": "sum", "uw": "UW", "pcgrad": "PCGrad", "nash": "NashMTL"}
+METHOD_COLOURS = {"vanilla": "#4d4d4d", "sum": "#999999", "uw": "#0072b2", "pcgrad": "#d55e00", "nash": "#009e73",
+                  "curriculum": "#cc79a7", "routing": "#56b4e9", "experts": "#e69f00"}  # fmt: skip
+LABELS = {"vanilla": "vanilla", "sum": "sum", "uw": "UW", "pcgrad": "PCGrad", "nash": "NashMTL",
+          "curriculum": "curriculum", "routing": "routing", "experts": "4 experts"}  # fmt: skip
 
 
 def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int = 64, gap: int = 4) -> None:

@@ -7,7 +7,7 @@ results.json  samples.png  curves.png  model/                           when it 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff.diffusion import log_snr
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from antdiff.train.companions import BASE, Experts, make_model
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
-from antdiff.train.models import Denoiser, build_model, draw_samples, noise_schedule
+from antdiff.train.models import Denoiser, draw_samples, noise_schedule
 from antdiff.train.plots import LABELS, save_curves, save_grid
 
 GRID_IMAGES = 60
@@ -61,6 +62,35 @@ def start_run(config: TrainConfig, run: Path) -> None:
     write_atomically(run / "config.json", config.to_json().encode())
 
 
+def start_patch(base: Path, run: Path, *, steps: int, lr: float, device: str) -> TrainConfig:
+    """Make the folder of a run that patches the averaged network of the run `base`, with a copy of it; its settings.
+
+    Everything but `steps`, `lr` and `device` is as in `base`, except that a curriculum is not repeated.
+
+    Raises:
+        ValueError: `base` is not a run of a DiT, has no checkpoint, or `run` holds a run already.
+    """
+    config = TrainConfig.load(base / "config.json")
+    if config.model != "dit" or config.experts or config.patch:
+        kind = "a patched network" if config.patch else "experts" if config.experts else f"model {config.model}"
+        raise ValueError(
+            f"run must hold a DiT to patch (train it with --model dit): prompts are added to tokens; got {kind}"
+        )
+    config = replace(config, patch=str(base), steps=steps, lr=lr, device=device, curriculum=False)
+    path = latest_checkpoint(base / "checkpoints")
+    if path is None:
+        raise ValueError(f"{base} has no checkpoint yet: train it first (antdiff train --resume {base})")
+    state = load_checkpoint(path)
+    start_run(config, run)
+    save_checkpoint(run / BASE, int(state["step"]), {"model": averaged(state)})
+    return config
+
+
+def averaged(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The averaged weights in a checkpoint, under the network's own names."""
+    return {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
+
+
 def execute(
     config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
 ) -> dict[str, Any] | None:
@@ -74,7 +104,7 @@ def execute(
 
 def load_model(
     run: Path, config: TrainConfig, shape: tuple[int, int, int], device: torch.device
-) -> tuple[Denoiser, int]:
+) -> tuple[Denoiser | Experts, int]:
     """The averaged (EMA) network of a run's last checkpoint, and the step it is from.
 
     Raises:
@@ -85,9 +115,8 @@ def load_model(
     if path is None:
         raise ValueError(f"{run} has no checkpoint yet: train it first (antdiff train --resume {run})")
     state = load_checkpoint(path)
-    model = build_model(config.model, shape[0], shape[1], generator_seed=0)
-    averaged = {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
-    model.load_state_dict(averaged)
+    model = make_model(config, shape, run, seed=0)
+    model.load_state_dict(averaged(state))
     return model.to(device).eval(), int(state["step"])
 
 
@@ -112,6 +141,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         "data": data.name,
         "method": config.method,
+        "companions": config.companions,
         "timesteps": config.timestep_sampling,
         "seed": config.seed,
         "step": step,
@@ -126,7 +156,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
     model.save(run / "model")
     rows = read_csv(run / "metrics.csv")
     if rows:
-        title = f"{data.name}, {LABELS[config.method]}, {config.timestep_sampling} timesteps, seed {config.seed}"
+        title = f"{data.name}, {config.label(LABELS)}, {config.timestep_sampling} timesteps, seed {config.seed}"
         save_curves(rows, intervals(clusters), title, run / "curves.png")
     return results
 

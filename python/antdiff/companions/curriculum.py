@@ -1,0 +1,377 @@
+"""Denoising-task-difficulty curriculum: high noise first, lower noise level by level, nothing dropped on the way.
+
+Source: Kim, Go, Kwon, Kim, "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025
+(arXiv 2403.10348), sections 5.1 (clusters, order) and 5.2 (pacing). The noise levels are cut into N clusters C_1 ..
+C_N, C_1 the hardest (least noise). Stage n trains on the union of the n easiest,
+
+    U_n = C_{N-n+1} + ... + C_N,      p_n(t) = p(t) 1[t in U_n] / p(U_n),
+
+and ends when the training loss has not improved for more than ``patience`` steps. From stage N on it is ordinary
+training. Weights, optimizer and average are untouched throughout.
+
+The paper leaves open how p(t) is restricted (here: cut off and renormalised) and whether the compared loss is smoothed
+(here: it is not, unless asked).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff.clustering.timesteps import TimestepBatch
+
+Order = Literal["easy-first", "hard-first"]
+STAGES = 20  # N and tau of the best cell of the paper's ablation (DiT-B, ImageNet)
+PATIENCE = 200
+
+
+class Pacing:
+    """The stage of a curriculum over N clusters, and when it ends. State lives on ``device``; no call waits for it.
+
+    Args:
+        edges: ``[N+1]`` ascending ends of the clusters in the units of the noise level (timesteps or quantiles).
+        patience: tau. A stage ends after more than ``patience`` consecutive updates without a new lowest loss.
+        steps_per_stage: end every stage after this many updates instead, whatever the loss does (the paper's NaiveCL).
+        order: ``"easy-first"`` grows the range downwards from the most noise; ``"hard-first"`` (the paper's
+            anti-curriculum) upwards from the least.
+        smoothing: in [0, 1), decay of an exponential average of the loss, restarted each stage, that is compared in
+            place of the loss.
+        group: the process group over which the loss is averaged before it is compared, so that every rank changes stage
+            at the same step. None: the default group where ``torch.distributed`` is initialised, else nothing.
+        device: of the state; the losses given to :meth:`update` and the noise levels drawn live there too.
+
+    Raises:
+        ValueError: ``patience``, ``steps_per_stage``, ``order`` or ``smoothing`` out of range.
+    """
+
+    def __init__(
+        self,
+        edges: Tensor,
+        *,
+        patience: int = PATIENCE,
+        steps_per_stage: int | None = None,
+        order: Order = "easy-first",
+        smoothing: float = 0.0,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if patience < 0:
+            raise ValueError(f"patience must be at least 0 updates; got {patience}.")
+        if steps_per_stage is not None and steps_per_stage < 1:
+            raise ValueError(f"steps_per_stage must be at least 1, or None for patience; got {steps_per_stage}.")
+        if order not in ("easy-first", "hard-first"):
+            raise ValueError(f"order must be 'easy-first' or 'hard-first'; got {order!r}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1); got {smoothing}.")
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+        self.edges = edges.to(self.device)  # [N+1]
+        self.stages = len(edges) - 1
+        self.patience = patience
+        self.steps_per_stage = steps_per_stage
+        self.order = order
+        self.smoothing = smoothing
+        self.group = group
+        self._stage = torch.ones((), dtype=torch.int64, device=self.device)
+        self._best = torch.full((), math.inf, dtype=torch.float64, device=self.device)
+        self._smoothed = torch.full((), math.nan, dtype=torch.float64, device=self.device)  # NaN: no loss yet
+        self._waited = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._mirror = _Mirror(self._stage)
+
+    @property
+    def stage(self) -> Tensor:
+        """int64 [] on the device, 1..N."""
+        return self._stage
+
+    @property
+    def done(self) -> Tensor:
+        """bool [] on the device: all N clusters are in the range."""
+        return self._stage == self.stages
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The half-open range [low, high) of the current stage, two 0-d tensors in the units of ``edges``."""
+        # take, not []: indexing by a 0-d tensor reads it on the host.
+        if self.order == "easy-first":
+            return torch.take(self.edges, self.stages - self._stage), self.edges[-1]
+        return self.edges[0], torch.take(self.edges, self._stage)
+
+    @property
+    def host_stage(self) -> int:
+        """The stage before the latest :meth:`update`, as a Python int. What that update did is not waited for."""
+        return self._mirror.read()
+
+    @torch.no_grad()
+    def update(self, loss: Tensor | float) -> None:
+        """Take in the training loss of one step. Nothing is returned: the decision stays on the device.
+
+        Args:
+            loss: the step's mean loss, one number. NaN counts as no improvement.
+
+        Raises:
+            TypeError, ValueError: not one number, or a tensor on another device than the curriculum's.
+        """
+        x = self._mean_over_ranks(loss)
+        if self.smoothing:
+            blended = self.smoothing * self._smoothed + (1 - self.smoothing) * x
+            x = torch.where(self._smoothed.isnan(), x, blended)
+        improved = x < self._best
+        if self.steps_per_stage is None:
+            waited = torch.where(improved, 0, self._waited + 1)
+            ends = waited > self.patience
+        else:
+            waited = self._waited + 1
+            ends = waited >= self.steps_per_stage
+        ends = ends & ~self.done
+        self._stage += ends
+        self._best.copy_(torch.where(ends, math.inf, torch.where(improved, x, self._best)))
+        self._smoothed.copy_(torch.where(ends, math.nan, x))
+        self._waited.copy_(torch.where(ends, 0, waited))
+        self._mirror.write(self._stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stage, lowest loss, smoothed loss and updates without improvement."""
+        return {
+            "stage": self._stage.clone(),
+            "best": self._best.clone(),
+            "smoothed": self._smoothed.clone(),
+            "waited": self._waited.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a curriculum with as many clusters (KeyError, ValueError otherwise)."""
+        stage = int(state["stage"])
+        if not 1 <= stage <= self.stages:
+            raise ValueError(f"state must be of a curriculum of N={self.stages} clusters; got stage {stage}.")
+        for name, value in (("best", self._best), ("smoothed", self._smoothed), ("waited", self._waited)):
+            value.copy_(torch.as_tensor(state[name]))
+        self._stage.fill_(stage)
+        self._mirror = _Mirror(self._stage)
+
+    def _mean_over_ranks(self, loss: Tensor | float) -> Tensor:
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, the mean over the batch; got shape {list(loss.shape)}.")
+            if loss.device != self.device:
+                raise ValueError(
+                    f"loss must be on the curriculum's device {self.device}; got {loss.device}. Make the curriculum "
+                    f"with device={str(loss.device)!r}."
+                )
+            x = loss.detach().reshape(()).to(torch.float64, copy=True)
+        elif isinstance(loss, (int, float)):
+            x = torch.full((), float(loss), dtype=torch.float64, device=self.device)
+        else:
+            raise TypeError(f"loss must be a tensor or a number; got {type(loss).__name__}.")
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(x, group=self.group)
+            x /= dist.get_world_size(self.group)
+        return x
+
+    def check_device(self, device: torch.device | str | None) -> None:
+        """A ValueError if ``device`` is given and is not the curriculum's own."""
+        if device is not None and torch.empty(0, device=device).device != self.device:
+            raise ValueError(
+                f"device must be the curriculum's own, {self.device}; got {device}. Make the curriculum with "
+                f"device={str(device)!r}."
+            )
+
+
+class Curriculum(Pacing):
+    """The curriculum over integer timesteps 0 .. T-1 (0 = least noise).
+
+    Example::
+
+        curriculum = Curriculum.from_log_snr(log_snr)                      # N = 20 clusters, patience 200
+        timesteps = curriculum.restrict(StratifiedTimesteps(clusters))     # or curriculum.sample(B) for uniform t
+        ...
+        t, cluster, weight = timesteps.sample(B)
+        ...
+        curriculum.update(loss)
+
+    Args:
+        clusters: the N clusters, cluster 0 the least noise. Independent of the K clusters that balancing uses.
+        pacing: the keywords of :class:`Pacing`.
+    """
+
+    def __init__(self, clusters: TimestepClusters, **pacing: Any) -> None:
+        if not isinstance(clusters, TimestepClusters):
+            raise TypeError(f"clusters must be TimestepClusters; got {type(clusters).__name__}.")
+        self.T = clusters.T
+        super().__init__(torch.tensor(clusters.bounds), **pacing)
+
+    @classmethod
+    def from_log_snr(cls, log_snr: Tensor, n: int = STAGES, **pacing: Any) -> Curriculum:
+        """Clusters of similar log-SNR, the paper's default. ``log_snr``: float [T], falling with t."""
+        return cls(TimestepClusters.from_log_snr(log_snr, n), **pacing)
+
+    @classmethod
+    def uniform(cls, T: int, n: int = STAGES, **pacing: Any) -> Curriculum:
+        """Clusters of equal length, the paper's ablation."""
+        return cls(TimestepClusters.uniform(T, n), **pacing)
+
+    @staticmethod
+    def edm(p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> SigmaCurriculum:
+        """The curriculum over EDM's noise levels: :class:`SigmaCurriculum`."""
+        return SigmaCurriculum(p_mean, p_std, n, **pacing)
+
+    def sample(
+        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Timesteps int64 [B], uniform over the current range. ``device`` has to be the curriculum's."""
+        self.check_device(device)
+        low, high = self.range
+        u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
+        # u < 1 and low + u (high - low) can still round up to high: keep it out.
+        return torch.minimum((low + u * (high - low)).long(), high - 1)
+
+    def restrict(self, sampler: StratifiedTimesteps | UniformTimesteps) -> RestrictedTimesteps:
+        """``sampler`` held to the current range: see :class:`RestrictedTimesteps`."""
+        return RestrictedTimesteps(self, sampler)
+
+
+class SigmaCurriculum(Pacing):
+    """The curriculum over EDM's log-normal noise levels, ln sigma ~ N(p_mean, p_std^2), in N equally probable clusters.
+
+    The ends of the clusters are quantiles, C_i = [Phi^-1((i-1)/N), Phi^-1(i/N)] of that normal distribution (section
+    5.1), so stage n draws u ~ U((N-n)/N, 1) and ln sigma = p_mean + p_std Phi^-1(u). ``range`` is in quantiles u.
+    """
+
+    def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1 cluster; got {n}.")
+        if not p_std > 0:
+            raise ValueError(f"p_std must be positive; got {p_std}.")
+        self.p_mean = p_mean
+        self.p_std = p_std
+        super().__init__(torch.arange(n + 1, dtype=torch.float64) / n, **pacing)
+
+    @property
+    def sigma_bounds(self) -> Tensor:
+        """float64 [N-1]: the noise levels between neighbouring clusters, ascending."""
+        return self._sigma(self.edges[1:-1])
+
+    def sample(
+        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Noise levels sigma, float32 [B], of the current range. ``device`` has to be the curriculum's."""
+        self.check_device(device)
+        low, high = self.range
+        u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
+        # The outermost millionths are 4.75 standard deviations out: sigma stays within a factor exp(4.75 p_std).
+        return self._sigma((low + u * (high - low)).clamp(1e-6, 1 - 1e-6)).float()
+
+    def _sigma(self, u: Tensor) -> Tensor:
+        return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))
+
+
+# ---- composing with a sampler of clustered timesteps -------------------------------------------------------------
+
+
+class RestrictedTimesteps:
+    """A sampler of timesteps whose density p(t) is cut to the curriculum's range and renormalised.
+
+    Each t of ``sampler`` is carried to the same quantile of the restricted density: with F the distribution function of
+    p and v uniform, u = F(t) + v p(t) is uniform on [0, 1) and t' = F^-1(F(low) + u (F(high) - F(low))). Quantiles keep
+    their order, so a stratified batch stays stratified; once the range is everything, t' = t. Clusters outside the
+    range get no rows: methods that are told the counts, as ``UncertaintyWeighting.loss(losses, counts)`` is, leave
+    them be.
+
+    Weights are 1, or, where ``sampler`` undoes its change of density, K |I_c in range| / |range| for a row of cluster
+    c: the mean over K clusters of their weighted mean losses is then the mean loss over uniform t in the range.
+
+    Args:
+        curriculum: whose range holds. Its owner updates it; :meth:`state_dict` saves it along.
+        sampler: :class:`antdiff.StratifiedTimesteps` or :class:`antdiff.UniformTimesteps`.
+
+    Raises:
+        TypeError: another sampler, whose density is not known.
+        ValueError: the sampler's T is not the curriculum's.
+    """
+
+    def __init__(self, curriculum: Curriculum, sampler: StratifiedTimesteps | UniformTimesteps) -> None:
+        if not isinstance(sampler, (StratifiedTimesteps, UniformTimesteps)):
+            raise TypeError(
+                f"sampler must be StratifiedTimesteps or UniformTimesteps; got {type(sampler).__name__}, of unknown "
+                "density. Draw from your own density inside curriculum.range instead."
+            )
+        clusters, T = sampler.clusters, curriculum.T
+        if clusters.T != T:
+            raise ValueError(f"sampler must have the curriculum's T={T} timesteps; got T={clusters.T}.")
+        self.curriculum = curriculum
+        self.sampler = sampler
+        self.clusters = clusters
+        self.importance = isinstance(sampler, StratifiedTimesteps) and sampler.importance
+        sizes = clusters.sizes  # [K]
+        each = 1 / (clusters.k * sizes.double()) if isinstance(sampler, StratifiedTimesteps) else torch.tensor(1 / T)
+        density = each.double().expand(clusters.k).repeat_interleave(sizes)  # [T], p
+        distribution = torch.cat([density.new_zeros(1), density.cumsum(0)])
+        self._p = density.to(curriculum.device)
+        self._F = (distribution / distribution[-1]).to(curriculum.device)  # [T+1], F[t] = p(below t)
+        self._bounds = torch.tensor(clusters.bounds, device=curriculum.device)  # [K+1]
+
+    def sample(
+        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> TimestepBatch:
+        """t int64 [B] in the current range, cluster int64 [B], weight float32 [B], on the curriculum's device."""
+        self.curriculum.check_device(device)
+        t = self.sampler.sample(B, device=self.curriculum.device, generator=generator).t
+        low, high = self.curriculum.range
+        below, inside = torch.take(self._F, low), torch.take(self._F, high) - torch.take(self._F, low)
+        v = torch.rand(B, dtype=torch.float64, device=t.device, generator=generator)
+        u = self._F[t] + v * self._p[t]
+        moved = torch.searchsorted(self._F, below + u * inside, right=True) - 1
+        moved = torch.minimum(torch.maximum(moved, low), high - 1)  # rounding at the ends
+        t = torch.where(high - low == self.curriculum.T, t, moved)
+        cluster = torch.bucketize(t, self._bounds, right=True) - 1
+        return TimestepBatch(t, cluster, self.cluster_weights[cluster])
+
+    @property
+    def cluster_weights(self) -> Tensor:
+        """float32 [K]: the weight of a row of each cluster at the current stage (1 for a cluster that gets none)."""
+        if not self.importance:
+            return torch.ones(self.clusters.k, device=self._bounds.device)
+        low, high = self.curriculum.range
+        inside = torch.minimum(self._bounds[1:], high) - torch.maximum(self._bounds[:-1], low)  # [K]
+        return torch.where(inside > 0, self.clusters.k * inside / (high - low), 1.0).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the sampler and of the curriculum."""
+        return {"sampler": self.sampler.state_dict(), "curriculum": self.curriculum.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.curriculum.load_state_dict(state["curriculum"])
+
+
+class _Mirror:
+    """A device integer on the host, one write late.
+
+    A copy is queued behind everything the step has queued, so reading the latest would wait for the step. Reading the
+    one before it waits at most for the step before.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        cuda = value.is_cuda
+        self._copies = [torch.empty((), dtype=value.dtype, pin_memory=cuda) for _ in range(2)]
+        self._events = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        self._latest = 0
+        self.write(value)
+        self.write(value)
+
+    def write(self, value: Tensor) -> None:
+        self._latest = 1 - self._latest
+        self._copies[self._latest].copy_(value, non_blocking=True)
+        if (event := self._events[self._latest]) is not None:
+            event.record()
+
+    def read(self) -> int:
+        before = 1 - self._latest
+        if (event := self._events[before]) is not None:
+            event.synchronize()
+        return int(self._copies[before])
