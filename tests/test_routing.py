@@ -368,3 +368,13 @@ def wrong_width() -> None:
     model = ByHand()
     ChannelRouting(model, blocks=[(model.block, 63)], channel_dim=1)
     model(torch.zeros(1, 64, dtype=torch.float64), torch.tensor([0]))
+
+
+def test_traced_by_dynamo_it_follows_t_and_answers_a_bad_one_with_nan() -> None:
+    """Under torch.compile nothing is looked at on the host, as on CUDA: a bad t poisons its own sample."""
+    model, x = ByHand(), torch.randn(3, 64, dtype=torch.float64)
+    ChannelRouting(model, blocks=[(model.block, 64)], channel_dim=1)
+    traced = torch.compile(model, backend="eager")
+    for t in (torch.tensor([0, 400, 999]), torch.tensor([999, 0, 600])):
+        torch.testing.assert_close(traced(x, t), model(x, t), rtol=1e-14, atol=1e-14)  # float64
+    assert traced(x, torch.tensor([5, 1000, 7])).isnan().any(1).tolist() == [False, True, False]
