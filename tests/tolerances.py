@@ -47,3 +47,26 @@ def combined(dtype: torch.dtype, out: torch.dtype, k: int) -> float:
     type, each off by u at most, one rounding of each weight, and one of the result to the dtype of ``out``."""
     u = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     return (2 * k + 1) * u + UNIT_ROUNDOFF[out]
+
+
+def projected(k: int) -> float:
+    """PCGrad's direction, or a coefficient in unit rows, relative to sum_i |g_i|, in float64 on both sides. Each of the
+    k - 1 projections of a row takes an inner product off by at most its length times u, and no projection lengthens
+    p_i, so a row is off by k times (dimension) u; 1000 u covers dimensions up to the tests' 100 and both sides."""
+    return 1000 * k * UNIT_ROUNDOFF[torch.float64]
+
+
+# |a_i (G a)_i - 1| at which Newton stops.
+NASH_RESIDUAL = 1e-12
+
+
+def nash(condition: float) -> float:
+    """A Nash weight relative to itself. The rounding of G and of G a, some u each, enters through the inverse of
+    I + B C B (B, C: weights and correlations), so at most times the condition number of C; the residual at which the
+    solver stops likewise. 16 for the constants."""
+    return 16 * (NASH_RESIDUAL + 16 * UNIT_ROUNDOFF[torch.float64]) * condition
+
+
+# Clarabel stops at a duality gap of 1e-8. The objective is strongly convex with modulus 1 in log weights, so a gap of e
+# moves a weight by sqrt(2 e) relative: 1.5e-4. A factor of three for its feasibility tolerance.
+CLARABEL = 5e-4

@@ -62,11 +62,8 @@ def pcgrad_weights(
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     keys = None
     if perms is None:
-        if generator is not None and generator.device != gram.device:
-            raise ValueError(
-                f"generator must live on the device of gram ({gram.device}); got one on {generator.device}. "
-                f"Create it with torch.Generator({str(gram.device)!r})."
-            )
+        if generator is not None:
+            _check_generator(generator, gram.device)
         keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
     elif generator is not None:
         raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
@@ -118,6 +115,16 @@ def pcgrad(
     """
     weights = pcgrad_weights(gram_of(J), perms, generator=generator, reduction=reduction, nonfinite=nonfinite)
     return combine(weights, J, out), weights  # type: ignore[arg-type]
+
+
+def _check_generator(generator: object, device: torch.device) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
+    if generator.device != device:
+        raise ValueError(
+            f"generator must live on the device of gram ({device}); got one on {generator.device}. "
+            f"Create it with torch.Generator({str(device)!r})."
+        )
 
 
 def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:
