@@ -63,7 +63,7 @@ def pcgrad_weights(
     keys = None
     if perms is None:
         if generator is not None:
-            _check_generator(generator, gram.device)
+            check_generator(generator, gram.device)
         keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
     elif generator is not None:
         raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
@@ -117,7 +117,7 @@ def pcgrad(
     return combine(weights, J, out), weights  # type: ignore[arg-type]
 
 
-def _check_generator(generator: object, device: torch.device) -> None:
+def check_generator(generator: object, device: torch.device) -> None:
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
     if generator.device != device:
