@@ -192,8 +192,8 @@ BAD = {
     "a number": (3.0, TypeError, "J must be a torch.Tensor"),
     "empty list": ([], ValueError, "at least one tensor"),
     "only None": ([None, None], ValueError, "at least one tensor"),
-    "a list of numbers": ([1.0], TypeError, "J must be a torch.Tensor or None; got float"),
-    "nested": ([J3, [J3]], TypeError, r"J\[1\] must be a torch.Tensor or None; got list"),
+    "a list of numbers": ([1.0], TypeError, "J must be a torch.Tensor; got float"),
+    "nested": ([J3, [J3]], TypeError, r"J\[1\] must be a torch.Tensor; got list"),
     "1-d": (torch.ones(3), ValueError, r"J must be \[k, P\]"),
     "0-d in a list": ([J3, torch.ones(())], ValueError, "0-d"),
     "0-d first": ([torch.ones(())], ValueError, "0-d"),
@@ -208,8 +208,8 @@ BAD = {
     "meta": (J3.to("meta"), TypeError, "J must"),
     "mixed meta": ([J3, J3.to("meta")], TypeError, r"J\[1\] must"),
     "subclass": ([J3.as_subclass(Mine)], TypeError, "plain torch.Tensor"),
-    "expanded": (torch.ones(10).expand(3, 10), ValueError, "must not be expanded"),
-    "expanded in a list": ([J3, torch.ones(3, 1).expand(3, 10)], ValueError, r"J\[1\] must not be expanded"),
+    "expanded": (torch.ones(10).expand(3, 10), ValueError, "must not overlap itself"),
+    "expanded in a list": ([J3, torch.ones(3, 1).expand(3, 10)], ValueError, r"J\[1\] must not overlap itself"),
 }
 
 

@@ -77,6 +77,8 @@ def valid(name):
         "nash_residual": dict(gram=gram, weights=torch.rand(k, dtype=torch.float64)),
         "interval_partition": dict(cost=cost, k=min(k, P)),
         "interval_partition_all": dict(cost=cost, k=min(k, P)),
+        "interval_partition_values": dict(x=torch.rand(P, dtype=torch.float64).sort().values, k=min(k, P)),
+        "interval_partition_affinity": dict(affinity=cost, k=min(k, P)),
         "interval_partition_affinity": dict(affinity=cost, k=min(k, P)),
         "interval_partition_values": dict(x=cost[0], k=min(k, P), p=rng.choice([1, 2])),
     }[name]
@@ -110,7 +112,6 @@ for name in names:
 OPS = [name for name in ops.__all__ if name not in ("check_errors", "reference")]
 
 
-
 def test_random_calls_end_in_a_result_or_a_clear_error() -> None:
     calls = 600
     done = subprocess.run(
@@ -118,7 +119,7 @@ def test_random_calls_end_in_a_result_or_a_clear_error() -> None:
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     for line in done.stdout.splitlines():
-        name, good, bad = line.split()
+        _, good, bad = line.split()
         assert int(good) + int(bad) == calls
         assert min(int(good), int(bad)) > calls / 20, line
     assert len(done.stdout.splitlines()) == len(OPS)

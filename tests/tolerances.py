@@ -49,6 +49,13 @@ def combined(dtype: torch.dtype, out: torch.dtype, k: int) -> float:
     return (2 * k + 1) * u + UNIT_ROUNDOFF[out]
 
 
+def prefix_summed(T: int) -> float:
+    """A cost made of differences of float64 prefix sums over T points, relative to the sum of all |terms|: each prefix
+    sum carries at most T u, a cost takes up to four of them, and values on the grid of the exact sums are off by up to
+    4 T u each: 8 T u."""
+    return 8 * T * UNIT_ROUNDOFF[torch.float64]
+
+
 def projected(k: int) -> float:
     """PCGrad's direction, or a coefficient in unit rows, relative to sum_i |g_i|, in float64 on both sides. Each of the
     k - 1 projections of a row takes an inner product off by at most its length times u, and no projection lengthens

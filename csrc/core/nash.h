@@ -4,11 +4,12 @@
 // self-concordant. Newton's method in relative steps x = (change of b) / b on the scaled matrix S, a = D b:
 //
 //   (I + B S B) x = 1 - b * (S b),  B = diag(b);  lambda^2 = x . (1 - b * (S b))
-//   b *= 1 + x where lambda < 1/4, where convergence is quadratic, else b *= 1 + x / (1 + lambda)
+//   b *= 1 + t x,  t = 1 where lambda < 1/4, where convergence is quadratic, else near the minimum of F along the step
 //
-// The matrix has no eigenvalue below 1, however close S is to singular. Before each step b is moved along its own ray to
-// the minimum of F there, b^T S b = number of rows, at no cost: rows that nearly oppose each other want weights many
-// orders of magnitude above the start, and Newton's damped steps could only double them.
+// The matrix has no eigenvalue below 1, however close S is to singular. Rows that nearly oppose each other want weights
+// orders of magnitude above the start, and the textbook's t = 1 / (1 + lambda) could at most double them in a step. So t
+// is searched for, which costs K operations a trial, and before each step b moves along its own ray to the minimum of F
+// there, b^T S b = number of rows, which costs nothing.
 #pragma once
 
 #include <cfloat>
@@ -32,10 +33,35 @@ struct NashParams {
 constexpr int64_t nash_workspace(int64_t K) { return 2 * K * K + 4 * K; }
 
 constexpr int kNashIterations = 64;
+constexpr int kNashTrials = 32;  // a trial can double t, and 2^32 leaves no weight that float64 could tell from none
 constexpr double kNashResidual = 1e-12;  // stop at max_i |a_i (G a)_i - 1| below
 constexpr double kNashRidge = 1e-9;      // relative to the diagonal, for a G without a solution
 // b^T S b this far below its diagonal part (a few times K) is rounding of G: a positive combination of the rows is zero.
 constexpr double kNashStationary = 64 * DBL_EPSILON;
+
+// The t that nearly minimises F(b (1 + t x)): Newton's method again, in one dimension, whose damped steps keep every
+// 1 + t x_i positive and never raise F. r is the right-hand side, so b * (S b) = 1 - r and B S B x = r - x.
+ANTDIFF_HD double nash_step(const double* x, const double* r, double lambda, int64_t K) {
+  double linear = 0, quadratic = 0;
+  for (int64_t i = 0; i < K; ++i) {
+    linear += x[i] * (1 - r[i]);
+    quadratic += x[i] * (r[i] - x[i]);
+  }
+  quadratic = fmax(quadratic, 0.0);  // rounding of a direction on which S vanishes
+  double t = 1 / (1 + lambda);
+  for (int trial = 0; trial < kNashTrials; ++trial) {
+    double slope = linear + t * quadratic, curvature = quadratic;
+    for (int64_t i = 0; i < K; ++i) {
+      const double change = x[i] / (1 + t * x[i]);
+      slope -= change;
+      curvature += change * change;
+    }
+    const double decrement = fabs(slope) / sqrt(curvature);
+    if (!(decrement > 0.1)) break;
+    t -= slope / (curvature * (1 + decrement));
+  }
+  return t;
+}
 
 // Minimises F for S with its diagonal times 1 + ridge. b, y, x [K] and M [K, K] are workspace; the result is in b, zero
 // for zero rows. False where there is no minimum: a positive combination of rows vanishes, or S is indefinite.
@@ -86,7 +112,7 @@ ANTDIFF_HD bool nash_newton(const double* S, double ridge, int64_t K, double* M,
     // Below 1/4 the decrement at least halves with each step, until rounding is all that is left of it.
     if (lambda < 0.25 && lambda > 0.5 * last) return true;
     last = lambda < 0.25 ? lambda : DBL_MAX;
-    const double step = lambda < 0.25 ? 1 : 1 / (1 + lambda);
+    const double step = lambda < 0.25 ? 1 : nash_step(x, y, lambda, K);
     team.sync();
     for (int64_t i = team.rank(); i < K; i += team.size()) b[i] *= 1 + step * x[i];
     team.sync();

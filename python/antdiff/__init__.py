@@ -1,5 +1,15 @@
 """Train diffusion models as multi-task learners: cluster the timesteps, take one gradient a cluster, balance them."""
 
-from antdiff import ops
+from antdiff import balancing, diffusion, ops
+from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff.gradients import ClusterGradients
 
-__all__ = ["ops"]
+__all__ = [
+    "ClusterGradients",
+    "StratifiedTimesteps",
+    "TimestepClusters",
+    "UniformTimesteps",
+    "balancing",
+    "diffusion",
+    "ops",
+]

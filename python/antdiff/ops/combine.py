@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, define, traced
+from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops.gram import Rows, as_rows, first_tensor
 
 
@@ -25,7 +25,7 @@ def combine(
 
     Args:
         weights: float64 ``[k]`` (float32 is converted), on the device of J. They are read on the device: no host sync.
-        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Treated as data, never differentiated.
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Treated as data.
         out: where to write: a tensor ``[P]`` for a matrix, a list of ``[*shape]`` for a list (None where J is None;
             entries may be ``p.grad``). Overwritten, not added to. float32 or the dtype of J, contiguous, sharing no
             memory with J or with one another, not requiring grad.
@@ -63,12 +63,8 @@ def combine(
 
 
 def _as_weights(weights: object, k: int | torch.SymInt) -> Tensor:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor float64 [k]; got {type(weights).__name__}.")
-    weights = weights.detach()
-    if weights.dtype == torch.float32:
-        weights = weights.double()
-    return weights.contiguous()
+    w = dense("weights", weights).detach()
+    return w.double() if w.dtype == torch.float32 else w
 
 
 def _outputs(rows: list[Tensor | None]) -> list[Tensor | None]:

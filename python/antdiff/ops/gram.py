@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, define, traced
+from antdiff.ops._extension import _C, define, dense, traced
 
 Rows = Tensor | Sequence[Tensor | None]
 
@@ -23,8 +23,8 @@ def gram(J: Rows) -> Tensor:
     Args:
         J: ``[k, P]``, or one tensor ``[k, *shape]`` a parameter, in a list (None entries are skipped; P is the sum of
             their sizes, and nothing is concatenated). float32, float64, float16 or bfloat16, all of one k, dtype and
-            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as data:
-            nothing is recorded for autograd, also where J requires grad.
+            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as
+            data: nothing is recorded for autograd, also where J requires grad.
 
     Returns:
         G float64 ``[k, k]``, exactly symmetric, on the device of J. The same bits from run to run on one device, and on
@@ -79,22 +79,7 @@ def as_rows(J: object) -> list[Tensor | None]:
             return rows
     except (TypeError, RuntimeError):  # None, sparse, or no tensor at all
         pass
-    return [_contiguous(f"J[{i}]" if len(rows) > 1 else "J", x) for i, x in enumerate(rows)]
-
-
-def _contiguous(name: str, x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(x).__name__}.")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(
-            f"{name} must not be expanded (one element of memory standing for several); got strides {list(x.stride())} "
-            f"for {list(x.shape)}. Call .contiguous() if that is meant."
-        )
-    return x.contiguous()
+    return [None if x is None else dense(f"J[{i}]" if len(rows) > 1 else "J", x) for i, x in enumerate(rows)]
 
 
 def first_tensor(rows: list[Tensor | None]) -> Tensor:

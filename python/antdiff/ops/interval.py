@@ -93,8 +93,9 @@ def interval_partition_values(
         TypeError, ValueError: as :func:`interval_partition`, and where a rule above does not hold.
     """
     x = _finite("x", _float64("x", x, 1, "[T]"))
-    if isinstance(p, bool) or p not in (1, 2):
-        raise ValueError(f"p must be 1 (absolute distance) or 2 (squared distance); got {p!r}.")
+    p = as_count("p", p)
+    if p > 2:
+        raise ValueError(f"p must be 1 (absolute distance) or 2 (squared distance); got {p}.")
     if weight is not None:
         weight = _weight(weight, x.shape[0])
     sizes = _sizes(x.shape[0], k, min_size, max_size)
@@ -105,10 +106,10 @@ def interval_partition_values(
             return _solve(_C.interval_values, (x, weight, p, True), sizes)
         if weight is None:
             return _solve(_C.interval_affinity, (-(x[:, None] - x).abs(),), sizes)  # [T, T]
-        turn = int((step[:-1] * step[1:] < 0).nonzero()[0]) + 1 if (step[:-1] * step[1:] < 0).any() else 0
+        up, down = int((step > 0).nonzero()[0]), int((step < 0).nonzero()[0])
         raise ValueError(
-            f"x must be monotone for a weighted median; it turns near index {turn}. Sort it, or build the cost "
-            "matrix you mean and call interval_partition."
+            f"x must be monotone for p=1 with weights; it rises after index {up} and falls after index {down}. "
+            "Leave out the weights, use p=2, or pass the cost matrix that you mean to interval_partition."
         )
     return _solve(_C.interval_values, (x if rises else -x, weight, p, False), sizes)
 

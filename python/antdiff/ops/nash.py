@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, define, traced
+from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import Rows
@@ -25,7 +25,8 @@ Solver = Literal["newton", "cvxpy"]
 
 # Clarabel's default tolerance on duality gap and feasibility is 1e-8; the weights are off by about its square root.
 _CVXPY_RESIDUAL = 1e-3
-_RIDGE = 1e-9
+_RIDGE = 1e-9  # this and the next as in csrc/core/nash.h
+_STATIONARY = 64 * torch.finfo(torch.float64).eps
 
 
 def nash_weights(gram: Tensor, *, solver: Solver = "newton", nonfinite: NonFinite = "raise") -> Tensor:
@@ -70,6 +71,12 @@ def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
     Returns float64 ``[...]``, on the device, without synchronisation. It is free of units: rounding gives about
     ``1e-16 * k`` times the condition number of the correlation matrix of ``gram``.
     """
+    gram, weights = as_gram(gram), dense("weights", weights)
+    if weights.dtype != torch.float64 or weights.shape != gram.shape[:-1] or weights.device != gram.device:
+        raise ValueError(
+            f"weights must be float64 {list(gram.shape[:-1])} on {gram.device}, one number for each row of gram; got "
+            f"{weights.dtype} {list(weights.shape)} on {weights.device}."
+        )
     products = weights * (gram @ weights[..., None])[..., 0]  # [..., k]
     error = torch.where(gram.diagonal(dim1=-2, dim2=-1) > 0, (products - 1).abs(), 0.0)
     return error.amax(dim=-1)
@@ -134,8 +141,8 @@ def _cvxpy_weights(gram: Tensor, poison: bool) -> Tensor:
     worst = float(nash_residual(host, weights).nan_to_num(0.0).max()) if weights.numel() else 0.0
     if worst > _CVXPY_RESIDUAL:
         warnings.warn(
-            f"nash_weights(solver='cvxpy'): max |a * (G a) - 1| = {worst:.1e} after Clarabel; the rows nearly cancel. "
-            "solver='newton' resolves such matrices further.",
+            f"nash_weights(solver='cvxpy'): max |a * (G a) - 1| = {worst:.1e} after Clarabel. Where a combination of "
+            "rows vanishes there is no solution; elsewhere solver='newton' comes nearer.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -179,7 +186,9 @@ def _minimise(C: Tensor) -> Tensor | None:
         return None
     if problem.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE) or not (b.value > 0).all():
         return None
-    return torch.from_numpy(b.value)
+    found = torch.from_numpy(b.value)
+    # A form that vanishes to rounding: Clarabel ran off to infinity along a combination of rows that is zero.
+    return found if found @ C @ found > _STATIONARY * len(C) * found.square().sum() else None
 
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------

@@ -183,7 +183,7 @@ def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
 
 def _nash_newton(C: Tensor) -> Tensor | None:
     """b > 0 with C b = 1/b, or None where Newton's method does not converge."""
-    b, last = torch.ones_like(C[0]), torch.inf
+    b, last = C.new_ones(len(C)), torch.inf
     for _ in range(64):
         gradient = C @ b - 1 / b
         step = torch.linalg.solve(C + torch.diag(b**-2), -gradient)

@@ -1,0 +1,394 @@
+"""The clusters of timesteps: K contiguous intervals of 0..T-1, each trained as one task."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antdiff import ops
+from antdiff.ops._extension import as_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = Tensor | np.ndarray[Any, Any]
+
+_FORMAT, _VERSION = "antdiff.TimestepClusters", 1
+
+
+class TimestepClusters:
+    """K contiguous, non-empty, half-open intervals ``[starts[i], starts[i+1])`` that cover timesteps 0..T-1.
+
+    Timestep 0 is the least noise, so cluster 0 holds the least noise. Immutable; equal by value; can be pickled.
+
+    Clusters of continuous noise levels (EDM's sigma, flow matching's tau) carry ``edges`` as well: the k-1 noise levels
+    between neighbouring clusters. :meth:`cluster_of` then takes timesteps (integers) and noise levels (floats).
+
+    Args:
+        T: number of timesteps.
+        starts: first timestep of each cluster, ascending from 0.
+        edges: noise levels between the clusters, ``[k-1]``, positive and ascending; default none.
+
+    Raises:
+        TypeError, ValueError: starts or edges that do not fit.
+    """
+
+    __slots__ = ("_boundaries", "_bounds", "_edges")
+
+    def __init__(self, T: int, starts: Sequence[int] | Tensor, *, edges: Sequence[float] | None = None) -> None:
+        T = as_count("T", T)
+        values = tuple(as_count("starts", s, 0) for s in (starts.tolist() if isinstance(starts, Tensor) else starts))
+        bounds = (*values, T)
+        if not values or values[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"starts must ascend strictly from 0 and stay below T={T}; got {list(values)}.")
+        if edges is not None:
+            edges = tuple(float(e) for e in edges)
+            if len(edges) != len(values) - 1:
+                raise ValueError(
+                    f"edges must have k-1={len(values) - 1} entries, one between neighbours; got {len(edges)}."
+                )
+            if any(not a < b for a, b in zip((0.0, *edges), (*edges, math.inf), strict=True)):
+                raise ValueError(f"edges must ascend strictly and be positive and finite; got {list(edges)}.")
+        self._bounds: tuple[int, ...] = bounds  # [k + 1]
+        self._edges: tuple[float, ...] | None = edges  # [k - 1]
+        self._boundaries: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    # ---- constructors ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def uniform(cls, T: int, k: int) -> TimestepClusters:
+        """Equal sizes: ANT's timestep cost, the sum of distances to the centre, in closed form.
+
+        Cluster i starts at ``i * T // k``; where k does not divide T, sizes differ by one. (The dynamic program would
+        do no better: sizes m and m+1 often cost the same, so its optimum is only one of many.)
+        """
+        T, k = as_count("T", T), as_count("k", k)
+        if k > T:
+            raise ValueError(f"k must be at most T, since no cluster is empty; got k={k} with T={T}.")
+        return cls(T, [i * T // k for i in range(k)])
+
+    @classmethod
+    def from_log_snr(
+        cls,
+        log_snr: Array,
+        k: int,
+        *,
+        p: int = 1,
+        weight: Array | None = None,
+        min_size: int = 1,
+        max_size: int | None = None,
+    ) -> TimestepClusters:
+        """Clusters of nearly constant log-SNR: ANT's SNR cost, ``sum_t |log_snr[t] - log_snr[centre]|``, exactly.
+
+        Args:
+            log_snr: float ``[T]``, tensor or array, finite; falls with t (see :mod:`antdiff.diffusion.schedules`). Give
+                the logarithm: raw SNR puts nearly all timesteps into one cluster.
+            k: number of clusters.
+            p: 1 for absolute distance to the median (ANT), 2 for squared distance to the mean.
+            weight: float ``[T]`` >= 0: how much a timestep counts; with ``p=1`` the centre is the weighted median.
+            min_size, max_size: bounds on the number of timesteps of a cluster; default none.
+
+        Raises:
+            TypeError, ValueError: as :func:`antdiff.ops.interval_partition_values`, or values that are not finite.
+        """
+        x = _as_float64("log_snr", log_snr, 1)
+        bad = (~x.isfinite()).nonzero()
+        if bad.numel():
+            t, value = int(bad[0, 0]), x[bad[0, 0]].item()
+            raise ValueError(
+                f"log_snr must be finite; got {value} at t={t}."
+                + (
+                    " The schedule has zero SNR there, as is usual at the last timestep: cluster with that timestep's "
+                    "log-SNR set to its neighbour's (log_snr[-1] = log_snr[-2])."
+                    if value == -math.inf
+                    else " Give the natural logarithm of a positive, finite SNR."
+                )
+            )
+        weight = None if weight is None else _as_float64("weight", weight, 1)
+        starts, _ = ops.interval_partition_values(x, k, p=p, weight=weight, min_size=min_size, max_size=max_size)
+        return cls(x.shape[0], starts)
+
+    @classmethod
+    def from_affinity(cls, tas: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
+        """Clusters of timesteps with aligned gradients: ANT's gradient cost, ``-sum_t tas[centre, t]``, exactly.
+
+        Args:
+            tas: float ``[T, T]``, tensor or array: task affinity scores of all pairs of timesteps.
+            k, min_size, max_size: as in :meth:`from_log_snr`. Noisy affinities may want bounds; half and one and a half
+                times T/k are usual.
+        """
+        affinity = _as_float64("tas", tas, 2)
+        starts, _ = ops.interval_partition_affinity(affinity, k, min_size=min_size, max_size=max_size)
+        return cls(affinity.shape[0], starts)
+
+    @classmethod
+    def from_cost(cls, cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
+        """The optimum for any cost ``[T, T]`` of an interval: see :func:`antdiff.ops.interval_partition`."""
+        starts, _ = ops.interval_partition(cost, k, min_size=min_size, max_size=max_size)
+        return cls(cost.shape[0], starts)
+
+    @classmethod
+    def from_sigmas(
+        cls,
+        sigmas: Array,
+        k: int,
+        *,
+        p: int = 1,
+        weight: Array | None = None,
+        min_size: int = 1,
+        max_size: int | None = None,
+    ) -> TimestepClusters:
+        """Clusters of EDM noise levels by log-SNR = -2 log(sigma); edges are geometric means of neighbouring levels.
+
+        Args:
+            sigmas: float ``[T]``, positive and strictly ascending (a sampler's levels run the other way: flip them and
+                leave out its final 0). Space them as training draws them, or pass their density as ``weight``.
+            k, p, weight, min_size, max_size: as in :meth:`from_log_snr`.
+        """
+        sigma = _as_float64("sigmas", sigmas, 1)
+        if not (sigma > 0).all() or not (sigma < math.inf).all():
+            raise ValueError("sigmas must be positive and finite; leave out the final 0 of a sampler's levels.")
+        if not (sigma.diff() > 0).all():
+            raise ValueError("sigmas must ascend strictly (t=0 is the least noise); flip those of a sampler: .flip(0).")
+        log_sigma = sigma.log()
+        clusters = cls.from_log_snr(-2 * log_sigma, k, p=p, weight=weight, min_size=min_size, max_size=max_size)
+        inner = clusters.starts[1:]
+        return cls(clusters.T, clusters.starts, edges=((log_sigma[inner - 1] + log_sigma[inner]) / 2).exp().tolist())
+
+    @classmethod
+    def from_quantiles(
+        cls, k: int, *, distribution: str = "lognormal", mean: float = -1.2, std: float = 1.2, T: int = 1000
+    ) -> TimestepClusters:
+        """Clusters of equal probability under the distribution that training draws noise levels from.
+
+        The T timesteps are bins of equal probability, so the clusters are uniform in t, and edge i is the quantile
+        ``starts[i] / T`` (``i / k`` where k divides T).
+
+        Args:
+            k: number of clusters.
+            distribution: ``"lognormal"`` (EDM: log sigma ~ N(mean, std^2)), ``"logit-normal"`` (flow matching: noise
+                fraction tau = sigmoid of N(mean, std^2)) or ``"uniform"`` (tau ~ U(0, 1); mean and std unused).
+            mean, std: of the normal distribution; EDM's P_mean and P_std by default. std > 0.
+            T: number of bins.
+        """
+        clusters = cls.uniform(T, k)
+        quantiles = [s / T for s in clusters._bounds[1:-1]]
+        if distribution == "uniform":
+            return cls(T, clusters.starts, edges=quantiles)
+        if distribution not in ("lognormal", "logit-normal"):
+            raise ValueError(f"distribution must be 'lognormal', 'logit-normal' or 'uniform'; got {distribution!r}.")
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"mean must be finite, and std finite and positive; got mean={mean}, std={std}.")
+        normal = [NormalDist(mean, std).inv_cdf(q) for q in quantiles]
+        if distribution == "lognormal":
+            return cls(T, clusters.starts, edges=[math.exp(z) for z in normal])
+        return cls(T, clusters.starts, edges=[1 / (1 + math.exp(-z)) for z in normal])
+
+    # ---- what they are -----------------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        """Number of timesteps."""
+        return self._bounds[-1]
+
+    @property
+    def k(self) -> int:
+        """Number of clusters."""
+        return len(self._bounds) - 1
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The k + 1 boundaries: the starts, and T."""
+        return self._bounds
+
+    @property
+    def starts(self) -> Tensor:
+        """First timestep of each cluster: int64 ``[k]`` on the CPU, a fresh copy."""
+        return torch.tensor(self._bounds[:-1], dtype=torch.int64)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Timesteps in each cluster: int64 ``[k]`` on the CPU, a fresh copy."""
+        return torch.tensor(self._bounds, dtype=torch.int64).diff()
+
+    @property
+    def edges(self) -> tuple[float, ...] | None:
+        """Noise levels between neighbouring clusters, k-1 of them, or None for discrete timesteps."""
+        return self._edges
+
+    @overload
+    def cluster_of(self, t: Tensor) -> Tensor: ...
+    @overload
+    def cluster_of(self, t: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]: ...
+    @overload
+    def cluster_of(self, t: int | float) -> int: ...
+    def cluster_of(self, t: Any) -> Any:
+        """The cluster of each timestep, or of each noise level.
+
+        Args:
+            t: integers are timesteps in ``[0, T)``; floats are noise levels >= 0, for clusters that have edges. A
+                tensor of any shape and device, a NumPy array, or one number.
+
+        Returns:
+            Cluster ids of the same kind and shape: an int64 tensor on the device of t, an int64 array, or an int.
+
+        Raises:
+            TypeError: floats where there are no edges, or another dtype.
+            ValueError: t out of range. On CUDA this would cost a synchronisation: there the id is -1 or k, which
+                :func:`antdiff.ops.cluster_loss` turns into NaN and reports through :func:`antdiff.ops.check_errors`.
+        """
+        if isinstance(t, Tensor):
+            return self._cluster_of_tensor(t)
+        if isinstance(t, np.ndarray):
+            is_level = self._kind(t.dtype, np.issubdtype(t.dtype, np.floating), np.issubdtype(t.dtype, np.integer))
+            levels = self._levels(is_level)
+            ids = np.asarray(np.searchsorted(np.asarray(levels), t, side="right") - 1, dtype=np.int64)
+            self._check(bool(((ids >= 0) & (ids < self.k)).all()), is_level, t)
+            return ids
+        if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, float, np.integer, np.floating)):
+            raise TypeError(f"t must be a tensor, an array or a number; got {type(t).__name__}.")
+        is_level = self._kind(type(t).__name__, isinstance(t, (float, np.floating)), True)
+        id = bisect.bisect_right(self._levels(is_level), t) - 1 if t == t else self.k
+        self._check(0 <= id < self.k, is_level, t)
+        return id
+
+    def _cluster_of_tensor(self, t: Tensor) -> Tensor:
+        is_level = self._kind(t.dtype, t.is_floating_point(), not t.is_complex() and t.dtype != torch.bool)
+        if is_level:
+            t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+        else:
+            t = t.to(torch.int64)
+        key = (t.device, t.dtype)
+        if key not in self._boundaries:
+            self._boundaries[key] = torch.tensor(self._levels(is_level), dtype=t.dtype, device=t.device)  # [k + 1]
+        # Both ends are boundaries too, so what lies outside gets -1 or k, and NaN gets k.
+        ids = torch.bucketize(t.contiguous(), self._boundaries[key], right=True) - 1
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check(bool(((ids >= 0) & (ids < self.k)).all()), is_level, t)
+        return ids
+
+    def _kind(self, dtype: object, is_float: bool, is_integer: bool) -> bool:
+        if not is_float and not is_integer:
+            raise TypeError(f"t must be integers (timesteps) or floats (noise levels); got {dtype}.")
+        if is_float and self._edges is None:
+            raise TypeError(
+                f"t must be integers, since these clusters have no edges between noise levels; got {dtype}. Convert "
+                "timesteps with .long(); for noise levels make the clusters with from_sigmas or from_quantiles."
+            )
+        return is_float
+
+    def _levels(self, is_level: bool) -> Sequence[float]:
+        if not is_level:
+            return self._bounds
+        assert self._edges is not None
+        return (0.0, *self._edges, math.inf)
+
+    def _check(self, ok: bool, is_level: bool, t: Any) -> None:
+        if ok:
+            return
+        rule = "be noise levels, finite and >= 0" if is_level else f"lie in [0, T) with T={self.T}"
+        came = f"values from {t.min()} to {t.max()}" if isinstance(t, (Tensor, np.ndarray)) else t
+        raise ValueError(f"t must {rule}; got {came}.")
+
+    # ---- equality, text, pickles -------------------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TimestepClusters):
+            return NotImplemented
+        return self._bounds == other._bounds and self._edges == other._edges
+
+    def __hash__(self) -> int:
+        return hash((self._bounds, self._edges))
+
+    def __repr__(self) -> str:
+        intervals = " ".join(f"[{a}, {b})" for a, b in pairwise(self._bounds))
+        edges = "" if self._edges is None else "; edges " + " ".join(f"{e:.4g}" for e in self._edges)
+        return f"TimestepClusters(T={self.T}, k={self.k}: {intervals}{edges})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.T, self._bounds[:-1], self._edges)  # without the cached boundaries
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the clusters as JSON: whole or, on an error, not at all."""
+        path = Path(path)
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "T": self.T,
+            "starts": list(self._bounds[:-1]),
+            "edges": None if self._edges is None else list(self._edges),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # beside it: a rename must not change file system
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TimestepClusters:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not JSON, not clusters, of a later version, or its content is not valid.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # also a file that is not text
+            raise ValueError(f"{path} must be JSON written by TimestepClusters.save; {error}.") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path} must hold timestep clusters (format {_FORMAT!r}); it holds something else.")
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} must be of version {_VERSION}; got {content.get('version')!r}. A newer antdiff may read it."
+            )
+        try:
+            starts, edges = content["starts"], content.get("edges")
+            if not isinstance(starts, list) or not (edges is None or isinstance(edges, list)):
+                raise TypeError("starts must be a list, edges a list or null.")
+            return cls(content["T"], starts, edges=edges)
+        except KeyError as error:
+            raise ValueError(f"{path} must hold T and starts; {error} is missing.") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def plot(self, log_snr: Array | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draws log-SNR against t with the intervals shaded: see :func:`antdiff.clustering.plot.plot_clusters`."""
+        from antdiff.clustering.plot import plot_clusters
+
+        return plot_clusters(self, log_snr, ax=ax)
+
+
+def _restore(T: int, starts: Sequence[int], edges: Sequence[float] | None) -> TimestepClusters:
+    return TimestepClusters(T, starts, edges=edges)
+
+
+def _as_float64(name: str, x: object, ndim: int) -> Tensor:
+    """Log-SNR and affinities come in float32, from GPUs and with a gradient too: none of it matters to a partition."""
+    if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
+        x = torch.tensor(x, dtype=torch.float64)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        came = f"{x.dtype} {list(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
+        raise TypeError(f"{name} must be a float tensor or NumPy array; got {came}.")
+    if x.dim() != ndim or x.numel() == 0:
+        raise ValueError(f"{name} must have shape [{', '.join('T' * ndim)}] with T >= 1; got {list(x.shape)}.")
+    return x.detach().to("cpu", torch.float64)

@@ -1,0 +1,58 @@
+"""The picture of a clustering. matplotlib is imported when it is drawn."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from antdiff.clustering.clusters import TimestepClusters
+
+
+def plot_clusters(
+    clusters: TimestepClusters,
+    log_snr: Tensor | np.ndarray[Any, Any] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Log-SNR against the timestep, with the clusters as shaded and numbered intervals.
+
+    Args:
+        clusters: what to draw.
+        log_snr: ``[T]``; without it only the intervals are drawn.
+        ax: where to draw; default a new figure.
+
+    Returns:
+        The axes; ``ax.figure.savefig(path)`` writes them to a file.
+    """
+    curve = None if log_snr is None else torch.as_tensor(log_snr).detach().cpu().numpy()  # [T]
+    if curve is not None and curve.shape != (clusters.T,):
+        raise ValueError(f"log_snr must have shape [T] with T={clusters.T}; got {list(curve.shape)}.")
+    if ax is None:
+        from matplotlib.figure import Figure  # no pyplot: no window, no global state
+
+        ax = Figure(figsize=(7, 3.2), layout="constrained").subplots()
+    for i, (start, stop) in enumerate(pairwise(clusters.bounds)):
+        ax.axvspan(start - 0.5, stop - 0.5, color=f"C{i % 10}", alpha=0.18, linewidth=0)
+        ax.annotate(
+            str(i),
+            ((start + stop - 1) / 2, 0.97),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="top",
+            fontsize=8,
+        )
+    if curve is not None:
+        ax.plot(np.arange(clusters.T), curve, color="black", linewidth=1.5)
+        ax.set_ylabel("log-SNR")
+    else:
+        ax.set_yticks([])
+    ax.set_xlim(-0.5, clusters.T - 0.5)
+    ax.set_xlabel("timestep")
+    return ax

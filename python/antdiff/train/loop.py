@@ -1,0 +1,286 @@
+"""The training loop: short, top to bottom, and meant to be copied. Steps 1 to 5 of the loop are what your own needs.
+
+Everything random has a generator of its own, all spawned from the run's seed, and every one of them is in the
+checkpoint together with the weights, their average, the optimizer and the balancing method. A resumed run therefore
+takes exactly the steps the uninterrupted one would have taken: bit for bit on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, UniformTimesteps, balancing, ops
+from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import ImageData, to_unit
+from antdiff.train.log import Meter, MetricLog
+from antdiff.train.models import build_model, noise_schedule
+
+RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing")  # appended to, never reordered
+
+
+class DivergenceError(RuntimeError):
+    """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
+
+
+def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
+    """Train into the folder `run`, going on from its last checkpoint if it has one. Its clusters.json is there already.
+
+    Leaves metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
+    current step finish and a checkpoint be written; the second one acts at once.
+
+    Returns:
+        True when all of config.steps are done, False when a signal stopped the run.
+
+    Raises:
+        DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
+        CheckpointError: a checkpoint could not be written or read.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from tqdm import tqdm
+
+    # ---- the usual parts -----------------------------------------------------------------------------------------
+    device = choose_device(config.device)
+    rng = generators(config.seed, device)
+    schedule = noise_schedule()
+    channels, size, _ = data.shape
+    model = build_model(config.model, channels, size, generator_seed=rng["weights"].initial_seed()).to(device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0)
+    batches = Batches(data.train, config.batch_size, rng["data"])
+
+    # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
+    clusters = TimestepClusters.load(run / "clusters.json")
+    K = clusters.k
+    timesteps = make_timesteps(config, clusters)
+    gradients = ClusterGradients(model, K)
+    balancer = make_balancer(config, K, optimizer, rng["balancing"])
+
+    # ---- what has to survive an interruption ---------------------------------------------------------------------
+    share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
+    importance = share * K if config.timestep_sampling == "stratified-weighted" else torch.ones_like(share)  # [K]
+    meter = Meter(K, device)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
+             "balancer": balancer, "meter": meter}  # fmt: skip
+    start = restore(run, parts, rng)
+    log = MetricLog(run, start=start)
+    stack = ExitStack()
+    stack.callback(log.close)
+    stop = stack.enter_context(stop_requests())
+    bar = stack.enter_context(
+        tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+    )
+
+    with stack:
+        model.train()
+        for step in range(start + 1, config.steps + 1):
+            # 1. A batch, noised to timesteps whose clusters are known.
+            x0 = batches.next(device)  # [B, C, H, W]
+            shares = timesteps.shares(len(x0)) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
+            t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
+            noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
+            xt = schedule.add_noise(x0, noise, t)
+
+            if balancer.needs == "gram":
+                # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
+                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
+                # 3a. Their K x K inner products are all that a balancing method looks at.
+                G = ops.gram(J)
+                w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
+                # 4a. Every p.grad becomes the weighted sum of its K gradients.
+                ops.combine(w, J, out=gradients.grads())
+                losses, counts = gradients.losses, gradients.counts
+            else:
+                # 2b. K losses from one forward, one backward of what the method makes of them.
+                optimizer.zero_grad()
+                losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
+                balancer.loss(losses, counts).backward()
+                G, w = None, balancer.weights(losses) / K
+
+            # 5. Nothing else changes.
+            optimizer.step()
+            ema.update_parameters(model)
+
+            meter.add(losses.detach() / importance, counts, w, G)
+            bar.update()
+            if step % config.log_every == 0 or step == config.steps:
+                row = meter.read(share)
+                check_finite(row["loss"], step, run)
+                log.write(step, row)
+                bar.set_postfix_str(
+                    f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K))
+                )
+            if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
+                check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
+                save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+            if stop.is_set():
+                return step == config.steps
+    return True
+
+
+def sample_losses(
+    model: torch.nn.Module, xt: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of each sample's noise estimate times its weight, [B]."""
+    return (model(xt, t) - noise).square().flatten(1).mean(1) * weight  # type: ignore[no-any-return]
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Endless batches of float [B, C, H, W] in [-1, 1]: a fresh permutation an epoch, batches across its border."""
+
+    def __init__(self, images: torch.Tensor, batch_size: int, generator: torch.Generator) -> None:
+        self.images = images  # uint8 [N, C, H, W]
+        self.batch_size = batch_size
+        self.generator = generator
+        self.left = torch.empty(0, dtype=torch.int64)  # what remains of the current epoch's permutation
+
+    def next(self, device: torch.device) -> torch.Tensor:
+        while len(self.left) < self.batch_size:
+            self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
+        rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
+        return to_unit(self.images[rows].to(device, non_blocking=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.left = state["left"]
+
+
+def make_timesteps(config: TrainConfig, clusters: TimestepClusters) -> StratifiedTimesteps | UniformTimesteps:
+    """The sampler of timesteps the settings name."""
+    if config.timestep_sampling == "uniform":
+        return UniformTimesteps(clusters)
+    return StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
+
+
+class BatchMean:
+    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+
+    needs, scale = "losses", "sum"
+
+    def loss(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """losses [K] and counts [K] -> the mean over the batch."""
+        return (losses * counts).sum() / counts.sum()
+
+    def weights(self, losses: torch.Tensor) -> torch.Tensor:
+        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
+        return torch.ones_like(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Any:
+    """The balancing method the settings name; its own parameters, if it has any, join the optimizer."""
+    if config.method == "vanilla":
+        return BatchMean()
+    method = balancing.get("linear" if config.method == "sum" else config.method)
+    if method.needs == "gram":
+        # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
+        options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
+        return method(nonfinite="poison", **options)
+    balancer = method(k)
+    if hasattr(balancer, "param_groups"):
+        balancer.to(generator.device)
+        for group in balancer.param_groups():
+            optimizer.add_param_group(group)
+    return balancer
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting; a ValueError names a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>; got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)"
+        )
+    return device
+
+
+def generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
+    """One independent generator for each random choice, all from one seed; the data's order is drawn on the CPU."""
+    children = np.random.SeedSequence(seed).spawn(len(RANDOM_CHOICES))
+    on_cpu = ("weights", "data")
+    return {
+        name: torch.Generator("cpu" if name in on_cpu else device).manual_seed(
+            int(child.generate_state(1, np.uint64)[0] >> 1)
+        )
+        for name, child in zip(RANDOM_CHOICES, children, strict=True)
+    }
+
+
+# ---- stopping, and going on --------------------------------------------------------------------------------------
+
+
+def snapshot(step: int, parts: Mapping[str, Any], rng: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """Everything that a run needs to go on after `step`."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    return {"step": step, "rng": {name: generator.get_state() for name, generator in rng.items()}, **states}
+
+
+def restore(run: Path, parts: Mapping[str, Any], rng: Mapping[str, torch.Generator]) -> int:
+    """Put the last checkpoint of `run`, if there is one, into the parts and generators; the step it is from, or 0."""
+    path = latest_checkpoint(run / "checkpoints")
+    if path is None:
+        return 0
+    state = load_checkpoint(path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for name, generator in rng.items():
+            generator.set_state(state["rng"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit the settings in {run}/config.json: {error}") from error
+    return int(state["step"])
+
+
+def check_finite(value: float, step: int, run: Path) -> None:
+    """Stop a run whose loss or weights are NaN or infinite before that reaches a checkpoint."""
+    if math.isfinite(value):
+        return
+    good = latest_checkpoint(run / "checkpoints")
+    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    raise DivergenceError(f"the loss or the weights are not finite at step {step}; {kept}. Try a smaller lr")
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once."""
+    requested = threading.Event()
+
+    def on_signal(signum: int, frame: object) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield requested
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

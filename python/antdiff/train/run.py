@@ -1,0 +1,169 @@
+"""A run folder from the first step to the closing table: train, load, measure, picture.
+
+config.json  clusters.json  metrics.csv  tensorboard/  checkpoints/     while it trains
+results.json  samples.png  curves.png  model/                           when it is done
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from antdiff import TimestepClusters
+from antdiff.diffusion import log_snr
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import ImageData, load_data, to_uint8
+from antdiff.train.log import read_csv
+from antdiff.train.loop import choose_device, train
+from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
+from antdiff.train.models import Denoiser, build_model, draw_samples, noise_schedule
+from antdiff.train.plots import LABELS, save_curves, save_grid
+
+GRID_IMAGES = 60
+
+
+def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClusters:
+    """The clusters that a setting names (timestep, log-snr, or a file) for a schedule's log-SNR, float64 [T].
+
+    Raises:
+        ValueError: no such file, or it is for another T or, where `k` is not the default, another number of clusters.
+    """
+    T = len(log_snr)
+    if clusters == "timestep":
+        return TimestepClusters.uniform(T, k)
+    if clusters == "log-snr":
+        return TimestepClusters.from_log_snr(log_snr, k)
+    path = Path(clusters)
+    if not path.is_file():
+        raise ValueError(f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {clusters!r}")
+    loaded = TimestepClusters.load(path)
+    if loaded.T != T:
+        raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {loaded.T}")
+    if k not in (loaded.k, TrainConfig().k):
+        raise ValueError(f"k must agree with the clusters file or be left out; got k={k}, {path} has {loaded.k}")
+    return loaded
+
+
+def start_run(config: TrainConfig, run: Path) -> None:
+    """Make the folder of a new run and write its clusters and settings. A ValueError if it already holds a run."""
+    if (run / "config.json").exists():
+        raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
+    clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
+    run.mkdir(parents=True, exist_ok=True)
+    clusters.save(run / "clusters.json")
+    write_atomically(run / "config.json", config.to_json().encode())
+
+
+def execute(
+    config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
+) -> dict[str, Any] | None:
+    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
+    data = data or load_data(config.data, image_size=config.image_size)
+    if not train(config, data, run, progress=progress):
+        return None
+    return evaluate(config, data, run)
+
+
+def load_model(
+    run: Path, config: TrainConfig, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Denoiser, int]:
+    """The averaged (EMA) network of a run's last checkpoint, and the step it is from.
+
+    Raises:
+        ValueError: the run has no checkpoint yet.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    path = latest_checkpoint(run / "checkpoints")
+    if path is None:
+        raise ValueError(f"{run} has no checkpoint yet: train it first (antdiff train --resume {run})")
+    state = load_checkpoint(path)
+    model = build_model(config.model, shape[0], shape[1], generator_seed=0)
+    averaged = {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
+    model.load_state_dict(averaged)
+    return model.to(device).eval(), int(state["step"])
+
+
+def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
+    """Measure a finished run and leave results.json, samples.png, curves.png and the network in diffusers' format."""
+    device = choose_device(config.device)
+    model, step = load_model(run, config, data.shape, device)
+    schedule = noise_schedule()
+    clusters = TimestepClusters.load(run / "clusters.json")
+    net = feature_net(data)
+    judge = Judge(data, net)
+    qualities = []
+    for seed in range(config.eval_seeds):
+        generator = torch.Generator(device).manual_seed(seed)
+        images = draw_samples(
+            model, schedule, config.eval_samples, data.shape, steps=config.sample_steps, generator=generator
+        )
+        pixels = to_uint8(images).cpu()
+        qualities.append(judge.measure(pixels))
+        if seed == 0:
+            save_grid(pixels[:GRID_IMAGES], run / "samples.png")
+    results: dict[str, Any] = {
+        "data": data.name,
+        "method": config.method,
+        "timesteps": config.timestep_sampling,
+        "seed": config.seed,
+        "step": step,
+        "eval_samples": config.eval_samples,
+        "feature_accuracy": accuracy(net, data),
+        **spread_of(qualities),
+        "anchors": {name: asdict(quality) for name, quality in judge.anchors(config.eval_samples).items()},
+        "held_out_losses": held_out_losses(model, data, schedule, intervals(clusters), device).tolist(),
+        "intervals": intervals(clusters),
+    }
+    write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    model.save(run / "model")
+    rows = read_csv(run / "metrics.csv")
+    if rows:
+        title = f"{data.name}, {LABELS[config.method]}, {config.timestep_sampling} timesteps, seed {config.seed}"
+        save_curves(rows, intervals(clusters), title, run / "curves.png")
+    return results
+
+
+def spread_of(qualities: list[Quality]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation (0 for a single one) of each metric over sampling seeds."""
+    columns = {
+        name: np.array([getattr(quality, name) for quality in qualities]) for name in ("fd", "precision", "recall")
+    }
+    return {
+        name: {"mean": float(values.mean()), "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+        for name, values in columns.items()
+    }
+
+
+def intervals(clusters: TimestepClusters) -> list[tuple[int, int]]:
+    """The clusters as half-open (start, stop)."""
+    return list(pairwise(clusters.bounds))
+
+
+def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
+    """The results beside the data's own anchors, as text."""
+    spread = {
+        name: f"{results[name]['mean']:.3g} ± {results[name]['sd']:.2g}" for name in ("fd", "precision", "recall")
+    }
+    rows = [(f"samples, {eval_seeds} seeds of {results['eval_samples']}", *spread.values())]
+    for name, quality in results["anchors"].items():
+        rows.append((name, *(f"{quality[column]:.3g}" for column in ("fd", "precision", "recall"))))
+    lines = [f"{'':<28} {'FD (' + results['data'] + '-CNN)':>18} {'precision':>16} {'recall':>16}"]
+    lines += [f"{name:<28} {fd:>18} {precision:>16} {recall:>16}" for name, fd, precision, recall in rows]
+    shares = [stop - start for start, stop in results["intervals"]]
+    mean = np.average(results["held_out_losses"], weights=shares)
+    losses = "  ".join(
+        f"t {start}..{stop - 1}: {loss:.4f}"
+        for (start, stop), loss in zip(results["intervals"], results["held_out_losses"], strict=True)
+    )
+    lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
+    lines += [
+        "FD is the Frechet distance to the train images in the features of a small CNN trained on them, not an FID."
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Images from a run: a PNG grid to look at and an npz (``arr_0``, uint8 NHWC) that evaluation suites read."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from antdiff.train.checkpoint import write_atomically
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import load_data, to_uint8
+from antdiff.train.loop import choose_device
+from antdiff.train.models import draw_samples, noise_schedule
+from antdiff.train.plots import save_grid
+from antdiff.train.run import load_model
+
+GRID_IMAGES = 100
+
+
+def sample(
+    run: Path, *, n: int = 100, steps: int | None = None, seed: int = 0, device: str = "auto", out: Path
+) -> tuple[Path, Path]:
+    """Draw `n` images from the averaged network of `run`'s last checkpoint into ``<out>.png`` and ``<out>.npz``.
+
+    Args:
+        steps: DDIM steps; None takes the run's own.
+        seed: of the starting noise.
+        out: where to write; a suffix .png or .npz is taken off. The grid shows the first 100.
+
+    Returns:
+        The paths of the grid and of the archive.
+
+    Raises:
+        ValueError: `run` is not a run folder, has no checkpoint, or n or steps is below 1.
+    """
+    config = TrainConfig.load(run / "config.json")
+    steps = config.sample_steps if steps is None else steps
+    for name, value in (("n", n), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    shape = load_data(config.data, image_size=config.image_size).shape
+    where = choose_device(device)
+    model, _ = load_model(run, config, shape, where)
+    generator = torch.Generator(where).manual_seed(seed)
+    images = to_uint8(draw_samples(model, noise_schedule(), n, shape, steps=steps, generator=generator)).cpu()
+    if out.suffix in (".png", ".npz"):
+        out = out.with_suffix("")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid, archive = (out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".npz"))
+    save_grid(images[:GRID_IMAGES], grid)
+    buffer = io.BytesIO()
+    np.savez(buffer, images.permute(0, 2, 3, 1).numpy())
+    write_atomically(archive, buffer.getvalue())
+    return grid, archive

@@ -1,0 +1,118 @@
+"""The command line: every command runs, and every mistake ends in one line that says what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from antdiff.cli import Schedule, main
+from antdiff.diffusion import SCHEDULES
+
+QUICK = [
+    "--steps",
+    "3",
+    "--batch-size",
+    "6",
+    "--eval-samples",
+    "12",
+    "--eval-seeds",
+    "1",
+    "--sample-steps",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+def test_train_resume_sample_and_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *QUICK, "-k", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "FD (digits-CNN)" in out
+    assert "runs/digits-pcgrad-0/samples.png" in out
+    run = Path("runs/digits-pcgrad-0")
+
+    assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
+    assert (run / "checkpoints" / "step-00000004.safetensors").exists()
+
+    assert main(["sample", str(run), "--n", "13", "--steps", "1", "--out", "here/pictures.v1"]) == 0
+    with np.load("here/pictures.v1.npz") as archive:
+        images = archive["arr_0"]
+    assert (images.dtype, images.shape) == (np.uint8, (13, 8, 8, 1))
+    with Image.open("here/pictures.v1.png") as grid:  # the first image of the grid is the first of the archive
+        pixels = np.asarray(grid)
+    assert np.array_equal(pixels[4:68:8, 4:68:8], images[0, :, :, 0])
+
+    capsys.readouterr()
+    assert main(["cluster", "--run", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
+    assert "4 clusters of 1000 timesteps" in capsys.readouterr().out
+    assert main(["cluster", "--by", "c.json", "-k", "4"]) == 0
+    assert Path("c.png").stat().st_size > 1000
+
+
+def test_cluster_knows_every_schedule() -> None:
+    assert set(get_args(Schedule)) == set(SCHEDULES)
+
+
+def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cluster"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[1] for line in lines] == ["0..132", "133..371", "372..652", "653..880", "881..999"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["train", "--resume", "nowhere"], "nowhere/config.json is not the config.json of a run"),
+        (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
+        (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
+        (["sample", "nowhere"], "nowhere/config.json is not the config.json of a run"),
+        (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
+        (["cluster", "-k", "2000"], "k must be at most T"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("antdiff: error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_run_that_stops_early_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("antdiff.train.run.execute", lambda *_, **__: None)
+    assert main(["train", "--out", str(tmp_path / "r")]) == 130
+    assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
+    # the folder now holds a run: a second one does not write over it
+    assert main(["train", "--out", str(tmp_path / "r")]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_help_needs_no_diffusers_and_a_missing_package_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "import antdiff.cli\n"
+        "try: antdiff.cli.main(['train', '--help'])\n"
+        "except SystemExit as exit: assert not exit.code\n"
+        "assert antdiff.cli.main(['cluster']) == 0\n"
+        "assert antdiff.cli.main(['train']) == 1\n"
+        "sys.modules['tyro'] = None\n"
+        "assert antdiff.cli.main(['train']) == 1\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--timesteps" in done.stdout
+    assert done.stderr.count('pip install "antdiff[train]"') == 2

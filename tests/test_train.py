@@ -1,0 +1,403 @@
+"""The training loop: it computes what it says, and nothing that happens to a run costs more than the last steps."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from antdiff.diffusion import log_snr
+from antdiff.train import checkpoint, loop
+from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.config import TrainConfig, resumed
+from antdiff.train.data import ImageData, load_data, to_unit
+from antdiff.train.log import Meter, read_csv
+from antdiff.train.loop import Batches, DivergenceError, stop_requests, train
+from antdiff.train.models import build_model, noise_schedule
+from antdiff.train.run import closing_table, execute, load_model, make_clusters, start_run
+
+TINY = TrainConfig(
+    steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=2, sample_steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits")
+
+
+def new_run(config: TrainConfig, folder: Path) -> Path:
+    start_run(config, folder)
+    return folder
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    path = latest_checkpoint(run / "checkpoints")
+    assert path is not None
+    return load_checkpoint(path)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit the same nested state."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+# ---- what a step computes ----------------------------------------------------------------------------------------
+
+
+def test_vanilla_is_the_textbook_loop(digits: ImageData, tmp_path: Path) -> None:
+    config = replace(TINY, method="vanilla", steps=4)
+    run = new_run(config, tmp_path / "run")
+    assert train(config, digits, run, progress=False)
+
+    rng = loop.generators(config.seed, torch.device("cpu"))
+    schedule = noise_schedule()
+    model = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
+    average = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0)
+    order = torch.randperm(len(digits.train), generator=rng["data"])
+    losses = []
+    for step in range(config.steps):
+        x0 = to_unit(digits.train[order[step * 9 : step * 9 + 9]])
+        t = torch.randint(1000, (9,), generator=rng["timesteps"])
+        noise = torch.randn(x0.shape, generator=rng["noise"])
+        loss = torch.nn.functional.mse_loss(model(schedule.add_noise(x0, noise, t), t), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for a, p in zip(average, model.parameters(), strict=True):
+                a.copy_(p if step == 0 else config.ema * a + (1 - config.ema) * p)
+
+    state = last_state(run)
+    # The sums run in another order, and Adam turns the sign of a gradient near zero into a whole step of lr: compare
+    # the distance with the way the weights have come, which four roundings a term leave far below 1e-3 of it.
+    came = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
+    way = sum((p - q).square().sum() for p, q in zip(model.parameters(), came.parameters(), strict=True)).sqrt()
+    off = sum((p - q).square().sum() for p, q in zip(model.parameters(), state["model"].values(), strict=True)).sqrt()
+    assert off < 1e-3 * way
+    off = sum((p - q).square().sum() for p, q in zip(average, list(state["ema"].values())[1:], strict=True)).sqrt()
+    assert off < 1e-3 * way
+    rows = read_csv(run / "metrics.csv")
+    counted = [row["loss_0"] for row in rows]
+    assert len(counted) == 2
+    assert rows[0]["loss"] == pytest.approx(
+        np.mean(losses[:2]), rel=0.5
+    )  # by intervals, not by samples: near, not equal
+
+
+@pytest.mark.parametrize("method", ["sum", "uw", "pcgrad", "nash"])
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified", "stratified-weighted"])
+def test_every_method_with_every_sampling_takes_a_step(
+    method: Any, timesteps: Any, digits: ImageData, tmp_path: Path
+) -> None:
+    config = replace(TINY, method=method, timesteps=timesteps, steps=2)
+    run = new_run(config, tmp_path / "run")
+    assert train(config, digits, run, progress=False)
+    (row,) = read_csv(run / "metrics.csv")
+    weights = [row[f"weight_{i}"] for i in range(config.k)]
+    assert all(w > 0 for w in weights)
+    assert 0 <= row["conflict_rate"] <= 1
+    # a network that knows nothing predicts about zero, and errs by the variance of the noise: 1
+    assert 0.5 < row["loss"] < 1.6
+
+
+def test_without_conflict_pcgrad_is_the_plain_sum(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one cluster there is nobody to conflict with: the two routes to the gradient must meet."""
+    states = []
+    for method in ("sum", "pcgrad"):
+        config = replace(TINY, method=method, k=1, steps=1, checkpoint_every=1)
+        run = new_run(config, tmp_path / method)
+        assert train(config, digits, run, progress=False)
+        states.append(last_state(run)["optimizer"]["state"])
+    for a, b in zip(states[0].values(), states[1].values(), strict=True):
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-4, atol=1e-7)
+
+
+def test_training_leaves_the_global_generators_alone(digits: ImageData, tmp_path: Path) -> None:
+    before, before_np = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    for model in ("unet", "dit"):
+        config = replace(TINY, model=model, steps=2)
+        assert train(config, digits, new_run(config, tmp_path / model), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == before_np).all()
+
+
+def test_batches_visit_every_image_once_an_epoch() -> None:
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    batches = Batches(images, 4, torch.Generator().manual_seed(0))
+    seen = torch.cat([batches.next(torch.device("cpu")) for _ in range(5)]).flatten()
+    for epoch in seen.split(10):
+        assert torch.equal(epoch.sort().values, to_unit(images).flatten())
+    assert not torch.equal(seen[:10], seen[10:])
+
+
+def test_meter_weighs_losses_by_samples_and_share_by_interval() -> None:
+    meter = Meter(3, torch.device("cpu"))
+    gram = torch.tensor([[1.0, -1.0, 2.0], [-1.0, 1.0, 3.0], [2.0, 3.0, 1.0]])
+    meter.add(torch.tensor([1.0, 4.0, 0.0]), torch.tensor([1, 2, 0]), torch.tensor([0.2, 0.3, 0.5]), gram)
+    meter.add(torch.tensor([3.0, 8.0, 0.0]), torch.tensor([3, 2, 0]), torch.tensor([0.4, 0.3, 0.5]), gram.abs())
+    row = meter.read(torch.tensor([0.5, 0.25, 0.25]))
+    assert (row["loss_0"], row["loss_1"]) == (2.5, 6.0)
+    assert np.isnan(row["loss_2"])  # never drawn
+    assert row["loss"] == pytest.approx((0.5 * 2.5 + 0.25 * 6) / 0.75)
+    assert row["weight_0"] == pytest.approx(0.3)
+    assert row["conflict_rate"] == pytest.approx(1 / 6)  # one of three pairs, in one of two steps
+    assert meter.steps == 0
+    assert not meter.sums.any()
+
+
+# ---- interruption ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "timesteps"), [("vanilla", "uniform"), ("uw", "stratified"), ("pcgrad", "auto"), ("nash", "auto")]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    method: Any, timesteps: Any, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, method=method, timesteps=timesteps, steps=7)  # 7: the last row is of a window cut short
+    whole = new_run(config, tmp_path / "whole")
+    assert train(config, digits, whole, progress=False)
+
+    broken = new_run(config, tmp_path / "broken")
+    taken = 0
+    original = Batches.next
+
+    def interrupting(self: Batches, device: torch.device) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == 5:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the middle of step 5, between two rows and two checkpoints
+        return original(self, device)
+
+    monkeypatch.setattr(Batches, "next", interrupting)
+    assert not train(config, digits, broken, progress=False)
+    assert last_state(broken)["step"] == 5
+    assert train(config, digits, broken, progress=False)
+    assert taken == 7
+    assert same(last_state(broken), last_state(whole))
+    assert (broken / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = new_run(TINY, tmp_path / "whole")
+    assert train(TINY, digits, whole, progress=False)
+    broken = new_run(TINY, tmp_path / "broken")
+    original = Meter.add
+
+    def dying(self: Meter, *args: Any) -> None:
+        original(self, *args)
+        if len(read_csv(broken / "metrics.csv")) == 2:  # after row 4, one step beyond the checkpoint of step 3
+            raise MemoryError
+
+    monkeypatch.setattr(Meter, "add", dying)
+    with pytest.raises(MemoryError):
+        train(TINY, digits, broken, progress=False)
+    monkeypatch.setattr(Meter, "add", original)
+    assert last_state(broken)["step"] == 3
+    assert train(TINY, digits, broken, progress=False)
+    assert same(last_state(broken), last_state(whole))
+    assert (broken / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_stop_requests_take_one_signal_kindly_and_the_next_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stop:  # noqa: PT012  (the second signal is the point)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def elsewhere() -> None:
+        with stop_requests() as stop:
+            assert not stop.is_set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+
+
+def test_a_diverging_run_stops_and_keeps_good_checkpoints(digits: ImageData, tmp_path: Path) -> None:
+    config = replace(TINY, method="vanilla", steps=3)
+    run = new_run(config, tmp_path / "run")
+    assert train(config, digits, run, progress=False)
+    good = latest_checkpoint(run / "checkpoints")
+    assert good is not None
+    state = load_checkpoint(good)
+    state["optimizer"]["param_groups"][0]["lr"] = 1e30
+    save_checkpoint(run / "checkpoints", 3, state)
+    with pytest.raises(DivergenceError, match=r"not finite at step \d; the last good checkpoint is .*step-00000003"):
+        train(replace(config, steps=9), digits, run, progress=False)
+    assert latest_checkpoint(run / "checkpoints") == good
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+STATE = {
+    "weights": {"a.b": torch.arange(6.0).view(2, 3), "empty": torch.empty(0), "number": torch.tensor(3)},
+    "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "groups": [{"betas": (0.9, 0.999), "foreach": None}]},
+    "half": torch.tensor([1.5], dtype=torch.bfloat16),
+    "rng": torch.Generator().manual_seed(1).get_state(),
+    "text": "a/b",
+    "nothing": [],
+    "tenth": 0.1,
+}
+
+
+def test_checkpoints_give_back_what_they_took(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 5, STATE)
+    assert same(load_checkpoint(path), STATE)
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(path)["weights/a.b"], STATE["weights"]["a.b"])  # type: ignore[index]
+    for step in (10, 7, 100):
+        save_checkpoint(tmp_path, step, STATE)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000010.safetensors", "step-00000100.safetensors"]
+    with pytest.raises(TypeError, match=r"a checkpoint holds tensors.*got set at extra/0"):
+        save_checkpoint(tmp_path, 200, {"extra": [{1}]})
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "garbage", "foreign"])
+def test_a_corrupt_checkpoint_is_named_with_the_good_one_before_it(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, 1, STATE)
+    path = save_checkpoint(tmp_path, 2, STATE)
+    raw = path.read_bytes()
+    if damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        flipped = raw[:-1] + bytes([raw[-1] ^ 1])
+        path.write_bytes({"cut": raw[:-3], "flipped": flipped, "empty": b"", "garbage": b"x" * 50}[damage])
+    remedy = "is not an antdiff checkpoint" if damage == "foreign" else r"Delete it to go on from step-00000001"
+    with pytest.raises(CheckpointError, match=remedy):
+        load_checkpoint(path)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = save_checkpoint(tmp_path, 1, STATE)
+    before = good.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    for step in (1, 2):
+        with pytest.raises(CheckpointError, match=r"No space left on device\); the last good one is .*step-00000001"):
+            save_checkpoint(tmp_path, step, STATE)
+    assert [p.name for p in tmp_path.iterdir()] == [good.name]
+    assert good.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused(digits: ImageData, tmp_path: Path) -> None:
+    run = new_run(TINY, tmp_path / "run")
+    save_checkpoint(run / "checkpoints", 3, {**STATE, "step": 3, "model": {}})
+    with pytest.raises(CheckpointError, match=r"does not fit the settings in .*config\.json"):
+        train(TINY, digits, run, progress=False)
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_settings_survive_their_file_and_bad_ones_are_refused(tmp_path: Path) -> None:
+    config = replace(TINY, lr=0.1 + 0.2, clusters="x.json")
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert TrainConfig.load(path) == config
+    path.write_text(json.dumps({"stepz": 3}))
+    with pytest.raises(ValueError, match="does not know: stepz"):
+        TrainConfig.load(path)
+    with pytest.raises(ValueError, match=r"is not the config\.json of a run"):
+        TrainConfig.load(tmp_path / "none.json")
+    for bad, message in (
+        ({"method": "pcgard"}, "method must be one of vanilla, sum, uw, pcgrad, nash; got 'pcgard'"),
+        ({"k": 0}, "k must be at least 1; got 0"),
+        ({"steps": -1}, "steps must be at least 0"),
+        ({"lr": float("nan")}, "lr must be positive and finite"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
+        ({"eval_samples": 5}, "eval_samples must be at least 10"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TINY, **bad)
+
+
+def test_a_resumed_run_keeps_its_settings() -> None:
+    saved = replace(TINY, method="uw")
+    assert resumed(TrainConfig(), saved) == saved
+    assert resumed(replace(TrainConfig(), steps=50), saved) == replace(saved, steps=50)
+    assert resumed(replace(TrainConfig(), method="uw"), saved) == saved
+    with pytest.raises(ValueError, match=r"only steps and device may change; got lr=0\.5 \(saved: 0\.001\)"):
+        resumed(replace(TrainConfig(), lr=0.5), saved)
+
+
+def test_clusters_and_devices_that_are_not_there(tmp_path: Path) -> None:
+    curve = log_snr(noise_schedule())
+    with pytest.raises(ValueError, match="clusters must be timestep, log-snr or a saved clusters JSON"):
+        make_clusters("snr", 5, curve)
+    saved = make_clusters("log-snr", 3, curve)
+    saved.save(tmp_path / "three.json")
+    name = str(tmp_path / "three.json")
+    assert make_clusters(name, TINY.k, curve) == saved
+    with pytest.raises(ValueError, match="k must agree with the clusters file or be left out; got k=4"):
+        make_clusters(name, 4, curve)
+    with pytest.raises(ValueError, match="cover the schedule's T=10"):
+        make_clusters(name, 3, curve[:10])
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
+        loop.choose_device("gpu")
+    with pytest.raises(ValueError, match="is not there: torch sees"):
+        loop.choose_device("cuda:99")
+    with pytest.raises(ValueError, match="multiple of 4 for the UNet"):
+        build_model("unet", 1, 18, generator_seed=0)
+
+
+# ---- the whole way -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_it_promises(
+    digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(TINY, tmp_path / "run")
+    results = execute(TINY, run)
+    assert results is not None
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.json", "clusters.json", "metrics.csv", "tensorboard", "checkpoints", "results.json",
+                     "samples.png", "curves.png", "model"}  # fmt: skip
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "results.json").read_text()) == json.loads(json.dumps(results))
+    progress = capsys.readouterr().err
+    assert "clusters" in progress
+    table = closing_table(results, TINY.eval_seeds)
+    assert "FD (digits-CNN)" in table
+    assert "held-out images (floor)" in table
+    assert "FID" not in table.replace("not an FID", "")
+    # the exported network is the average that was measured
+    from diffusers import UNet2DModel
+
+    exported = UNet2DModel.from_pretrained(run / "model").state_dict()
+    model, step = load_model(run, TINY, digits.shape, torch.device("cpu"))
+    assert step == TINY.steps
+    assert same(exported, model.net.state_dict())
+    with pytest.raises(ValueError, match="already holds a run"):
+        start_run(TINY, run)
