@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Needs = Literal["gram", "losses", "J"]
+
+
+class About(NamedTuple):
+    """A method's line in the table of the documentation (``docs/balancing.md``)."""
+
+    title: str
+    paper: str
+    solves: str
+    when: str  # it is worth a try
+    invariant: bool = False  # the direction stays when single losses are rescaled
+    conflict_free: bool = False  # no cluster's loss rises to first order: <d, g_i> >= 0 for all i
+    published: str = ""  # how the literature's runs differ, and the options that give them
 
 
 @runtime_checkable
@@ -18,8 +32,9 @@ class Balancer(Protocol):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["gram", "losses"]]
+    needs: ClassVar[Needs]
     scale: ClassVar[Literal["sum", "mean"]]
+    about: ClassVar[About]
 
     def weights(self, x: Tensor, /) -> Tensor: ...
     def reset(self) -> None: ...
@@ -37,8 +52,9 @@ class GramBalancer:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["gram", "losses"]] = "gram"
+    needs: ClassVar[Needs] = "gram"
     scale: ClassVar[Literal["sum", "mean"]] = "mean"
+    about: ClassVar[About]
 
     def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
         if update_every < 1:

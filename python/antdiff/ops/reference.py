@@ -264,8 +264,8 @@ def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
     c = 0.5 if c is None else c
     b = G.sum(1) / k  # <g_i, g_0>
     square = b.sum() / k  # |g_0|^2
-    low, high = 1e-12, 1e12
-    for _ in range(80):
+    low, high = 1e-30, 1e30
+    for _ in range(90):
         nu = (low * high) ** 0.5
         x = nu * _min_norm(nu * nu * G + nu * (b + b[:, None]) + square)
         low, high = (nu, high) if x @ G @ x < c * c * square else (low, nu)
