@@ -15,8 +15,8 @@ GramMethod method_of(const std::string& name) {
   throw_value("method must be a method of antdiff.ops.gram_weights; got '" + name + "'.");
 }
 
-void weights(py::handle gram, const std::string& method, double option, py::handle keys_, py::handle targets_, bool poison,
-             py::handle out, py::handle scratch) {
+void weights(py::handle gram, const std::string& method, double option, py::handle keys_, py::handle targets_,
+             bool poison, py::handle out, py::handle scratch) {
   Problems<GramWeightsParams> c(gram, poison, out);
   c.p.method = method_of(method);
   c.p.option = option;

@@ -96,9 +96,9 @@ constexpr int64_t min_norm_workspace(int64_t K) { return nonnegative_qp_workspac
 
 // a [K] = the point of the simplex with the least a^T R a, for a Gram matrix R [K, K], which is overwritten.
 //
-// The simplex needs no constraint of its own: x = argmin a^T R a + (sigma . x - 1)^2 over x >= 0, divided by its sum, is
-// that point, for any sigma > 0 (Lawson and Hanson's reduction of least distance to least squares). With the length of
-// the shortest row as the unit of sigma, rows of any lengths stay resolved.
+// The simplex needs no constraint of its own: x = argmin a^T R a + (sigma . x - 1)^2 over x >= 0, divided by its sum,
+// is that point, for any sigma > 0 (Lawson and Hanson's reduction of least distance to least squares). With the length
+// of the shortest row as the unit of sigma, rows of any lengths stay resolved.
 ANTDIFF_HD void min_norm_point(double* R, int64_t K, double* a, double* work) {
   double *scale = work, *sigma = scale + K, *c = sigma + K, *rest = c + K;
   double largest = 0;

@@ -1,8 +1,9 @@
 // Balancing methods as one function of the Gram matrix each: parameters of the launchers, and one problem.
 //
 // All are sequential algorithms on a few hundred numbers, so one member of the team computes a problem; the others only
-// share the check and the scaling of G. Rows of G that are zero are taken out before a method sees it, and get weight 0:
-// a cluster without samples neither moves the direction nor, as the shortest of all gradients, stops it. A method sees
+// share the check and the scaling of G. Rows of G that are zero are taken out before a method sees it, and get weight
+// 0: a cluster without samples neither moves the direction nor, as the shortest of all gradients, stops it. A method
+// sees
 //
 //   S [m, m], S_ij = d_i d_j <g_i, g_j> with S_ii in [1, 4), and d [m], powers of two,
 //
@@ -47,7 +48,8 @@ struct NonZeroRows {
 };
 
 constexpr int64_t gram_weights_workspace(int64_t K) { return 4 * K * K + 15 * K; }
-static_assert(gram_weights_workspace(kSharedK) * sizeof(double) <= 48 * 1024, "must fit a block's static shared memory");
+static_assert(gram_weights_workspace(kSharedK) * sizeof(double) <= 48 * 1024,
+              "must fit a block's static shared memory");
 
 // What is this far below the terms it is the sum of is rounding of G.
 constexpr double kGramRounding = 64 * DBL_EPSILON;
@@ -232,8 +234,8 @@ constexpr double kCagradAccuracy = 1e-13;  // of |d - g_0| relative to c |g_0|
 // d = g_0 + J^T x with x >= 0. For a fixed nu = sum_i x_i the best x / nu is the point of least norm of the rows
 // nu g_i + g_0, and |J^T x| grows with nu: one unknown. While the rows in use stay the same, x = p + nu q with q their
 // affine combination of least norm and <J^T p, J^T q> = 0, so |J^T x|^2 = |J^T p|^2 + nu^2 |J^T q|^2 gives nu. Where a
-// convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu: d is then the limit, the projection of
-// g_0 onto the dual cone, which is as good as any.
+// convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu: d is then the limit, the projection
+// of g_0 onto the dual cone, which is as good as any.
 ANTDIFF_HD void cagrad(const NonZeroRows& r, double c) {
   const int64_t m = r.m;
   double *G = r.work, *R = G + m * m, *b = R + m * m, *x = b + m, *q = x + m, *rest = q + m;
@@ -382,15 +384,24 @@ ANTDIFF_HD void gradvac(const GramWeightsParams& p, int64_t n, const double* S, 
 
 ANTDIFF_HD void solve_non_zero_rows(const NonZeroRows& r, GramMethod method, double option) {
   switch (method) {
-    case GramMethod::upgrad: return upgrad(r);
-    case GramMethod::dualproj: return dualproj(r);
-    case GramMethod::aligned_mtl: return aligned_mtl(r);
-    case GramMethod::mgda: return mgda(r);
-    case GramMethod::cagrad: return cagrad(r, option);
-    case GramMethod::imtl_g: return imtl_g(r);
-    case GramMethod::config: return config(r);
-    case GramMethod::fairgrad: return fairgrad(r, option);
-    case GramMethod::gradvac: return;  // works on all rows
+    case GramMethod::upgrad:
+      return upgrad(r);
+    case GramMethod::dualproj:
+      return dualproj(r);
+    case GramMethod::aligned_mtl:
+      return aligned_mtl(r);
+    case GramMethod::mgda:
+      return mgda(r);
+    case GramMethod::cagrad:
+      return cagrad(r, option);
+    case GramMethod::imtl_g:
+      return imtl_g(r);
+    case GramMethod::config:
+      return config(r);
+    case GramMethod::fairgrad:
+      return fairgrad(r, option);
+    case GramMethod::gradvac:
+      return;  // works on all rows
   }
 }
 

@@ -11,7 +11,7 @@ from antdiff.ops import gram_weights
 
 
 class CAGrad(GramBalancer):
-    """Weights of the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>``, g_0 the mean gradient, exactly.
+    """Weights of the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>``, g_0 the mean, exactly.
 
     Args:
         c: the radius relative to the mean gradient, >= 0; 0 is the mean, from 1 on no loss rises to first order.
@@ -22,7 +22,7 @@ class CAGrad(GramBalancer):
     about = About(
         title="CAGrad",
         paper="Liu et al., NeurIPS 2021",
-        solves="of all directions within c times the length of the mean from it, that which helps the worst-off cluster most",
+        solves="of all directions within c |mean| of the mean gradient, that which helps the worst-off cluster most",
         when="the mean works, but one cluster lags",
         published="Some code divides the direction by 1 + c^2; the paper does not.",
     )

@@ -13,7 +13,7 @@ from antdiff.ops import gradvac_weights
 
 
 class GradVac(GramBalancer):
-    """Weights of GradVac's direction ``sum_i p_i``; see :func:`antdiff.ops.gradvac_weights`. The first step is PCGrad's.
+    """Weights of GradVac's direction; see :func:`antdiff.ops.gradvac_weights`. The first step is PCGrad's.
 
     Args:
         beta: how fast the targets follow the cosines, in [0, 1].
@@ -29,6 +29,7 @@ class GradVac(GramBalancer):
         solves="raises the cosine of each pair of gradients to its running mean, as PCGrad raises it to zero",
         when="clusters agree most of the time, and a batch that says otherwise is noise",
         published="beta = 0.01 is the paper's; later benchmarks use 0.5.",
+        options=(("beta", 0.5),),
     )
 
     def __init__(

@@ -33,8 +33,9 @@ class NashMTL(GramBalancer):
         when="losses of very different units, and a step length of its own is welcome",
         invariant=True,
         conflict_free=True,
-        published="Solved every 25 steps and clipped to norm 1: max_norm=1.0, update_every=25. Loss / K changes nothing "
-        "then. Published code iterates cvxpy with ECOS and often stops short of the solution.",
+        published="Solved every 25 steps, clipped to norm 1; loss / K changes nothing then. "
+        "Published code iterates cvxpy with ECOS and often stops short of the solution.",
+        options=(("max_norm", 1.0), ("update_every", 25)),
     )
 
     def __init__(

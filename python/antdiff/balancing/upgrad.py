@@ -1,4 +1,4 @@
-"""UPGrad (Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024): the mean of projected gradients."""
+"""UPGrad (Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024): the mean of projections."""
 
 from __future__ import annotations
 

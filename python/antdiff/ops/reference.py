@@ -223,7 +223,8 @@ def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
     feasible = (x >= -1e-12 * x.abs().amax(1, keepdim=True)).all(1)
     x = x.clamp(min=0)
     objective = 0.5 * ((x @ H) * x).sum(1) + x @ c
-    return x[torch.where(feasible, objective, torch.inf).argmin()]
+    best: Tensor = x[torch.where(feasible, objective, torch.inf).argmin()]
+    return best
 
 
 def _onto_dual_cone(G: Tensor, e: Tensor) -> Tensor:
@@ -252,7 +253,8 @@ def _aligned_mtl(G: Tensor, k: int, _parameter: float | None) -> Tensor:
     values, V = torch.linalg.eigh(G)
     keep = values > torch.finfo(G.dtype).eps * len(G) * values.max()
     V, values = V[:, keep], values[keep]
-    return V @ ((values.min() / values).sqrt() * V.sum(0)) / k
+    w: Tensor = V @ ((values.min() / values).sqrt() * V.sum(0)) / k
+    return w
 
 
 def _mgda(G: Tensor, k: int, _parameter: float | None) -> Tensor:
@@ -264,7 +266,7 @@ def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
     c = 0.5 if c is None else c
     b = G.sum(1) / k  # <g_i, g_0>
     square = b.sum() / k  # |g_0|^2
-    low, high = 1e-30, 1e30
+    x, low, high = b, 1e-30, 1e30
     for _ in range(90):
         nu = (low * high) ** 0.5
         x = nu * _min_norm(nu * nu * G + nu * (b + b[:, None]) + square)
