@@ -350,7 +350,7 @@ ANTDIFF_HD void gradvac(const GramWeightsParams& p, int64_t n, const double* S, 
   const int64_t K = p.K;
   double *order = work, *v = order + K, *c = v + K, *sum = c + K;
   double* targets = p.targets + n * K * K;
-  for (int64_t j = 0; j < K; ++j) sum[j] = double(d[j] != 0);
+  for (int64_t j = 0; j < K; ++j) sum[j] = 1;
   for (int64_t i = 0; i < K; ++i) {
     if (d[i] == 0) continue;
     order_from_keys(p.keys + (n * K + i) * K, K, i, order);

@@ -105,7 +105,7 @@ def gradvac_weights(
             f"targets must have the shape and device of gram, {list(gram.shape)} on {gram.device}; got "
             f"{list(targets.shape)} on {targets.device}. Start from torch.zeros_like(gram)."
         )
-    if not 0 <= beta <= 1:
+    if not 0 <= _number("beta", beta) <= 1:
         raise ValueError(f"beta must be in [0, 1]; got {beta}.")
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if generator is not None:
@@ -124,9 +124,17 @@ def _parameter(method: str, value: float | None) -> float:
     name, default = _PARAMETERS[method]
     if value is None:
         return default
+    value = _number(f"parameter of {method}, {name},", value)
     if not math.isfinite(value) or value < 0 or (value == 0 and name == "alpha"):
         rule = "> 0" if name == "alpha" else ">= 0"
         raise ValueError(f"parameter of {method}, {name}, must be finite and {rule}; got {value!r}.")
+    return value
+
+
+def _number(name: str, value: float) -> float:
+    """``value`` as a float; a tensor is none, for reading it would wait for its device."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}. Pass a Python float.")
     return float(value)
 
 

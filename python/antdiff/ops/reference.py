@@ -337,7 +337,12 @@ def gradvac_weights(
     k = gram.shape[-1]
     perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator))
     weights, targets = gram.new_full(gram.shape[:-1], torch.nan), targets.clone()
-    batch = (gram.reshape(-1, k, k), perms.reshape(-1, k, k - 1), targets.view(-1, k, k), weights.view(-1, k))
+    batch = (
+        gram.reshape(-1, k, k),
+        perms.flatten(0, -3) if perms.dim() > 2 else perms[None],
+        targets.view(-1, k, k),
+        weights.view(-1, k),
+    )
     for skip, G, orders, target, w in zip(bad.reshape(-1), *batch, strict=True):
         if skip:
             continue
