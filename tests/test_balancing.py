@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -454,3 +457,9 @@ def test_linear() -> None:
     assert Linear().loss(losses) == losses.mean()
     with pytest.raises(ValueError, match=r"losses must have shape \[K\]; got \[1, 3\]"):
         Linear().weights(losses[None])
+
+
+def test_the_table_of_the_documentation_is_up_to_date() -> None:
+    script = Path(__file__).resolve().parent.parent / "docs" / "balancing_table.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
