@@ -70,7 +70,7 @@ def figure(path: Path) -> None:
         for i, (x, y) in enumerate(J.tolist()):
             ax.text(x, y + 0.12, f"$g_{i + 1}$", ha="center")
         ax.set_title(title, fontsize=10)
-        ax.set(xlim=(-0.9, 1.6), ylim=(-0.15, 1.55), aspect="equal")
+        ax.set(xlim=(-0.9, 1.6), ylim=(-0.15, 1.85), aspect="equal")
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     fig.tight_layout()

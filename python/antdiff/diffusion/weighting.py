@@ -1,8 +1,8 @@
 """Diffusion's own loss weights, one number a timestep, which compose with any balancing method.
 
 Pass ``table[t]`` as the ``weight`` of :func:`antdiff.ops.cluster_loss`: the weights act within the clusters, the
-balancing method between them. Every table is a function of the log-SNR (see :mod:`antdiff.diffusion.schedules`) and of what the
-network predicts:
+balancing method between them. Every table is a function of the log-SNR (see :mod:`antdiff.diffusion.schedules`)
+and of what the network predicts:
 
     ==========  =========================================================  ==========================
     prediction  target for x_t = a x_0 + s eps, SNR = a^2 / s^2            its MSE over that of x_0
@@ -67,7 +67,7 @@ def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Predi
 def edm(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
     """EDM (Karras et al., NeurIPS 2022): ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the denoiser's loss.
 
-    The denoiser predicts x_0 from ``x_0 + sigma eps``; with this weight the loss starts at about 1 at every noise level.
+    The denoiser predicts x_0 from ``x_0 + sigma eps``; this weight makes the loss start near 1 at every noise level.
 
     Args:
         sigma: noise levels > 0, of any shape.
