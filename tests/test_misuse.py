@@ -72,6 +72,8 @@ def valid(name):
         "combine": dict(weights=torch.rand(k, dtype=torch.float64), J=J),
         "pcgrad_weights": dict(gram=gram, perms=rng.choice([None, perms.long()])),
         "nash_weights": dict(gram=gram),
+        "gram_weights": dict(gram=gram, method=rng.choice(["upgrad", "mgda", "cagrad", "config", "fairgrad"])),
+        "gradvac_weights": dict(gram=gram, targets=torch.zeros_like(gram), beta=0.1),
         "pcgrad": dict(J=J),
         "nash": dict(J=J),
         "nash_residual": dict(gram=gram, weights=torch.rand(k, dtype=torch.float64)),

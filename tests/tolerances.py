@@ -77,3 +77,17 @@ def nash(condition: float) -> float:
 # Clarabel stops at a duality gap of 1e-8. The objective is strongly convex with modulus 1 in log weights, so a gap of e
 # moves a weight by sqrt(2 e) relative: 1.5e-4. A factor of three for its feasibility tolerance.
 CLARABEL = 5e-4
+
+
+def active_set(k: int) -> float:
+    """A direction found by the active-set solver, relative to its longest term: the solver takes slopes below
+    8 k * 2.2e-16 of their terms for zero, and solves k x k systems whose rows are unit vectors. 1e4 for the condition
+    of a set of rows that it still takes for independent."""
+    return 1e4 * 16 * k * UNIT_ROUNDOFF[torch.float64]
+
+
+# Eigenvectors are right to some roundings of the largest eigenvalue divided by the gap; 1e3 for gaps that tests meet.
+SPECTRAL = 1e3 * 16 * UNIT_ROUNDOFF[torch.float64]
+
+# Clarabel's gap and feasibility tolerances of 1e-8 move a minimiser by their square root, and a few times that.
+CONIC_SOLVER = 5e-4

@@ -9,6 +9,7 @@ void bind_gram(pybind11::module_& m);
 void bind_combine(pybind11::module_& m);
 void bind_pcgrad(pybind11::module_& m);
 void bind_nash(pybind11::module_& m);
+void bind_gram_weights(pybind11::module_& m);
 void bind_interval(pybind11::module_& m);
 
 }  // namespace antdiff
@@ -20,5 +21,6 @@ PYBIND11_MODULE(_C, m) {
   antdiff::bind_combine(m);
   antdiff::bind_pcgrad(m);
   antdiff::bind_nash(m);
+  antdiff::bind_gram_weights(m);
   antdiff::bind_interval(m);
 }

@@ -3,6 +3,7 @@
 
 #include "core/cluster_loss.h"
 #include "core/gram.h"
+#include "core/gram_weights.h"
 #include "core/nash.h"
 #include "core/pcgrad.h"
 #include "core/status.h"
@@ -18,5 +19,6 @@ Status cpu_combine(const CombineParams& p);
 
 Status cpu_pcgrad_weights(const PcgradParams& p);
 Status cpu_nash_weights(const NashParams& p);
+Status cpu_gram_weights(const GramWeightsParams& p);
 
 }  // namespace antdiff

@@ -5,6 +5,7 @@
 
 #include "core/cluster_loss.h"
 #include "core/gram.h"
+#include "core/gram_weights.h"
 #include "core/nash.h"
 #include "core/pcgrad.h"
 #include "core/status.h"
@@ -26,6 +27,7 @@ Status cuda_combine(const CombineParams& p, Stream stream);
 
 Status cuda_pcgrad_weights(const PcgradParams& p, Stream stream);
 Status cuda_nash_weights(const NashParams& p, Stream stream);
+Status cuda_gram_weights(const GramWeightsParams& p, Stream stream);
 
 // ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };

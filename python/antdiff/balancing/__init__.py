@@ -1,22 +1,70 @@
 """Balancing methods: from the K losses, or the Gram matrix of their K gradients, to K weights.
 
-One file a method. A new one is its file and its name in ``_METHODS``; :func:`get`, the command line and the property
-tests find it there.
+One file a method. A new one is its file and its name in ``_METHODS``; :func:`get`, the command line, the table of the
+documentation and the property tests find it there.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from antdiff.balancing.base import Balancer, GramBalancer
+from antdiff.balancing.aligned_mtl import AlignedMTL
+from antdiff.balancing.base import About, Balancer, GramBalancer, LossBalancer
+from antdiff.balancing.cagrad import CAGrad
+from antdiff.balancing.config import ConFIG
+from antdiff.balancing.dualproj import DualProj
+from antdiff.balancing.dwa import DynamicWeightAverage
+from antdiff.balancing.fairgrad import FairGrad
+from antdiff.balancing.famo import FAMO
+from antdiff.balancing.gls import GeometricLoss
+from antdiff.balancing.graddrop import GradDrop
+from antdiff.balancing.gradvac import GradVac
+from antdiff.balancing.imtl_g import IMTLG
+from antdiff.balancing.imtl_l import IMTLL
 from antdiff.balancing.linear import Linear
+from antdiff.balancing.mgda import MGDA
 from antdiff.balancing.nash import NashMTL
 from antdiff.balancing.pcgrad import PCGrad
+from antdiff.balancing.rlw import RandomLossWeighting
+from antdiff.balancing.stch import SmoothTchebycheff
 from antdiff.balancing.uncertainty import UncertaintyWeighting
+from antdiff.balancing.upgrad import UPGrad
 
-__all__ = ["Balancer", "GramBalancer", "Linear", "NashMTL", "PCGrad", "UncertaintyWeighting", "get", "names"]
+__all__ = [
+    "FAMO",
+    "IMTLG",
+    "IMTLL",
+    "MGDA",
+    "About",
+    "AlignedMTL",
+    "Balancer",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "DynamicWeightAverage",
+    "FairGrad",
+    "GeometricLoss",
+    "GradDrop",
+    "GradVac",
+    "GramBalancer",
+    "Linear",
+    "LossBalancer",
+    "NashMTL",
+    "PCGrad",
+    "RandomLossWeighting",
+    "SmoothTchebycheff",
+    "UPGrad",
+    "UncertaintyWeighting",
+    "get",
+    "names",
+    "published",
+]
 
-_METHODS: dict[str, Any] = {method.name: method for method in (PCGrad, NashMTL, UncertaintyWeighting, Linear)}
+_GRAM = (PCGrad, NashMTL, UPGrad, AlignedMTL, MGDA, CAGrad, IMTLG, ConFIG, DualProj, GradVac, FairGrad)
+_GRADIENTS = (GradDrop,)
+_LOSSES = (UncertaintyWeighting, Linear, RandomLossWeighting, DynamicWeightAverage, GeometricLoss, IMTLL, FAMO,
+           SmoothTchebycheff)  # fmt: skip
+_METHODS: dict[str, Any] = {method.name: method for method in (*_GRAM, *_GRADIENTS, *_LOSSES)}
 
 
 def names() -> list[str]:
@@ -27,8 +75,8 @@ def names() -> list[str]:
 def get(name: str) -> Any:
     """The class of a method, to be called with its options.
 
-    Methods with ``needs == "gram"`` take keyword options alone, ``get("nash")(max_norm=1.0)``; those with
-    ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
+    Methods with ``needs == "gram"`` take keyword options alone, ``get("nash")(max_norm=1.0)``, and so do those with
+    ``needs == "J"``; those with ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
 
     Raises:
         ValueError: there is no such method.
@@ -36,3 +84,9 @@ def get(name: str) -> Any:
     if name not in _METHODS:
         raise ValueError(f"name must be one of {', '.join(_METHODS)}; got {name!r}.")
     return _METHODS[name]
+
+
+def published(name: str) -> dict[str, Any]:
+    """Options of a method with which the literature's numbers were made, where they are not the defaults:
+    ``get("nash")(**published("nash"))``. What else differed stands in ``get(name).about.published``."""
+    return dict(get(name).about.options)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Needs = Literal["gram", "losses", "J"]
+
+
+class About(NamedTuple):
+    """A method's line in the table of the documentation (``docs/balancing.md``)."""
+
+    title: str
+    paper: str
+    solves: str
+    when: str  # it is worth a try
+    invariant: bool = False  # the direction stays when single losses are rescaled
+    conflict_free: bool = False  # no cluster's loss rises to first order: <d, g_i> >= 0 for all i
+    published: str = ""  # how the runs of the literature differ
+    options: tuple[tuple[str, Any], ...] = ()  # and the options that give them
 
 
 @runtime_checkable
@@ -18,8 +33,9 @@ class Balancer(Protocol):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["gram", "losses"]]
+    needs: ClassVar[Needs]
     scale: ClassVar[Literal["sum", "mean"]]
+    about: ClassVar[About]
 
     def weights(self, x: Tensor, /) -> Tensor: ...
     def reset(self) -> None: ...
@@ -37,8 +53,9 @@ class GramBalancer:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Literal["gram", "losses"]] = "gram"
+    needs: ClassVar[Needs] = "gram"
     scale: ClassVar[Literal["sum", "mean"]] = "mean"
+    about: ClassVar[About]
 
     def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
         if update_every < 1:
@@ -94,3 +111,85 @@ class GramBalancer:
         """Restores what :meth:`state_dict` returned."""
         self._calls = int(state["calls"])
         self._last = None if state["last"] is None else state["last"].clone()
+
+
+class LossBalancer:
+    """Base of the methods that need the losses alone: a subclass defines ``name``, ``scale``, ``about``, and
+    :meth:`weights`; :meth:`observe` where it has a state.
+
+    A loss of exactly zero is an empty cluster's: it has weight 0 and takes no part in the weights of the others.
+
+    Args:
+        k: the number of clusters.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs] = "losses"
+    scale: ClassVar[Literal["sum", "mean"]] = "mean"
+    about: ClassVar[About]
+
+    def __init__(self, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1; got {k}.")
+        self.k = k
+
+    def weights(self, losses: Tensor, /) -> Tensor:
+        """Weights ``[K]`` of ``losses [K]``, detached, in their dtype and on their device. Takes no step."""
+        raise NotImplementedError
+
+    def observe(self, losses: Tensor, /) -> None:
+        """Takes the losses of a step into the state. :meth:`loss` does it; call it where you use weights alone."""
+
+    def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The scalar to back-propagate from ``losses [K]``: :meth:`observe`, then ``sum_i weights_i losses_i``, for a
+        "sum"-type method divided by K."""
+        self._check(losses)
+        self.observe(losses.detach())
+        total = (self.weights(losses) * losses).sum()
+        return total / self.k if self.scale == "sum" else total
+
+    def reset(self) -> None:
+        """Forgets all steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if never interrupted."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+
+    def _check(self, losses: Tensor) -> None:
+        if losses.shape != (self.k,):
+            raise ValueError(f"losses must have shape [K] with K={self.k}; got {list(losses.shape)}.")
+
+
+class RunningMean:
+    """Mean loss of each cluster over the steps in which it had samples and all went well."""
+
+    def __init__(self, k: int) -> None:
+        self.steps = 0
+        self.sums, self.counts = (torch.zeros(k, dtype=torch.float64) for _ in range(2))  # [K]
+
+    def add(self, losses: Tensor) -> None:
+        losses = losses.detach().double()
+        present = (losses > 0) & losses.isfinite()
+        self.sums = self.sums.to(losses.device) + torch.where(present, losses, 0.0)
+        self.counts = self.counts.to(losses.device) + present
+        self.steps += 1
+
+    def value(self, *, otherwise: Tensor) -> Tensor:
+        """Float64 ``[K]`` on the device of ``otherwise [K]``, whose entries stand for clusters that were never seen."""
+        sums, counts = self.sums.to(otherwise.device), self.counts.to(otherwise.device)
+        return torch.where(counts > 0, sums / counts, otherwise)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "sums": self.sums.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the entries of ``mask``, 0 elsewhere; 0 everywhere for an empty mask. NaN stays NaN."""
+    return torch.where(mask, logits.masked_fill(~mask, -torch.inf).softmax(-1), 0.0)

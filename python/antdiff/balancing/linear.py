@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from antdiff.balancing.base import About, Needs
+
 
 class Linear:
     """Weight 1 for every cluster; with the 1/K of a sum-type method, the gradient of the mean of the cluster losses.
@@ -16,8 +18,14 @@ class Linear:
     """
 
     name: ClassVar[str] = "linear"
-    needs: ClassVar[Literal["gram", "losses"]] = "losses"
+    needs: ClassVar[Needs] = "losses"
     scale: ClassVar[Literal["sum", "mean"]] = "sum"
+    about: ClassVar[About] = About(
+        title="Linear (vanilla)",
+        paper="-",
+        solves="the mean of the losses",
+        when="always: what the others must beat",
+    )
 
     def __init__(self, k: int | None = None) -> None:
         self.k = k

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from antdiff.balancing.base import GramBalancer
+from antdiff.balancing.base import About, GramBalancer
 from antdiff.ops import nash_weights
 
 
@@ -26,6 +26,17 @@ class NashMTL(GramBalancer):
 
     name = "nash"
     scale = "mean"
+    about = About(
+        title="NashMTL",
+        paper="Navon et al., ICML 2022",
+        solves="the Nash bargaining solution: w > 0 with G w = 1/w, a direction of fixed length",
+        when="losses of very different units, and a step length of its own is welcome",
+        invariant=True,
+        conflict_free=True,
+        published="Solved every 25 steps, clipped to norm 1; loss / K changes nothing then. "
+        "Published code iterates cvxpy with ECOS and often stops short of the solution.",
+        options=(("max_norm", 1.0), ("update_every", 25)),
+    )
 
     def __init__(
         self,

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from antdiff.balancing.base import GramBalancer
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.balancing.random import Draws
 from antdiff.ops import pcgrad_weights
 
 
@@ -24,6 +25,13 @@ class PCGrad(GramBalancer):
 
     name = "pcgrad"
     scale = "sum"
+    about = About(
+        title="PCGrad",
+        paper="Yu et al., NeurIPS 2020",
+        solves="removes from each gradient what conflicts with another, one after the other in random order",
+        when="conflicts are few and mild; without any it is the plain sum",
+        published="The same with loss / K (which 'sum' methods get in training); most code visits j = i too, a defect.",
+    )
 
     def __init__(
         self,
@@ -34,33 +42,23 @@ class PCGrad(GramBalancer):
         nonfinite: Literal["raise", "poison"] = "raise",
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
-        self.generator = generator  # None until the first Gram matrix shows the device
-        self.seed = seed
-        self._own = generator is None
-        self._pending: Tensor | None = None  # a loaded state that waits for the generator
+        self._draws = Draws(generator, seed)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What draws the orders; None before the first draw of an own one."""
+        return self._draws.generator
 
     def solve(self, gram: Tensor) -> Tensor:
-        if self.generator is None or (self._own and self.generator.device != gram.device):
-            self.generator = torch.Generator(gram.device).manual_seed(self.seed)
-        if self._pending is not None:
-            self.generator.set_state(self._pending)
-            self._pending = None
-        return pcgrad_weights(gram, generator=self.generator, nonfinite=self.nonfinite)
+        return pcgrad_weights(gram, generator=self._draws.on(gram.device), nonfinite=self.nonfinite)
 
     def reset(self) -> None:
         super().reset()
-        self._pending = None
-        if self._own:
-            self.generator = None
+        self._draws.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        state = self._pending
-        if state is None and self.generator is not None:
-            state = self.generator.get_state()
-        return {**super().state_dict(), "generator": state}
+        return {**super().state_dict(), **self._draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._pending = state["generator"]
-        if self._pending is None and self._own:
-            self.generator = None  # saved before the first draw: start from the seed
+        self._draws.load_state_dict(state)

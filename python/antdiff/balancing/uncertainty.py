@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from antdiff.balancing.base import About, Needs
+
 
 class UncertaintyWeighting(nn.Module):
     """``loss = sum_i 1/2 (exp(-s_i) losses_i / K + s_i)`` with learnable s, zero at the start.
@@ -21,8 +23,16 @@ class UncertaintyWeighting(nn.Module):
     """
 
     name: ClassVar[str] = "uw"
-    needs: ClassVar[Literal["gram", "losses"]] = "losses"
+    needs: ClassVar[Needs] = "losses"
     scale: ClassVar[Literal["sum", "mean"]] = "sum"
+    about: ClassVar[About] = About(
+        title="Uncertainty weighting",
+        paper="Kendall et al., CVPR 2018",
+        solves="learns a variance for each loss: in the end descends the mean log loss",
+        when="K gradients cost too much, or before anything else: it costs nothing",
+        published="ANT's loss, sum 1/2 (exp(-s) loss / K + s) with lr 0.025, is the default; without / K, s shifts by "
+        "log K and the model's gradient is the same at the optimum.",
+    )
 
     def __init__(self, k: int, *, lr: float = 0.025) -> None:
         super().__init__()

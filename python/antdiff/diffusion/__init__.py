@@ -1,4 +1,4 @@
-"""Noise schedules, as the rest of antdiff needs them."""
+"""Noise schedules and loss weights, as the rest of antdiff needs them."""
 
 from antdiff.diffusion.schedules import (
     SCHEDULES,
@@ -9,13 +9,19 @@ from antdiff.diffusion.schedules import (
     log_snr_from_flow,
     log_snr_from_sigmas,
 )
+from antdiff.diffusion.weighting import NoiseLevelUncertainty, edm, min_snr, p2, truncated_snr
 
 __all__ = [
     "SCHEDULES",
+    "NoiseLevelUncertainty",
     "betas",
+    "edm",
     "log_snr",
     "log_snr_from_alphas_cumprod",
     "log_snr_from_betas",
     "log_snr_from_flow",
     "log_snr_from_sigmas",
+    "min_snr",
+    "p2",
+    "truncated_snr",
 ]

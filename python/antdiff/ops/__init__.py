@@ -5,6 +5,7 @@ from antdiff.ops._extension import check_errors
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import gram, gram_
+from antdiff.ops.gram_weights import gradvac_weights, gram_weights
 from antdiff.ops.interval import (
     interval_partition,
     interval_partition_affinity,
@@ -20,8 +21,10 @@ __all__ = [
     "cluster_loss_and_grad",
     "cluster_mean",
     "combine",
+    "gradvac_weights",
     "gram",
     "gram_",
+    "gram_weights",
     "interval_partition",
     "interval_partition_affinity",
     "interval_partition_all",

@@ -119,14 +119,19 @@ def _draw_keys(gram: Tensor, generator: torch.Generator | None) -> Tensor:
     """[..., k, k] uniform numbers."""
     if generator is None:  # not passed on as None, which torch.compile cannot trace with dynamic shapes
         return torch.rand(gram.shape, dtype=torch.float64, device=gram.device)
+    check_generator(generator, gram.device)
+    return torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """Raises unless ``generator`` draws on ``device``."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
-    if generator.device != gram.device:
+    if generator.device != device:
         raise ValueError(
-            f"generator must live on the device of gram ({gram.device}); got one on {generator.device}. "
-            f"Create it with torch.Generator({str(gram.device)!r})."
+            f"generator must live on the device of gram ({device}); got one on {generator.device}. "
+            f"Create it with torch.Generator({str(device)!r})."
         )
-    return torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
 
 
 def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:

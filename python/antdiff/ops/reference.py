@@ -198,6 +198,172 @@ def _nash_newton(C: Tensor) -> Tensor | None:
     return None
 
 
+def gram_weights(gram: Tensor, method: str, *, parameter: float | None = None, nonfinite: str = "raise") -> Tensor:
+    """Twin of :func:`antdiff.ops.gram_weights`: quadratic programs by trying every set of rows, 2^k of them."""
+    bad = _bad_gram(gram, nonfinite)  # [...]
+    k = gram.shape[-1]
+    solve = _GRAM_METHODS[method]
+    weights = gram.new_zeros(gram.shape[:-1])
+    for G, w, skip in zip(gram.reshape(-1, k, k), weights.view(-1, k), bad.reshape(-1), strict=True):
+        rows = G.diagonal() > 0
+        if skip:
+            w.fill_(torch.nan)
+        elif rows.any():
+            unit = G.diagonal().max()  # no method sees one, but fairgrad's weights have one
+            w[rows] = solve(G[rows][:, rows] / unit, k, parameter)
+            if method == "fairgrad":
+                alpha = 2.0 if parameter is None else parameter
+                w.mul_(unit ** (-alpha / (1 + alpha)))
+    return weights
+
+
+def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
+    """argmin over x >= 0 of ``1/2 x^T H x + c^T x``: the best of the stationary points on each set of rows."""
+    m = len(c)
+    used = ((torch.arange(2**m)[:, None] >> torch.arange(m)) & 1).to(H)  # [2^m, m]
+    blocks = H * used[:, :, None] * used[:, None, :] + torch.diag_embed(1 - used)  # [2^m, m, m]
+    x = torch.linalg.lstsq(blocks, (-c * used)[..., None], rcond=1e-13, driver="gelsd").solution[..., 0]  # [2^m, m]
+    feasible = (x >= -1e-12 * x.abs().amax(1, keepdim=True)).all(1)
+    x = x.clamp(min=0)
+    objective = 0.5 * ((x @ H) * x).sum(1) + x @ c
+    best: Tensor = x[torch.where(feasible, objective, torch.inf).argmin()]
+    return best
+
+
+def _onto_dual_cone(G: Tensor, e: Tensor) -> Tensor:
+    """Coefficients of the projection of ``e^T J`` onto ``{d: J d >= 0}``."""
+    scale = G.diagonal().rsqrt()
+    return e + scale * _nonnegative_qp(G * scale * scale[:, None], scale * (G @ e))
+
+
+def _min_norm(G: Tensor) -> Tensor:
+    """The point of the simplex with the least ``a^T G a``, from the optimum without the simplex' constraint."""
+    scale = G.diagonal().rsqrt()
+    sigma = scale / scale.max()
+    a = sigma * _nonnegative_qp(G * scale * scale[:, None] + sigma * sigma[:, None], -sigma)
+    return a / a.sum()
+
+
+def _upgrad(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    return torch.stack([_onto_dual_cone(G, e) for e in torch.eye(len(G)).to(G)]).sum(0) / k
+
+
+def _dualproj(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    return _onto_dual_cone(G, torch.ones_like(G[0]) / k)
+
+
+def _aligned_mtl(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    values, V = torch.linalg.eigh(G)
+    keep = values > torch.finfo(G.dtype).eps * len(G) * values.max()
+    V, values = V[:, keep], values[keep]
+    w: Tensor = V @ ((values.min() / values).sqrt() * V.sum(0)) / k
+    return w
+
+
+def _mgda(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    return _min_norm(G)
+
+
+def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
+    """Bisection for the nu with ``|J^T x| = c |g_0|``, x / nu the least-norm weights of the rows ``nu g_i + g_0``."""
+    c = 0.5 if c is None else c
+    b = G.sum(1) / k  # <g_i, g_0>
+    square = b.sum() / k  # |g_0|^2
+    x, low, high = b, 1e-30, 1e30
+    for _ in range(90):
+        nu = (low * high) ** 0.5
+        x = nu * _min_norm(nu * nu * G + nu * (b + b[:, None]) + square)
+        low, high = (nu, high) if x @ G @ x < c * c * square else (low, nu)
+    return x + 1 / k
+
+
+def _equalise(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients with equal inner products with all unit rows, and ``1 / |g_i|``."""
+    scale = G.diagonal().rsqrt()
+    C = G * scale * scale[:, None]
+    return scale * (torch.linalg.pinv(C, hermitian=True, rtol=1e-13) @ torch.ones_like(scale)), scale
+
+
+def _imtl_g(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    w, _ = _equalise(G)
+    return w / w.sum()
+
+
+def _config(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+    w, _ = _equalise(G)
+    return w * (G @ w).sum() / (w @ G @ w)
+
+
+def _fairgrad(G: Tensor, k: int, alpha: float | None) -> Tensor:
+    """Newton's method with halved steps for the convex ``1/2 w^T G w - sum_i w_i^p / p``, p = 1 - 1 / alpha."""
+    alpha = 2.0 if alpha is None else alpha
+    p = 1 - 1 / alpha
+
+    def objective(w: Tensor) -> Tensor:
+        return w @ G @ w / 2 - (w.log() if p == 0 else w**p / p).sum()
+
+    w = G.diagonal() ** (-alpha / (1 + alpha))
+    for _ in range(200):
+        gradient = G @ w - w ** (-1 / alpha)
+        step = torch.linalg.solve(G + torch.diag(w ** (-1 / alpha - 1) / alpha), -gradient)
+        size = 1.0
+        while (w + size * step).min() <= 0 or objective(w + size * step) > objective(w) + 1e-4 * size * gradient @ step:
+            size /= 2
+            if size < 1e-9:
+                return w
+        w = w + size * step
+    return w
+
+
+_GRAM_METHODS = {
+    "upgrad": _upgrad,
+    "dualproj": _dualproj,
+    "aligned_mtl": _aligned_mtl,
+    "mgda": _mgda,
+    "cagrad": _cagrad,
+    "imtl_g": _imtl_g,
+    "config": _config,
+    "fairgrad": _fairgrad,
+}
+
+
+def gradvac_weights(
+    gram: Tensor,
+    targets: Tensor,
+    *,
+    beta: float = 0.01,
+    generator: torch.Generator | None = None,
+    nonfinite: str = "raise",
+) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`antdiff.ops.gradvac_weights`: the algorithm, one pair of rows after the other."""
+    bad = _bad_gram(gram, nonfinite)  # [...]
+    k = gram.shape[-1]
+    perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator))
+    weights, targets = gram.new_full(gram.shape[:-1], torch.nan), targets.clone()
+    batch = (
+        gram.reshape(-1, k, k),
+        perms.flatten(0, -3) if perms.dim() > 2 else perms[None],
+        targets.view(-1, k, k),
+        weights.view(-1, k),
+    )
+    for skip, G, orders, target, w in zip(bad.reshape(-1), *batch, strict=True):
+        if skip:
+            continue
+        c = torch.eye(k).to(G)
+        for i, order in enumerate(orders.tolist()):
+            for j in order:
+                if G[i, i] == 0 or G[j, j] == 0:
+                    continue
+                length = (c[i] @ G @ c[i]).clamp(min=0).sqrt()
+                phi, t = float(c[i] @ G[j] / (length * G[j, j].sqrt())), float(target[i, j])
+                if phi < t:
+                    s, r = (1 - phi**2) ** 0.5, (1 - t**2) ** 0.5
+                    c[i, j] += length * (t * s - phi * r) / (G[j, j].sqrt() * r)
+                target[i, j] = (1 - beta) * t + beta * phi
+        w.copy_(c.sum(0))
+    return weights, targets
+
+
 def _bad_gram(gram: Tensor, nonfinite: str) -> Tensor:
     """Which problems [...] have no Gram matrix: not finite, or a negative diagonal."""
     bad = ~gram.isfinite().all(-1).all(-1) | (gram.diagonal(dim1=-2, dim2=-1) < 0).any(-1)

@@ -1,0 +1,90 @@
+"""gram_weights and its kin: weights of every method from one Gram matrix, beside TorchJD's for the same method.
+
+    python benchmarks/bench_balancing.py [--csv results.csv] [--device cuda]
+
+One thread; G is float64 [K, K] of conflicting gradients, the same for both. TorchJD's time is its weighting alone
+(G -> w), without its Gram matrix or the combination. A method TorchJD lacks, or whose solver is not installed, stands
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Result, measure, show, write_csv
+
+from antdiff import balancing, ops
+
+CALLS = 20
+PEERS: dict[str, tuple[str | None, dict[str, float]]] = {
+    "pcgrad": ("PCGradWeighting", {}),
+    "nash": (None, {}),  # a weighting of matrices; see bench_weights.py
+    "upgrad": ("UPGradWeighting", {}),
+    "dualproj": ("DualProjWeighting", {}),
+    "aligned_mtl": ("AlignedMTLWeighting", {}),
+    "mgda": ("MGDAWeighting", {}),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}),
+    "imtl_g": ("IMTLGWeighting", {}),
+    "gradvac": ("GradVacWeighting", {"beta": 0.01}),
+    "fairgrad": ("FairGradWeighting", {"alpha": 2.0}),
+}
+
+
+def peer(name: str) -> Any | None:
+    try:
+        from torchjd import aggregation
+
+        weighting, options = PEERS.get(name, (None, {}))
+        return getattr(aggregation, weighting)(**options) if weighting else None
+    except ImportError:
+        return None
+
+
+def repeated(weights: Callable[[torch.Tensor], torch.Tensor], G: torch.Tensor) -> Callable[[], None]:
+    """CALLS calls in a row: a single one among a peer's milliseconds would be a measurement of cold caches."""
+
+    def run() -> None:
+        for _ in range(CALLS):
+            weights(G)
+
+    return run
+
+
+def conflicting(k: int, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(k, 1000, generator=generator, dtype=torch.float64)
+    J += torch.randn(1000, generator=generator, dtype=torch.float64) * (1 - 2 * (torch.arange(k) % 2))[:, None]
+    return ops.gram(J).to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=0.2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: list[Result] = []
+    for k in (5, 8, 16):
+        G = conflicting(k, args.device)
+        for name in balancing.names():
+            method = balancing.get(name)
+            if method.needs != "gram":
+                continue
+            balancer = method()
+            candidates: dict[str, Callable[[], object]] = {"antdiff": repeated(balancer.weights, G)}
+            if other := peer(name):
+                candidates["torchjd"] = repeated(other, G)
+            found = measure(f"{name} K={k}, {CALLS} calls", candidates, seconds=args.seconds, cuda=args.device != "cpu")
+            show(found, "antdiff")
+            results += found.values()
+    if args.csv:
+        write_csv(args.csv, results)
+
+
+if __name__ == "__main__":
+    main()

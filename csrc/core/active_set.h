@@ -1,0 +1,128 @@
+// Small convex quadratic programs over x >= 0, solved exactly by the active-set method of Lawson and Hanson ("Solving
+// Least Squares Problems", 1974, chapter 23) on the Gram matrix: each step solves one linear system on the rows in use.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "core/cholesky.h"
+#include "core/scaled_gram.h"
+#include "core/team.h"
+
+namespace antdiff {
+
+// What is this far below the terms it is the sum of is rounding, a multiple of K: of a gradient, or of a pivot.
+constexpr double kActiveSetRounding = 8 * DBL_EPSILON;
+
+constexpr int64_t nonnegative_qp_workspace(int64_t K) { return K * K + 3 * K; }
+
+// Solves H_PP z = -c_P for the rows P = order[0..size). False if the newest row, the last, depends on the others.
+ANTDIFF_HD bool solve_in_use(const double* H, const double* c, int64_t K, const double* order, int64_t size, double* M,
+                             double* z) {
+  for (int64_t a = 0; a < size; ++a) {
+    const int64_t i = int64_t(order[a]);
+    for (int64_t b = a; b < size; ++b) M[a * size + b] = H[i * K + int64_t(order[b])];
+    z[a] = -c[i];
+  }
+  if (!cholesky_solve(M, z, size, Solo{})) return false;
+  const int64_t newest = int64_t(order[size - 1]);
+  return M[size * size - 1] > kActiveSetRounding * double(K) * H[newest * K + newest];
+}
+
+// The row whose entry lowers the objective most steeply, or -1 at the optimum. `state` is 0 for the rows to look at.
+ANTDIFF_HD int64_t row_to_enter(const double* H, const double* c, int64_t K, const double* x, const double* state) {
+  int64_t best = -1;
+  double steepest = 0;
+  for (int64_t j = 0; j < K; ++j) {
+    if (state[j] != 0) continue;
+    double slope = -c[j], terms = fabs(c[j]);
+    for (int64_t k = 0; k < K; ++k) {
+      slope -= H[j * K + k] * x[k];
+      terms += fabs(H[j * K + k] * x[k]);
+    }
+    const double steep = slope / sqrt(H[j * K + j]);
+    if (slope > kActiveSetRounding * double(K) * terms && steep > steepest) {
+      best = j;
+      steepest = steep;
+    }
+  }
+  return best;
+}
+
+// x [K] = argmin 1/2 x^T H x + c^T x over x >= 0, for H [K, K] positive semidefinite with a positive diagonal and c in
+// its range, so that there is a minimum. Where H is singular x is one of several minimisers, all with the same H x.
+// Every row that enters lowers the objective, and rows in use stay linearly independent, so no ridge is needed.
+ANTDIFF_HD void nonnegative_qp(const double* H, const double* c, int64_t K, double* x, double* work) {
+  double *M = work, *order = M + K * K, *state = order + K, *z = state + K;
+  enum : int { out = 0, in = 1, blocked = 2 };  // blocked: found dependent on the rows in use, until those change
+  for (int64_t i = 0; i < K; ++i) x[i] = state[i] = 0;
+  int64_t size = 0;
+  // In exact arithmetic no set of rows recurs, and a few times K steps suffice; rounding is not to loop for ever.
+  for (int64_t step = 0; step < 16 * K + 16; ++step) {
+    const int64_t entering = row_to_enter(H, c, K, x, state);
+    if (entering < 0) return;
+    order[size++] = double(entering);
+    if (!solve_in_use(H, c, K, order, size, M, z) || !(z[size - 1] > 0)) {
+      --size;
+      state[entering] = blocked;
+      continue;
+    }
+    state[entering] = in;
+    for (bool feasible = false; !feasible && size > 0;) {
+      double fraction = 1;  // of the way from x to z until a row in use reaches zero
+      for (int64_t a = 0; a < size; ++a) {
+        const double from = x[int64_t(order[a])];
+        if (!(z[a] > 0)) fraction = fmin(fraction, from / (from - z[a]));
+      }
+      feasible = true;
+      int64_t kept = 0;
+      for (int64_t a = 0; a < size; ++a) {
+        const int64_t i = int64_t(order[a]);
+        const bool leaves = !(z[a] > 0) && !(x[i] / (x[i] - z[a]) > fraction);  // the same division: one row at least
+        x[i] = leaves ? 0 : x[i] + fraction * (z[a] - x[i]);
+        state[i] = leaves ? out : in;
+        if (!leaves) order[kept++] = double(i);
+        feasible &= z[a] > 0;
+      }
+      size = kept;
+      if (!feasible && size > 0 && !solve_in_use(H, c, K, order, size, M, z)) break;
+    }
+    for (int64_t i = 0; i < K; ++i)
+      if (state[i] == blocked) state[i] = out;
+  }
+}
+
+constexpr int64_t min_norm_workspace(int64_t K) { return nonnegative_qp_workspace(K) + 3 * K; }
+
+// a [K] = the point of the simplex with the least a^T R a, for a Gram matrix R [K, K], which is overwritten.
+//
+// The simplex needs no constraint of its own: x = argmin a^T R a + (sigma . x - 1)^2 over x >= 0, divided by its sum,
+// is that point, for any sigma > 0 (Lawson and Hanson's reduction of least distance to least squares). With the length
+// of the shortest row as the unit of sigma, rows of any lengths stay resolved.
+ANTDIFF_HD void min_norm_point(double* R, int64_t K, double* a, double* work) {
+  double *scale = work, *sigma = scale + K, *c = sigma + K, *rest = c + K;
+  double largest = 0;
+  int64_t vanishing = -1;
+  for (int64_t i = 0; i < K; ++i) {
+    a[i] = 0;
+    scale[i] = power_of_two_scale(fmax(R[i * K + i], 0.0));
+    if (scale[i] == 0) vanishing = i;
+    largest = fmax(largest, scale[i]);
+  }
+  if (vanishing >= 0) {
+    a[vanishing] = 1;
+    return;
+  }
+  for (int64_t i = 0; i < K; ++i) {
+    sigma[i] = scale[i] / largest;
+    c[i] = -sigma[i];
+  }
+  for (int64_t i = 0; i < K; ++i)
+    for (int64_t j = 0; j < K; ++j) R[i * K + j] = R[i * K + j] * scale[i] * scale[j] + sigma[i] * sigma[j];
+  nonnegative_qp(R, c, K, a, rest);
+  double sum = 0;
+  for (int64_t i = 0; i < K; ++i) sum += a[i] *= sigma[i];
+  for (int64_t i = 0; i < K; ++i) a[i] /= sum;
+}
+
+}  // namespace antdiff

@@ -1,0 +1,27 @@
+"""DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the mean gradient without its conflicts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.ops import gram_weights
+
+
+class DualProj(GramBalancer):
+    """Weights of the projection of the mean gradient onto ``{d: <d, g_j> >= 0 for all j}``, exactly.
+
+    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    """
+
+    name = "dualproj"
+    about = About(
+        title="DualProj",
+        paper="Lopez-Paz and Ranzato, NeurIPS 2017",
+        solves="the mean gradient, projected onto the directions that raise no loss",
+        when="the mean should change as little as possible",
+        conflict_free=True,
+    )
+
+    def solve(self, gram: Tensor) -> Tensor:
+        return gram_weights(gram, "dualproj", nonfinite=self.nonfinite)

@@ -1,0 +1,70 @@
+"""DWA (Liu et al., "End-to-End Multi-Task Learning", CVPR 2019): more weight where losses fall slowly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.balancing.base import About, LossBalancer, RunningMean
+
+
+class DynamicWeightAverage(LossBalancer):
+    """``K softmax(r / temperature)``, r_i the mean loss of the last period over that of the one before.
+
+    The paper's periods are epochs. A diffusion loss is noisy: choose one in which its mean settles. The first two
+    periods weigh all clusters alike.
+
+    Args:
+        k: the number of clusters.
+        temperature: > 0; 2 is the paper's.
+        period: steps whose losses are averaged.
+    """
+
+    name = "dwa"
+    scale = "sum"
+    about = About(
+        title="Dynamic weight average",
+        paper="Liu et al., CVPR 2019",
+        solves="weighs each loss by the softmax of its rate of change from one period to the next",
+        when="some losses still fall and others have stalled",
+        published="A period is an epoch.",
+    )
+
+    _mean: RunningMean
+    _means: Tensor  # [2, K], of the last period and the one before; 0: none yet
+
+    def __init__(self, k: int, *, temperature: float = 2.0, period: int = 500) -> None:
+        super().__init__(k)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive; got {temperature}.")
+        if period < 1:
+            raise ValueError(f"period must be at least 1; got {period}.")
+        self.temperature = temperature
+        self.period = period
+        self.reset()
+
+    def weights(self, losses: Tensor, /) -> Tensor:
+        self._check(losses)
+        last, before = self._means.to(losses.device)
+        rates = torch.where((last > 0) & (before > 0), last / before, 1.0)  # [K]
+        return (self.k * (rates / self.temperature).softmax(0)).to(losses.dtype)
+
+    def observe(self, losses: Tensor, /) -> None:
+        self._mean.add(losses)
+        if self._mean.steps == self.period:
+            last = self._means.to(losses.device)[0]
+            self._means = torch.stack([self._mean.value(otherwise=last), last])
+            self._mean = RunningMean(self.k)
+
+    def reset(self) -> None:
+        self._mean = RunningMean(self.k)
+        self._means = torch.zeros(2, self.k, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._mean.state_dict(), "means": self._means.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mean.load_state_dict(state)
+        self._means = state["means"].clone()

@@ -1,0 +1,40 @@
+"""FairGrad (Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024): alpha-fair bargaining."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.ops import gram_weights
+
+
+class FairGrad(GramBalancer):
+    """Weights w > 0 with ``(G w)_i = w_i^(-1/alpha)``, exactly; they scale as ``|J|^(-2 alpha / (1 + alpha))``.
+
+    Args:
+        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least.
+        update_every, nonfinite: see :class:`GramBalancer`.
+    """
+
+    name = "fairgrad"
+    about = About(
+        title="FairGrad",
+        paper="Ban and Ji, ICML 2024",
+        solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
+        when="between NashMTL (alpha = 1) and MGDA (large alpha)",
+        conflict_free=True,
+        published="Published code hands the equation to a least-squares solver, which may stop early.",
+    )
+
+    def __init__(
+        self, *, alpha: float = 2.0, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise"
+    ) -> None:
+        super().__init__(update_every=update_every, nonfinite=nonfinite)
+        if not alpha > 0:
+            raise ValueError(f"alpha must be greater than 0; got {alpha}.")
+        self.alpha = alpha
+
+    def solve(self, gram: Tensor) -> Tensor:
+        return gram_weights(gram, "fairgrad", parameter=self.alpha, nonfinite=self.nonfinite)

@@ -1,0 +1,97 @@
+"""FAMO (Liu et al., "Fast Adaptive Multitask Optimization", NeurIPS 2023): equal rates of improvement, from losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.balancing.base import About, LossBalancer, masked_softmax
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's, on logits, which have no unit
+
+
+class FAMO(LossBalancer):
+    """Weights ``c z_i / losses_i`` of sum 1, z the softmax of logits that follow the improvement of each log loss.
+
+    After a step the logits descend (by Adam) along the improvement ``log losses_before - log losses_after``: a cluster
+    that improves more than the rest loses weight. The paper measures the losses anew, on the same batch: call
+    :meth:`update` with them after the optimizer's step. Without that call the next step's losses serve, which costs no
+    second forward pass and is noisier.
+
+    Args:
+        k: the number of clusters.
+        lr: of the logits, 0.025 as in the paper.
+        weight_decay: of the logits (the paper's gamma), which forgets old improvements.
+    """
+
+    name = "famo"
+    about = About(
+        title="FAMO",
+        paper="Liu et al., NeurIPS 2023",
+        solves="keeps the relative rates of improvement of all losses equal, by following the losses alone",
+        when="K gradients cost too much, and the losses are not too noisy",
+        invariant=True,
+        published="Losses are measured again on the same batch after each step: call update(losses).",
+    )
+
+    _logits: Tensor  # [K], as the two moments of Adam
+    _mean: Tensor
+    _square: Tensor
+    _before: Tensor | None  # losses [K] that wait for those after the step
+
+    def __init__(self, k: int, *, lr: float = 0.025, weight_decay: float = 0.01) -> None:
+        super().__init__(k)
+        if not lr > 0:
+            raise ValueError(f"lr must be positive; got {lr}.")
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.reset()
+
+    def weights(self, losses: Tensor, /) -> Tensor:
+        self._check(losses)
+        losses = losses.detach()
+        present = losses != 0
+        logits = self._logits.to(losses.device) - torch.where(present, losses, 1.0).double().log()
+        return masked_softmax(logits, present).to(losses.dtype)  # z / losses, normalised
+
+    def observe(self, losses: Tensor, /) -> None:
+        if self._before is not None:
+            self.update(losses)
+        self._before = losses.detach().double()
+
+    def update(self, losses: Tensor) -> None:
+        """Takes the losses ``[K]`` after the optimizer's step into the logits, once for each :meth:`loss`."""
+        self._check(losses)
+        if self._before is None:
+            raise RuntimeError("update needs the losses before the step: call loss or observe first.")
+        before, after = self._before, losses.detach().double()
+        self._before = None
+        for name in ("_logits", "_mean", "_square"):
+            setattr(self, name, getattr(self, name).to(after.device))
+        improvement = before.log() - after.log()  # [K]
+        # A cluster that was empty before or after says nothing, nor does a step that failed.
+        improvement = torch.where(improvement.isfinite(), improvement, 0.0)
+        z = self._logits.softmax(0)
+        gradient = z * (improvement - (z * improvement).sum()) + self.weight_decay * self._logits
+        self._steps += 1
+        self._mean = _BETAS[0] * self._mean + (1 - _BETAS[0]) * gradient
+        self._square = _BETAS[1] * self._square + (1 - _BETAS[1]) * gradient.square()
+        mean = self._mean / (1 - _BETAS[0] ** self._steps)
+        root = (self._square / (1 - _BETAS[1] ** self._steps)).sqrt()
+        self._logits = self._logits - self.lr * mean / (root + _EPS)
+
+    def reset(self) -> None:
+        self._steps = 0
+        self._logits, self._mean, self._square = (torch.zeros(self.k, dtype=torch.float64) for _ in range(3))
+        self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        tensors = {name: getattr(self, f"_{name}") for name in ("logits", "mean", "square", "before")}
+        return {"steps": self._steps, **{name: None if x is None else x.clone() for name, x in tensors.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = int(state["steps"])
+        for name in ("logits", "mean", "square", "before"):
+            setattr(self, f"_{name}", None if state[name] is None else state[name].clone())

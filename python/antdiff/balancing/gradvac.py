@@ -1,0 +1,80 @@
+"""GradVac (Wang et al., "Gradient Vaccine", ICLR 2021): cosines are raised to their running means."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.balancing.random import Draws
+from antdiff.ops import gradvac_weights
+
+
+class GradVac(GramBalancer):
+    """Weights of GradVac's direction; see :func:`antdiff.ops.gradvac_weights`. The first step is PCGrad's.
+
+    Args:
+        beta: how fast the targets follow the cosines, in [0, 1].
+        generator, seed: draw the visiting orders, as in :class:`PCGrad`.
+        update_every, nonfinite: see :class:`GramBalancer`.
+    """
+
+    name = "gradvac"
+    scale = "sum"
+    about = About(
+        title="GradVac",
+        paper="Wang et al., ICLR 2021",
+        solves="raises the cosine of each pair of gradients to its running mean, as PCGrad raises it to zero",
+        when="clusters agree most of the time, and a batch that says otherwise is noise",
+        published="beta = 0.01 is the paper's; later benchmarks use 0.5.",
+        options=(("beta", 0.5),),
+    )
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.01,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        nonfinite: Literal["raise", "poison"] = "raise",
+    ) -> None:
+        super().__init__(update_every=update_every, nonfinite=nonfinite)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must be in [0, 1]; got {beta}.")
+        self.beta = beta
+        self.targets: Tensor | None = None  # [..., k, k]
+        self._draws = Draws(generator, seed)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What draws the orders; None before the first draw of an own one."""
+        return self._draws.generator
+
+    def solve(self, gram: Tensor) -> Tensor:
+        if self.targets is None or self.targets.shape != gram.shape:
+            self.targets = torch.zeros_like(gram, requires_grad=False)
+        weights, self.targets = gradvac_weights(
+            gram,
+            self.targets.to(gram.device),
+            beta=self.beta,
+            generator=self._draws.on(gram.device),
+            nonfinite=self.nonfinite,
+        )
+        return weights
+
+    def reset(self) -> None:
+        super().reset()
+        self.targets = None
+        self._draws.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        targets = None if self.targets is None else self.targets.clone()
+        return {**super().state_dict(), **self._draws.state_dict(), "targets": targets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state_dict(state)
+        self.targets = None if state["targets"] is None else state["targets"].clone()

@@ -1,0 +1,27 @@
+"""IMTL-G (Liu et al., "Towards Impartial Multi-Task Learning", ICLR 2021): equal projections onto all gradients."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.ops import gram_weights
+
+
+class IMTLG(GramBalancer):
+    """Weights of sum 1, of either sign, with equal ``<d, g_i> / |g_i|``; 0 where exactly opposed gradients allow none.
+
+    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    """
+
+    name = "imtl_g"
+    about = About(
+        title="IMTL-G",
+        paper="Liu et al., ICLR 2021",
+        solves="weights of sum 1 whose combination has equal projections onto all gradients",
+        when="losses of very different units; unstable near opposed gradients",
+        invariant=True,
+    )
+
+    def solve(self, gram: Tensor) -> Tensor:
+        return gram_weights(gram, "imtl_g", nonfinite=self.nonfinite)

@@ -1,0 +1,60 @@
+"""RLW (Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022): new random weights at each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.balancing.base import About, LossBalancer, masked_softmax
+from antdiff.balancing.random import Draws
+
+
+class RandomLossWeighting(LossBalancer):
+    """The softmax of K standard normal numbers, drawn anew by each :meth:`observe`, so by each :meth:`loss`.
+
+    Args:
+        k: the number of clusters.
+        generator, seed: as in :class:`PCGrad`.
+    """
+
+    name = "rlw"
+    about = About(
+        title="Random loss weighting",
+        paper="Lin et al., TMLR 2022",
+        solves="draws the weights: the softmax of normal numbers",
+        when="as a control: what does not beat it does not balance",
+    )
+
+    def __init__(self, k: int, *, generator: torch.Generator | None = None, seed: int = 0) -> None:
+        super().__init__(k)
+        self._draws = Draws(generator, seed)
+        self._logits: Tensor | None = None  # [K]
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What draws the weights; None before the first draw of an own one."""
+        return self._draws.generator
+
+    def weights(self, losses: Tensor, /) -> Tensor:
+        self._check(losses)
+        if self._logits is None:
+            self.observe(losses)
+        assert self._logits is not None
+        return masked_softmax(self._logits.to(losses), losses.detach() != 0)
+
+    def observe(self, losses: Tensor, /) -> None:
+        generator = self._draws.on(losses.device)
+        self._logits = torch.randn(self.k, generator=generator, device=losses.device)
+
+    def reset(self) -> None:
+        self._draws.reset()
+        self._logits = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._draws.state_dict(), "logits": None if self._logits is None else self._logits.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._draws.load_state_dict(state)
+        self._logits = None if state["logits"] is None else state["logits"].clone()

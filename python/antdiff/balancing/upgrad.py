@@ -1,0 +1,27 @@
+"""UPGrad (Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024): the mean of projections."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from antdiff.balancing.base import About, GramBalancer
+from antdiff.ops import gram_weights
+
+
+class UPGrad(GramBalancer):
+    """Weights of the mean over i of the projections of g_i onto ``{d: <d, g_j> >= 0 for all j}``, exactly.
+
+    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    """
+
+    name = "upgrad"
+    about = About(
+        title="UPGrad",
+        paper="Quinton and Rey, 2024",
+        solves="each gradient is projected onto the directions that raise no loss; the mean of these projections",
+        when="the first to try: no loss may rise, and nothing is lost where there is no conflict",
+        conflict_free=True,
+    )
+
+    def solve(self, gram: Tensor) -> Tensor:
+        return gram_weights(gram, "upgrad", nonfinite=self.nonfinite)

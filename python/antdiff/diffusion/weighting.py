@@ -1,0 +1,143 @@
+"""Diffusion's own loss weights, one number a timestep, which compose with any balancing method.
+
+Pass ``table[t]`` as the ``weight`` of :func:`antdiff.ops.cluster_loss`: the weights act within the clusters, the
+balancing method between them. Every table is a function of the log-SNR (see :mod:`antdiff.diffusion.schedules`)
+and of what the network predicts:
+
+    ==========  =========================================================  ==========================
+    prediction  target for x_t = a x_0 + s eps, SNR = a^2 / s^2            its MSE over that of x_0
+    ==========  =========================================================  ==========================
+    "x0"        x_0                                                        1
+    "epsilon"   eps                                                        SNR
+    "v"         a eps - s x_0, with a^2 + s^2 = 1                          SNR + 1
+    ==========  =========================================================  ==========================
+
+A paper states its weight on one of these losses; the tables are that weight as it acts on the loss you compute.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Prediction = Literal["epsilon", "x0", "v"]
+
+
+def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "epsilon") -> Tensor:
+    """Min-SNR-gamma (Hang et al., ICCV 2023): ``min(SNR, gamma)`` on the loss of x_0.
+
+    Args:
+        log_snr: ``[T]``; -inf (no signal left) is allowed, and gives an epsilon-loss its limit 1.
+        gamma: > 0; 5 in the paper.
+
+    Returns:
+        float64 ``[T]``, ``min(SNR, gamma) / SNR`` for epsilon.
+    """
+    gamma = _positive("gamma", gamma)
+    # In logarithms: min(SNR, gamma) / SNR is min(1, gamma / SNR), which is 1 where SNR is 0.
+    excess = (math.log(gamma) - _checked(log_snr)).clamp(max=0)  # log of the weight on epsilon
+    return _from_epsilon(excess, log_snr, prediction)
+
+
+def truncated_snr(log_snr: Tensor, *, prediction: Prediction = "epsilon") -> Tensor:
+    """Truncated SNR (Salimans and Ho, ICLR 2022): ``max(SNR, 1)`` on the loss of x_0.
+
+    Returns:
+        float64 ``[T]``; for epsilon ``max(1, 1 / SNR)``, which is infinite where no signal is left.
+    """
+    return _from_epsilon((-_checked(log_snr)).clamp(min=0), log_snr, prediction)
+
+
+def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Prediction = "epsilon") -> Tensor:
+    """P2 (Choi et al., CVPR 2022): ``1 / (k + SNR)^gamma`` on the loss of epsilon.
+
+    Args:
+        k: > 0; 1 in the paper.
+        gamma: >= 0; 0.5 or 1 in the paper, 0 is the plain loss.
+    """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be finite and at least 0; got {gamma}.")
+    log_k = torch.tensor(math.log(_positive("k", k)), dtype=torch.float64)
+    return _from_epsilon(-gamma * torch.logaddexp(log_k, _checked(log_snr)), log_snr, prediction)
+
+
+def edm(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """EDM (Karras et al., NeurIPS 2022): ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the denoiser's loss.
+
+    The denoiser predicts x_0 from ``x_0 + sigma eps``; this weight makes the loss start near 1 at every noise level.
+
+    Args:
+        sigma: noise levels > 0, of any shape.
+
+    Returns:
+        float64, of the shape of ``sigma``.
+    """
+    sigma_data = _positive("sigma_data", sigma_data)
+    sigma = sigma.double()
+    if not bool((sigma > 0).all()):
+        raise ValueError(f"sigma must be positive; got {float(sigma.min())}.")
+    return sigma.pow(-2) + sigma_data**-2
+
+
+class NoiseLevelUncertainty(nn.Module):
+    """EDM2's learned weight over the noise level (Karras et al., CVPR 2024): ``loss / exp(u) + u``, u a function of it.
+
+    Uncertainty weighting with a continuous u in place of one number a cluster: random Fourier features and one linear
+    layer. At the optimum exp(u) is the loss at that noise level, so every level has the same share of the gradient. It
+    weighs single samples; a balancing method may act on the clusters of what it returns.
+
+    Args:
+        channels: number of Fourier features; 128 in the paper.
+        generator: draws their frequencies and phases, once; they are saved with the state.
+    """
+
+    frequency: Tensor
+    phase: Tensor
+
+    def __init__(self, channels: int = 128, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1; got {channels}.")
+        self.register_buffer("frequency", 2 * math.pi * torch.randn(channels, generator=generator))
+        self.register_buffer("phase", 2 * math.pi * torch.rand(channels, generator=generator))
+        self.linear = nn.Linear(channels, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)  # u = 0: the plain loss at first
+
+    def u(self, log_sigma: Tensor) -> Tensor:
+        """Log-uncertainty ``[B]`` at ``log_sigma [B]``, the natural log of the noise level (-log_snr / 2)."""
+        features = math.sqrt(2) * torch.cos(log_sigma[:, None] / 4 * self.frequency + self.phase)  # [B, channels]
+        u: Tensor = self.linear(features)[:, 0] / math.sqrt(len(self.phase))
+        return u
+
+    def forward(self, per_sample: Tensor, log_sigma: Tensor) -> Tensor:
+        """``per_sample / exp(u) + u``, ``[B]``, from losses ``[B]`` and the log of their noise levels ``[B]``."""
+        u = self.u(log_sigma.to(self.phase.dtype))
+        return per_sample * torch.exp(-u) + u
+
+
+def _checked(log_snr: Tensor) -> Tensor:
+    log_snr = log_snr.double()
+    if bool((log_snr.isnan() | (log_snr == math.inf)).any()):
+        raise ValueError("log_snr must be finite, or -inf where no signal is left; got NaN or inf.")
+    return log_snr
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and positive; got {value}.")
+    return value
+
+
+def _from_epsilon(log_weight: Tensor, log_snr: Tensor, prediction: str) -> Tensor:
+    """The weight on the loss of epsilon, as it acts on the loss of what the network predicts."""
+    log_snr = log_snr.double()
+    if prediction == "epsilon":
+        return log_weight.exp()
+    if prediction == "x0":
+        return (log_weight + log_snr).exp()  # MSE of epsilon = SNR x MSE of x_0
+    if prediction == "v":
+        return (log_weight + nn.functional.logsigmoid(log_snr)).exp()  # and MSE of v = (SNR + 1) x MSE of x_0
+    raise ValueError(f"prediction must be one of 'epsilon', 'x0', 'v'; got {prediction!r}.")

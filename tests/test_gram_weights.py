@@ -1,0 +1,409 @@
+"""gram_weights and gradvac_weights against their twins, cvxpy on the gradients, TorchJD, and optimality conditions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import cvxpy as cp
+import pytest
+import torch
+from devices import DEVICES, HAS_CUDA
+from grams import KINDS, examples, gram, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import CONIC_SOLVER, SPECTRAL, active_set
+from torch import Tensor
+
+from antdiff import ops
+from antdiff.ops import reference
+from antdiff.ops.gram_weights import Method
+
+METHODS = get_args(Method)
+CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
+# In torchjd's order: the direction of J = CONFLICT, computed by hand or to convergence.
+FIXED = {
+    "upgrad": [0.2924, 1.9006, 1.9006],
+    "dualproj": [0.5556, 1.1111, 1.1111],
+    "aligned_mtl": [0.2133, 0.9673, 0.9673],
+    "mgda": [0.0, 1.0, 1.0],
+    "cagrad": [0.1835, 1.2041, 1.2041],
+    "imtl_g": [0.0767, 1.0, 1.0],
+    "config": [0.1588, 2.0706, 2.0706],
+}
+# Grams on which a change of the last bit can change the result: eigenvalues at the threshold of zero, or no solution.
+JUMPS = {
+    "aligned_mtl": ("scaled",),
+    "imtl_g": ("opposed",),
+    "config": ("opposed",),
+    "fairgrad": ("opposed", "deficient"),
+}
+
+
+def direction(J: Tensor, weights: Tensor) -> Tensor:
+    return (weights[:, None] * J).sum(0)
+
+
+def condition(J: Tensor) -> float:
+    """Of the correlation matrix on its range; 1 without rows."""
+    unit = J[J.norm(dim=1) > 0]
+    if not len(unit):
+        return 1.0
+    values = torch.linalg.svdvals(unit / unit.norm(dim=1, keepdim=True))
+    return float(values[0] / values[values > 1e-7].min()) ** 2
+
+
+def assert_same_direction(J: Tensor, got: Tensor, want: Tensor, tolerance: float, floor: float = 0.0) -> None:
+    """The difference of two directions, relative to the longest term that either is the sum of; ``floor`` = 1 counts
+    the terms of the mean among them."""
+    terms = torch.stack([got, want, torch.full_like(got, floor / len(J))]).abs() * J.norm(dim=1)
+    assert got.isfinite().all()
+    assert direction(J, got - want).norm() <= tolerance * terms.max()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", FIXED)
+def test_fixed_values(device: str, method: Method) -> None:
+    J = CONFLICT.to(device)
+    for module in (ops, reference):
+        got = module.gram_weights(J @ J.T, method) @ J
+        torch.testing.assert_close(got.cpu(), torch.tensor(FIXED[method], dtype=torch.float64), rtol=0, atol=5e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS), k=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS)
+)
+def test_matches_the_twin(kind: str, k: int, seed: int, method: Method) -> None:
+    if kind in JUMPS.get(method, ()) or (method == "cagrad" and kind == "scaled"):  # the twin's range of nu ends
+        return
+    J = rows(kind, k, 12, seed)
+    tolerance = SPECTRAL if method in ("aligned_mtl", "imtl_g", "config") else active_set(k)
+    if method == "fairgrad":
+        tolerance = 1e-9  # the twin stops where halving a step no longer lowers the objective
+    mine, twin = (module.gram_weights(gram(J), method) for module in (ops, reference))
+    assert_same_direction(J, mine, twin, tolerance * condition(J), floor=float(method != "fairgrad"))
+
+
+# ---- cvxpy: the problems as the papers state them, on the gradients --------------------------------------------------
+
+
+def solve(objective: Any, constraints: list[Any]) -> None:
+    cp.Problem(objective, constraints).solve(solver=cp.CLARABEL)
+
+
+def with_cvxpy(method: str, J: Tensor) -> Tensor:
+    """The direction [P]."""
+    k, P = J.shape
+    g, mean = J.numpy(), J.mean(0).numpy()
+    d = cp.Variable(P)
+    if method == "dualproj":
+        solve(cp.Minimize(cp.sum_squares(d - mean)), [g @ d >= 0])
+    elif method == "upgrad":
+        total = torch.zeros(P, dtype=torch.float64)
+        for row in g:
+            solve(cp.Minimize(cp.sum_squares(d - row)), [g @ d >= 0])
+            total += torch.from_numpy(d.value)
+        return total / k
+    elif method == "mgda":
+        a = cp.Variable(k, nonneg=True)
+        solve(cp.Minimize(cp.sum_squares(g.T @ a)), [cp.sum(a) == 1])
+        return torch.from_numpy(g.T @ a.value)
+    elif method == "cagrad":
+        solve(cp.Maximize(cp.min(g @ d)), [cp.norm(d - mean) <= 0.5 * float(J.mean(0).norm())])
+    else:  # fairgrad, alpha = 2
+        w = cp.Variable(k, nonneg=True)
+        solve(cp.Minimize(cp.sum_squares(g.T @ w) / 2 - 2 * cp.sum(cp.sqrt(w))), [])
+        return torch.from_numpy(g.T @ w.value)
+    return torch.from_numpy(d.value)
+
+
+@pytest.mark.parametrize("method", ["upgrad", "dualproj", "mgda", "cagrad", "fairgrad"])
+@pytest.mark.parametrize("kind", ["random", "conflicting", "duplicates"])
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_cvxpy_finds_the_same_direction(method: Method, kind: str, k: int) -> None:
+    for seed in range(2):
+        J = rows(kind, k, 10, seed)
+        got = direction(J, ops.gram_weights(gram(J), method))
+        assert (got - with_cvxpy(method, J)).norm() <= CONIC_SOLVER * J.norm(dim=1).max()
+
+
+# ---- TorchJD, where it is right --------------------------------------------------------------------------------------
+
+
+# The peer's options, and how far it is from its own optimum: its projections onto the dual cone add 1e-4 to a scaled
+# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual.
+TORCHJD = {
+    "upgrad": ("UPGrad", {}, 1e-3),
+    "dualproj": ("DualProj", {}, 1e-3),
+    "aligned_mtl": ("AlignedMTL", {}, 1e-9),
+    "mgda": ("MGDA", {"epsilon": 1e-9, "max_iters": 5000}, 1e-2),
+    "cagrad": ("CAGrad", {"c": 0.5}, 1e-2),
+    "imtl_g": ("IMTLG", {}, 1e-9),
+    "config": ("ConFIG", {}, 1e-9),
+    "fairgrad": ("FairGrad", {"alpha": 2.0}, 1e-3),
+}
+
+
+def peer(method: str) -> Any:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    name, options, _ = TORCHJD[method]
+    try:
+        return getattr(aggregation, name)(**options)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("k", [2, 5, 8])
+@pytest.mark.parametrize("kind", ["random", "conflicting"])
+@pytest.mark.parametrize("method", TORCHJD)
+def test_torchjd_finds_the_same_direction(method: Method, kind: str, k: int) -> None:
+    """On independent gradients of ordinary size, where TorchJD is right. Below |J|^2 = 1e-4 its UPGrad is the mean and
+    its CAGrad zero; where rows are nearly dependent its IMTL-G and ConFIG cut singular values of G and J."""
+    J = rows(kind, k, 40)
+    got = direction(J, ops.gram_weights(gram(J), method))
+    assert (got - peer(method)(J)).norm() <= TORCHJD[method][2] * J.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("method", ["upgrad", "cagrad"])
+def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None:
+    J = CONFLICT * 1e-6
+    right = torch.tensor(FIXED[method], dtype=torch.float64) * 1e-6
+    torch.testing.assert_close(direction(J, ops.gram_weights(gram(J), method)), right, rtol=0, atol=1e-10)
+    assert (peer(method)(J) - right).norm() > 0.1 * right.norm()
+
+
+# ---- optimality, whatever the rows -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(J=examples())
+def test_optimality_conditions(J: Tensor) -> None:
+    G, norms, k = gram(J), J.norm(dim=1), len(J)
+    e = active_set(k)
+    mean = torch.full((k,), 1 / k, dtype=torch.float64)
+    for method in ("upgrad", "dualproj"):
+        w = ops.gram_weights(G, method)
+        slack = J @ direction(J, w)
+        terms = norms * (w * norms).sum()
+        assert (slack >= -e * terms).all(), "the dual cone"
+        assert (w[norms > 0] >= mean[norms > 0]).all()
+        if method == "dualproj":
+            used = w > 1 / k
+            assert (slack[used].abs() <= e * terms[used]).all(), "what was added is perpendicular"
+    a = ops.gram_weights(G, "mgda")
+    if (norms > 0).any():
+        torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
+        least, products = a @ G @ a, G @ a
+        assert (a >= 0).all()
+        assert (products[norms > 0] >= least - e * (norms[norms > 0] * (a * norms).sum())).all()
+    for c in (0.0, 0.5, 2.0):
+        x = ops.gram_weights(G, "cagrad", parameter=c) - torch.where(norms > 0, mean, 0.0)
+        g0, d = direction(J, mean), direction(J, x)
+        assert (x >= 0).all()
+        assert d.norm() <= c * g0.norm() + 1e-6 * norms.max() / k, "the ball"
+        worst = (J @ (g0 + d))[norms > 0]
+        used = x[norms > 0] * norms[norms > 0] > 1e-9 * norms.max()
+        if used.any():
+            terms = norms[norms > 0] * ((x + mean) * norms).sum()
+            assert (worst - 1e-6 * terms)[used].max() <= (worst + 1e-6 * terms).min(), "only the worst-off are helped"
+
+
+@settings(max_examples=100, deadline=None)
+@given(J=examples())
+def test_equal_cosines_and_projections(J: Tensor) -> None:
+    J = J[:, : J.shape[1]]
+    if torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-4) < len(J):
+        return
+    norms = J.norm(dim=1)
+    for method in ("imtl_g", "config"):
+        w = ops.gram_weights(gram(J), method)
+        d = direction(J, w)
+        projections = J @ d / norms
+        assert (projections - projections.mean()).abs().max() <= SPECTRAL * 1e4 * (w.abs() * norms).max()
+        if method == "imtl_g":
+            assert abs(float(w.sum()) - 1) <= 1e-9 * float(w.abs().sum())
+        else:
+            assert abs(float(d @ d - (J @ d).sum())) <= 1e-6 * float(d.norm() * norms.sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(J=examples(), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS))
+def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Method) -> None:
+    if (
+        torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-6)
+        < (J.norm(dim=1) > 0).sum()
+    ):
+        tolerance = 1e-5 if method in ("upgrad", "dualproj", "mgda", "cagrad") else math.inf
+    else:
+        tolerance = 1e-6
+    p = torch.randperm(len(J), generator=torch.Generator().manual_seed(seed))
+    if method in ("aligned_mtl", "fairgrad") and J.norm(dim=1).max() > 1e3 * J.norm(dim=1)[J.norm(dim=1) > 0].min():
+        tolerance = math.inf  # the least eigenvalue of such a G is at the threshold
+    weights, permuted = ops.gram_weights(gram(J), method), ops.gram_weights(gram(J[p]), method)
+    terms = (weights.abs() * J.norm(dim=1)).max()
+    assert permuted.isfinite().all()
+    assert direction(J, weights - permuted[p.argsort()]).norm() <= tolerance * terms or terms == 0
+
+
+def test_fairgrad_with_alpha_one_is_nash() -> None:
+    for kind in ("random", "conflicting", "duplicates", "scaled", "zeros"):
+        G = gram(rows(kind, 6))
+        torch.testing.assert_close(
+            ops.gram_weights(G, "fairgrad", parameter=1.0), ops.nash_weights(G), rtol=1e-9, atol=0
+        )
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 2.0, 8.0])
+def test_fairgrad_solves_its_equation(alpha: float) -> None:
+    for kind in ("random", "conflicting", "scaled", "duplicates"):
+        G = gram(rows(kind, 6, 20))
+        w = ops.gram_weights(G, "fairgrad", parameter=alpha)
+        assert ((G @ w - w ** (-1 / alpha)).abs() <= 1e-9 * (G.abs() @ w)).all(), kind
+
+
+def test_cagrad_between_the_mean_and_the_dual_cone() -> None:
+    J = rows("conflicting", 5)
+    G, mean = gram(J), torch.full((5,), 0.2, dtype=torch.float64)
+    torch.testing.assert_close(ops.gram_weights(G, "cagrad", parameter=0.0), mean)
+    assert (J @ direction(J, ops.gram_weights(G, "cagrad", parameter=1.5)) >= -1e-9).all()
+    opposed = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
+    w = ops.gram_weights(gram(opposed), "cagrad", parameter=5.0)  # |J^T x| stays below c |g_0|: the limit
+    assert direction(opposed, w).abs().max() <= 1e-12
+
+
+# ---- GradVac ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(J=examples(6), seed=st.integers(0, 2**31 - 1))
+def test_gradvac_is_pcgrad_where_targets_are_zero(J: Tensor, seed: int) -> None:
+    G, g = gram(J), torch.Generator()
+    weights, targets = ops.gradvac_weights(G, torch.zeros_like(G), beta=0.0, generator=g.manual_seed(seed))
+    want = ops.pcgrad_weights(G, generator=g.manual_seed(seed))
+    assert (targets == 0).all()
+    assert direction(J, weights - want).norm() <= 1e-6 * J.norm(dim=1).sum()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["random", "conflicting", "zeros"])
+@pytest.mark.parametrize("k", [1, 3, 6, 33])
+def test_gradvac_matches_its_twin_over_steps(device: str, kind: str, k: int) -> None:
+    states = []
+    for module in (ops, reference):
+        generator, targets = torch.Generator(device).manual_seed(1), torch.zeros(2, k, k, dtype=torch.float64)
+        targets = targets.to(device)
+        for step in range(4):
+            G = gram(torch.stack([rows(kind, k, 40, seed=10 * step + s) for s in range(2)])).to(device)
+            weights, targets = module.gradvac_weights(G, targets, beta=0.3, generator=generator)
+        states.append((weights, targets))
+    (mine, my_targets), (twin, twin_targets) = states
+    torch.testing.assert_close(mine, twin, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(my_targets, twin_targets, rtol=1e-8, atol=1e-12)
+    assert k == 1 or kind == "zeros" or (my_targets != 0).any()
+
+
+def test_gradvac_raises_a_cosine_to_its_target() -> None:
+    J = torch.tensor([[1.0, 0, 0], [-1.0, 1, 0]], dtype=torch.float64)
+    targets = torch.full((2, 2), 0.5, dtype=torch.float64)
+    weights, after = ops.gradvac_weights(gram(J), targets, beta=0.5)
+    cosine = -(0.5**0.5)
+    torch.testing.assert_close(after[0, 1], torch.tensor(0.25 + 0.5 * cosine, dtype=torch.float64))
+    assert (targets == 0.5).all(), "not written to"
+    # Each p_i = g_i + c g_j has cosine 1/2 with g_j; undo the sum by solving for the two steps.
+    steps = weights.flip(0) - 1
+    for i in range(2):
+        p = J[i] + steps[i] * J[1 - i]
+        torch.testing.assert_close(p @ J[1 - i] / (p.norm() * J[1 - i].norm()), torch.tensor(0.5, dtype=torch.float64))
+
+
+# ---- contract --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_sizes_and_extremes(device: str, method: Method) -> None:
+    J = torch.stack([rows("conflicting", 5, 9, seed) for seed in range(6)]).view(3, 2, 5, 9)
+    G = gram(J).to(device)
+    weights = ops.gram_weights(G, method)
+    assert weights.shape == (3, 2, 5)
+    assert torch.equal(weights[1, 1], ops.gram_weights(G[1, 1], method))
+    assert ops.gram_weights(G[:0], method).shape == (0, 2, 5)
+    assert not ops.gram_weights(G.requires_grad_(), method).requires_grad
+    assert torch.equal(
+        ops.gram_weights(torch.zeros(4, 4, dtype=torch.float64).to(device), method).cpu(), torch.zeros(4)
+    )
+    for k in (32, 33):
+        assert ops.gram_weights(gram(rows("random", k, 100)).to(device), method).isfinite().all()
+    extreme = torch.diag(torch.tensor([1e-30, 1.0, 1e30], dtype=torch.float64)).to(device)
+    assert ops.gram_weights(extreme, method).isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_and_compile(device: str) -> None:
+    G = gram(torch.stack([rows("conflicting", 4, seed=s) for s in range(3)])).to(device)
+    torch.library.opcheck(torch.ops.antdiff.gram_weights, (G.mT, "cagrad", 0.5, False))
+    keys, targets = torch.rand_like(G), torch.zeros_like(G)
+    torch.library.opcheck(torch.ops.antdiff.gradvac_weights, (G, targets, keys, 0.1, False))
+
+    def step(G: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.gram_weights(G * 2, "upgrad") + 1, ops.gradvac_weights(G, targets)[1]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(G, targets)[0], step(G, targets)[0])
+
+
+EYE = torch.eye(3, dtype=torch.float64)
+NAN = torch.where(EYE.roll(1, 0) > 0, math.nan, EYE)
+BAD = {
+    "method": (lambda: ops.gram_weights(EYE, "nash"), ValueError, "method must be one of 'upgrad'"),  # type: ignore
+    "float32": (lambda: ops.gram_weights(EYE.float(), "mgda"), TypeError, "float64"),
+    "shape": (lambda: ops.gram_weights(EYE[:2], "mgda"), ValueError, r"\[..., k, k\]"),
+    "no parameter": (lambda: ops.gram_weights(EYE, "mgda", parameter=1.0), ValueError, "parameter must be None"),
+    "c": (lambda: ops.gram_weights(EYE, "cagrad", parameter=-1.0), ValueError, "c, must be finite and >= 0"),
+    "alpha": (lambda: ops.gram_weights(EYE, "fairgrad", parameter=0.0), ValueError, "alpha, must be finite and > 0"),
+    "NaN alpha": (lambda: ops.gram_weights(EYE, "fairgrad", parameter=math.nan), ValueError, "must be finite"),
+    "type": (lambda: ops.gram_weights(EYE, "cagrad", parameter="a"), TypeError, "parameter"),  # type: ignore
+    "NaN": (lambda: ops.gram_weights(NAN, "mgda"), ValueError, r"finite; got nan at \[0, 2\]"),
+    "nonfinite": (lambda: ops.gram_weights(EYE, "mgda", nonfinite="no"), ValueError, "nonfinite"),  # type: ignore
+    "targets": (lambda: ops.gradvac_weights(EYE, EYE[:2]), ValueError, "targets must have the shape"),
+    "targets dtype": (lambda: ops.gradvac_weights(EYE, EYE.float()), TypeError, "targets must be float64"),
+    "beta": (lambda: ops.gradvac_weights(EYE, EYE, beta=1.5), ValueError, r"beta must be in \[0, 1\]"),
+    "beta type": (lambda: ops.gradvac_weights(EYE, EYE, beta="a"), TypeError, "beta"),  # type: ignore
+    "generator": (lambda: ops.gradvac_weights(EYE, EYE, generator=3), TypeError, "generator"),  # type: ignore
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    call, error, text = BAD[case]
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_poison_reaches_its_own_problem_only(device: str) -> None:
+    G = torch.stack([EYE, NAN, EYE]).to(device)
+    for module in (ops, reference):
+        for method in METHODS:
+            weights = module.gram_weights(G, method, nonfinite="poison")
+            assert weights.isnan().all(-1).tolist() == [False, True, False]
+        weights, targets = module.gradvac_weights(G, torch.full_like(G, 0.25), beta=0.5, nonfinite="poison")
+        assert weights.isnan().all(-1).tolist() == [False, True, False]
+        assert (targets[1] == 0.25).all()
+    ops.check_errors(device)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU")
+def test_cuda_costs_no_sync() -> None:
+    G = gram(rows("conflicting", 8)).cuda()
+    targets = torch.zeros_like(G)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for method in METHODS:
+            ops.gram_weights(G, method)
+        ops.gradvac_weights(G, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
