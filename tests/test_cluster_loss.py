@@ -235,3 +235,12 @@ def test_subclasses_and_transforms() -> None:
     with FakeTensorMode():
         fake = ops.cluster_loss(torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 2)
     assert [tuple(x.shape) for x in fake] == [(2,), (2,)]
+
+
+def test_a_scale_for_bad_ids_is_nan_and_never_an_address() -> None:
+    """What a backward on CUDA relies on, where the forward could not raise."""
+    from antdiff.ops.cluster_loss import _per_sample_scale
+
+    scale = _per_sample_scale(torch.tensor([2.0, 6.0]), torch.tensor([0, -1, 1, 2, 1]), torch.tensor([1, 2]))
+    assert scale.isnan().tolist() == [False, True, False, True, False]
+    assert scale[[0, 2, 4]].tolist() == [2.0, 3.0, 3.0]

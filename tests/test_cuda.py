@@ -144,3 +144,17 @@ def test_a_training_step_waits_for_nothing() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_backward_of_a_bad_id_is_nan_too() -> None:
+    pred, target, cluster, _ = inputs()
+    cluster[3] = -2
+    weight = torch.ones(40, device="cuda", requires_grad=True)
+    losses, _ = ops.cluster_loss(pred.requires_grad_(), target, cluster, 5, weight)
+    losses.sum().backward()
+    assert pred.grad is not None
+    assert pred.grad[3].isnan().all()
+    assert weight.grad is not None
+    assert weight.grad[3].isnan()
+    with pytest.raises(ValueError, match="cluster must be"):
+        ops.check_errors("cuda")

@@ -347,3 +347,33 @@ def test_a_parameter_of_another_model_keeps_its_plain_gradient() -> None:
 
 def test_errors_are_of_one_kind() -> None:
     assert issubclass(GroupingError, RuntimeError)
+
+
+def test_an_error_in_a_micro_batch_leaves_nothing_behind() -> None:
+    net = torch.nn.Linear(3, 2)
+    x, cluster = torch.randn(8, 3), torch.tensor([0, 1] * 4)
+    step = BalancedBackward(net, balancing.get("pcgrad")(), 2, micro_batch=4)
+    calls = 0
+
+    def fails_late(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return net(x).square().mean(1)
+
+    loss_fn = lambda x: net(x).square().mean(1)  # noqa: E731
+    step.gradients.compute(loss_fn, (x,), cluster)  # settles the route
+    with pytest.raises(MemoryError):
+        step(fails_late, (x,), cluster)
+    step(loss_fn, (x,), cluster)
+    assert step.gradients.counts.tolist() == [4, 4]
+
+
+def test_grads_replaces_what_combine_cannot_write() -> None:
+    net = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    net(torch.randn(2, 2, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
+    net.weight.grad = net.weight.grad.to(memory_format=torch.channels_last)
+    grads = ClusterGradients(net, 2).grads()
+    assert all(g.is_contiguous() for g in grads)
+    assert net.weight.grad is grads[0]

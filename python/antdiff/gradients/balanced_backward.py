@@ -120,7 +120,9 @@ class BalancedBackward:
         self._clear()
         scale = loss_scale(self.scaler, cluster.device)
         sizes = rows.one_hot(torch.float64).sum(1).clamp(min=1)  # [k], on the device
-        factors = (self.weights * scale / sizes)[rows.cluster]  # [B]
+        inside = (rows.cluster >= 0) & (rows.cluster < self.k)  # an id out of range is not to be an address on CUDA
+        factors = (self.weights * scale / sizes)[rows.cluster.clamp(0, self.k - 1)]  # [B]
+        factors = torch.where(inside, factors, torch.nan)
         sums: Tensor | float = 0.0
         for start, stop, _ in self._pieces(rows):
             per_sample = loss_fn(*cut(batch, rows.B, start, stop))

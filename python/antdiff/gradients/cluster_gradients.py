@@ -160,7 +160,8 @@ class ClusterGradients:
         counts: Sequence[int] | None = None,
         scaler: Scaler | None = None,
     ) -> None:
-        """Adds a micro-batch: sums of gradients, losses, counts; :meth:`mean` ends it. Arguments as for compute.
+        """Adds a micro-batch: sums of gradients, losses, counts; :meth:`mean` ends it. Arguments as for compute. An
+        error forgets what was accumulated.
 
         The clusters of the micro-batches may differ in size and be empty; the result is that of the whole batch.
         """
@@ -168,7 +169,11 @@ class ClusterGradients:
         first = self._sums is None
         if first:
             self.scale = loss_scale(scaler, cluster.device)
-        sums = self._run(loss_fn, batch, rows, mean=False, fresh=first)
+        try:
+            sums = self._run(loss_fn, batch, rows, mean=False, fresh=first)
+        except BaseException:
+            self._sums = None  # J holds part of a micro-batch: nothing may be added to it
+            raise
         if self._sums is None:
             self._sums = (sums, rows.counts)
         else:
@@ -267,10 +272,12 @@ class ClusterGradients:
         return checks.verify(route, self.model, loss_fn, batch, rows, self.k, self.separable)
 
     def grads(self) -> list[Tensor | None]:
-        """``p.grad`` of each parameter (None where frozen), allocated where missing: the ``out`` of ``combine``."""
+        """``p.grad`` of each parameter (None where frozen), the ``out`` of ``combine``: allocated where it is missing,
+        or laid out as ``combine`` cannot write it (channels_last, sparse)."""
         out: list[Tensor | None] = []
         for _, p in self._jacobian.named:
-            if p.requires_grad and p.grad is None:
+            usable = p.grad is not None and p.grad.layout is torch.strided and p.grad.is_contiguous()
+            if p.requires_grad and not usable:
                 p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
             out.append(p.grad if p.requires_grad else None)
         return out

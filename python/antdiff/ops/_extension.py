@@ -11,6 +11,7 @@ Each op has two routes to the same kernel:
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,10 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"antdiff needs torch >= 2.10 (DLPack's C exchange API); this is torch {torch.__version__}.")
 
-__all__ = ["_C", "as_count", "check_errors", "define", "dense", "differentiate", "traced"]
+# Read once: the choice is made where the program starts, and costs nothing a call.
+_CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
+
+__all__ = ["_C", "as_count", "check_errors", "checked", "define", "dense", "differentiate", "traced"]
 
 _C.attach(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
 
@@ -82,11 +86,28 @@ def dense(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
     if x.is_contiguous():
         return x
-    if 0 in x.stride() and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+    if _overlaps_itself(x):
         raise ValueError(
             f"{name} must not overlap itself; got {list(x.shape)} with strides {x.stride()}. Call .contiguous()."
         )
     return x.contiguous()
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether some dimension steps less far than those inside it reach."""
+    reach = 1
+    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if step < reach:
+            return True
+        reach += step * (size - 1)
+    return False
+
+
+def checked(result: Tensor) -> Tensor:
+    """``result``; with ``ANTDIFF_CHECK=1`` after waiting for the kernel and raising what it noted."""
+    if _CHECK and result.is_cuda:
+        check_errors(result.device)
+    return result
 
 
 def check_errors(device: torch.device | str | int | None = None) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import check_errors, dense
+from antdiff.ops._extension import checked, dense
+
+__all__ = ["NonFinite", "as_choice", "as_gram", "checked", "fake_weights", "outputs"]
 
 NonFinite = Literal["raise", "poison"]
-
-# Read once: the choice is made where the program starts, and costs nothing a call.
-_CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
 
 
 def as_gram(gram: Tensor) -> Tensor:
@@ -49,13 +47,6 @@ def outputs(gram: Tensor, scratch_size: Callable[[int, int], int]) -> tuple[Tens
         if size := scratch_size(gram.numel() // (k * k), k):
             scratch = torch.empty(size, dtype=torch.float64, device=gram.device)
     return weights, scratch
-
-
-def checked(weights: Tensor) -> Tensor:
-    """``weights``; with ``ANTDIFF_CHECK=1`` after waiting for the kernel and raising what it noted."""
-    if _CHECK and weights.is_cuda:
-        check_errors(weights.device)
-    return weights
 
 
 def fake_weights(gram: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, as_count, define, dense, differentiate, traced
+from antdiff.ops._extension import _C, as_count, checked, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
 
@@ -174,7 +174,7 @@ def _forward(
         per_sample,
         scratch,
     )
-    return losses, counts, per_sample
+    return checked(losses), counts, per_sample
 
 
 def _backward(
@@ -234,7 +234,7 @@ def _loss_and_grad(
         scratch,
         grad,
     )
-    return losses, counts, _like(grad, rows, pred)
+    return checked(losses), counts, _like(grad, rows, pred)
 
 
 def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
     _C.cluster_mean_forward(
         dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
     )
-    return losses, counts
+    return checked(losses), counts
 
 
 def _like(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
@@ -255,7 +255,9 @@ def _like(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
 
 def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
     """d losses[cluster[b]] / d (weight[b] * error[b]), times the incoming gradient: [B]."""
-    return (grad_losses / counts.clamp(min=1))[cluster]
+    k = counts.shape[0]
+    scale = (grad_losses / counts.clamp(min=1))[cluster.clamp(0, k - 1)]
+    return torch.where((cluster >= 0) & (cluster < k), scale, torch.nan)  # on CUDA a bad id has not raised yet
 
 
 def _check_delta(kind: str, delta: float) -> None:

@@ -28,7 +28,9 @@ def gram(J: Rows) -> Tensor:
 
     Returns:
         G float64 ``[k, k]``, exactly symmetric, on the device of J. The same bits from run to run on one device, and on
-        the CPU for any number of threads. NaN and infinity in J show up in G.
+        the CPU for any number of threads. NaN and infinity in J show up in G, and so does
+        what float32 products cannot hold: for other dtypes than float64, entries should lie between 1e-18 and 1e18 in
+        size. A loss scale moves them there.
 
     Raises:
         TypeError, ValueError: no tensor in the list, or a wrong dtype, shape, device or layout.

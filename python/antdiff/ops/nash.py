@@ -59,7 +59,10 @@ def nash_weights(gram: Tensor, *, solver: Solver = "newton", nonfinite: NonFinit
     gram = as_gram(gram)
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if as_choice("solver", solver, ("newton", "cvxpy")) == "cvxpy":
-        return _cvxpy_weights(gram, poison)  # type: ignore[no-any-return]
+        solve = _cvxpy_weights
+        if torch.compiler.is_compiling():  # decorating the function would import all of Dynamo with the package
+            solve = torch.compiler.disable(solve)
+        return solve(gram, poison)
     if traced(gram):
         return torch.ops.antdiff.nash_weights(gram, poison)  # type: ignore[no-any-return]
     return _weights(gram, poison)
@@ -128,7 +131,6 @@ def _weights(gram: Tensor, poison: bool) -> Tensor:
 # ---- the convex problem as cvxpy states it ---------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _cvxpy_weights(gram: Tensor, poison: bool) -> Tensor:
     if traced(gram):
         raise TypeError("gram must be a plain tensor for solver='cvxpy', which runs on the host. Use solver='newton'.")
