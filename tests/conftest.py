@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,3 +18,21 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("ANTDIFF_DEBUG", raising=False)
         yield
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``digits`` cut to a few hundred images: a whole run measures itself on all of its data, which takes seconds."""
+    from antdiff.train import data
+
+    digits = data._digits()
+    assert digits.train_labels is not None
+    assert digits.held_out_labels is not None
+    few = replace(
+        digits,
+        train=digits.train[:300],
+        train_labels=digits.train_labels[:300],
+        held_out=digits.held_out[:40],
+        held_out_labels=digits.held_out_labels[:40],
+    )
+    monkeypatch.setattr(data, "_digits", lambda: few)

@@ -30,6 +30,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_train_resume_sample_and_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def test_an_interrupted_comparison_goes_on_cell_by_cell(runs: list[TrainConfig],
             compare(TINY, ["uw"], seeds, out, progress=False)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_real_comparison(tmp_path: Path) -> None:
     results = compare(TINY, ["pcgrad"], [0], tmp_path / "c", progress=False)
     assert results is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from antdiff.gradients import ClusterGradients
+from antdiff.gradients import ClusterGradients, Route
 
 
 class Net(nn.Module):
@@ -62,11 +62,15 @@ CLUSTERS = {
 }
 
 
+ROUTES = ["auto", "grouped", "split", "loop"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_equals_a_backward_for_each_cluster(name: str) -> None:
+def test_equals_a_backward_for_each_cluster(name: str, route: Route) -> None:
     net, (x, t) = setup()
     cluster, k = torch.tensor(CLUSTERS[name]), max(CLUSTERS[name]) + 1
-    cg = ClusterGradients(net, k)
+    cg = ClusterGradients(net, k, route)
     J = cg.compute(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
     for got, want in zip(J, by_hand(net, x, t, cluster, k), strict=True):
         assert (got is None) == (want is None)
@@ -79,21 +83,23 @@ def test_equals_a_backward_for_each_cluster(name: str) -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool) -> None:
+def test_checkpointing(reentrant: bool, route: Route) -> None:
     net, (x, t) = setup(reentrant)
     plain, _ = setup()
     cluster = torch.tensor(CLUSTERS["any order"])
-    J = ClusterGradients(net, 3).compute(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
+    J = ClusterGradients(net, 3, route).compute(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
     for got, want in zip(J, by_hand(plain, x.detach(), t, cluster, 3), strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-def test_given_counts_change_nothing_and_skip_the_sort() -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_given_counts_change_nothing_and_skip_the_sort(route: Route) -> None:
     net, (x, t) = setup()
     cluster = torch.tensor(CLUSTERS["grouped"])
-    cg = ClusterGradients(net, 3)
+    cg = ClusterGradients(net, 3, route)
     loss_fn = lambda x, t: net(x, t).square().mean(1)  # noqa: E731
     first = [None if J is None else J.clone() for J in cg.compute(loss_fn, (x, t), cluster)]
     again = cg.compute(loss_fn, (x, t), cluster, counts=[4, 5, 3])
@@ -101,14 +107,24 @@ def test_given_counts_change_nothing_and_skip_the_sort() -> None:
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_existing_grads_survive_even_an_error() -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_batch_without_samples(route: Route) -> None:
+    net, (x, t) = setup()
+    cg = ClusterGradients(net, 3, route)
+    J = cg.compute(lambda x, t: net(x, t).square().mean(1), (x[:0], t[:0]), torch.zeros(0, dtype=torch.int64))
+    assert all(rows.eq(0).all() for rows in J if rows is not None)
+    assert cg.losses.tolist() == cg.counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_existing_grads_survive_even_an_error(route: Route) -> None:
     net, (x, t) = setup()
     net.first.weight.grad = torch.ones_like(net.first.weight)
-    cg = ClusterGradients(net, 3)
+    cg = ClusterGradients(net, 3, route)
     cluster = torch.tensor(CLUSTERS["grouped"])
 
     def broken(x: Tensor, t: Tensor) -> Tensor:
-        if x.shape[0] == 5:
+        if x.shape[0] in (5, 12):
             raise KeyError("data")
         return net(x, t).square().mean(1)
 
@@ -131,13 +147,14 @@ def test_batches_of_any_structure_and_dtype_of_j() -> None:
         assert table.shape == (3,)
         return net(pair[0], pair[1]["t"]).square().mean(1) * scale
 
-    cg = ClusterGradients(net, 3, dtype=torch.bfloat16)
+    cg = ClusterGradients(net, 3, "split", dtype=torch.bfloat16)
     J = cg.compute(loss_fn, ((x, {"t": t}), 2.0, torch.zeros(3)), cluster)
     assert seen == [(5, 2.0), (4, 2.0), (3, 2.0)]
     assert {j.dtype for j in J if j is not None} == {torch.bfloat16}
 
 
-def test_bad_input() -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_input(route: Route) -> None:
     net, (x, t) = setup()
     cluster = torch.tensor(CLUSTERS["grouped"])
     loss_fn = lambda x, t: net(x, t).square().mean(1)  # noqa: E731
@@ -149,7 +166,7 @@ def test_bad_input() -> None:
         ClusterGradients(net, 3, "magic")
     with pytest.raises(ValueError, match="requires grad"):
         ClusterGradients(Net().requires_grad_(False), 3)
-    cg = ClusterGradients(net, 3)
+    cg = ClusterGradients(net, 3, route)
     with pytest.raises(TypeError, match="int64 tensor"):
         cg.compute(loss_fn, (x, t), cluster.int())
     with pytest.raises(ValueError, match="got id 3 with k=3 at row 4"):

@@ -10,7 +10,10 @@ void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, boo
              py::handle scratch) {
   Problems<PcgradParams> c(gram, poison, out);
   if (perms_.is_none()) {
-    c.p.keys = Tensor(keys, "keys").as<double>();
+    Tensor drawn(keys, "keys");
+    drawn.require_dtype(DType::f64, "as drawn").require_same_device(c.gram);
+    if (drawn.numel() != c.gram.numel()) throw_value("keys must have the shape of gram; got " + drawn.describe() + ".");
+    c.p.keys = drawn.as<double>();
   } else {
     Tensor perms(perms_, "perms");
     perms.require_int64().require_same_device(c.gram);

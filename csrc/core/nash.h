@@ -33,11 +33,10 @@ struct NashParams {
 constexpr int64_t nash_workspace(int64_t K) { return 2 * K * K + 4 * K; }
 
 constexpr int kNashIterations = 64;
-constexpr int kNashTrials = 32;  // a trial can double t, and 2^32 leaves no weight that float64 could tell from none
+constexpr int kNashTrials = 32;          // each can double t
 constexpr double kNashResidual = 1e-12;  // stop at max_i |a_i (G a)_i - 1| below
 constexpr double kNashRidge = 1e-9;      // relative to the diagonal, for a G without a solution
-// b^T S b this far below its diagonal part (a few times K) is rounding of G: a positive combination of the rows is
-// zero.
+// b^T S b below this times K times its diagonal part is rounding of G: a positive combination of the rows vanishes.
 constexpr double kNashStationary = 64 * DBL_EPSILON;
 
 // The t that nearly minimises F(b (1 + t x)): Newton's method again, in one dimension, whose damped steps keep every
@@ -121,7 +120,7 @@ ANTDIFF_HD bool nash_newton(const double* S, double ridge, int64_t K, double* M,
   return false;
 }
 
-// One problem. `work` holds nash_workspace(K) doubles. Weights are written only if ok.
+// One problem. `work` holds nash_workspace(K) doubles. Weights are written if ok.
 template <class Team>
 ANTDIFF_HD Verdict nash_problem(const NashParams& p, int64_t n, double* work, Team team) {
   const int64_t K = p.K;

@@ -39,11 +39,12 @@ ANTDIFF_HD bool order_from_perms(const int64_t* perm, int64_t K, int64_t i, doub
   return true;
 }
 ANTDIFF_HD void order_from_keys(const double* key, int64_t K, int64_t i, double* order) {
+  for (int64_t s = 0; s < K - 1; ++s) order[s] = double(i == 0);  // a row, should NaN among the keys leave a gap
   for (int64_t j = 0; j < K; ++j) {
     if (j == i) continue;
-    int64_t rank = 0;
-    for (int64_t l = 0; l < j; ++l) rank += l != i && key[l] <= key[j];
-    for (int64_t l = j + 1; l < K; ++l) rank += l != i && key[l] < key[j];
+    int64_t rank = i < j ? -(key[i] <= key[j]) : -(key[i] < key[j]);  // row i itself is counted below
+    for (int64_t l = 0; l < j; ++l) rank += key[l] <= key[j];
+    for (int64_t l = j + 1; l < K; ++l) rank += key[l] < key[j];
     order[rank] = double(j);
   }
 }
@@ -63,8 +64,7 @@ ANTDIFF_HD void pcgrad_row(const double* S, int64_t K, int64_t i, const double* 
   }
 }
 
-// One problem, members of the team a row each. `work` holds pcgrad_workspace(K) doubles. Weights are written only if
-// ok.
+// One problem, members of the team a row each. `work` holds pcgrad_workspace(K) doubles. Weights are written if ok.
 template <class Team>
 ANTDIFF_HD Verdict pcgrad_problem(const PcgradParams& p, int64_t n, double* work, Team team) {
   const int64_t K = p.K;
@@ -73,14 +73,16 @@ ANTDIFF_HD Verdict pcgrad_problem(const PcgradParams& p, int64_t n, double* work
   for (int64_t i = team.rank(); i < K; i += team.size()) {
     double* visits = order + i * K;
     bool ok = true;
-    if (p.perms)
+    if (p.perms) {
       ok = order_from_perms(p.perms + (n * K + i) * (K - 1), K, i, visits, v + i * K);
-    else
+    } else {
       order_from_keys(p.keys + (n * K + i) * K, K, i, visits);
-    if (ok)
+    }
+    if (ok) {
       pcgrad_row(S, K, i, visits, v + i * K, c + i * K);
-    else
-      c[i * K + i] = NAN;
+    } else {
+      c[i * K + i] = NAN;  // the mark that the others look for
+    }
   }
   team.sync();
   bool ok = true;

@@ -1,7 +1,6 @@
 // Who computes a K x K problem: one CPU thread (Solo) or the lanes of a warp (cuda/warp.h). The maths of core is
 // written once for both: loops stride over the team, `sync` separates writes from the reads of other members, and
-// numbers that every member needs are computed by every member, from the same memory and in the same order, instead of
-// exchanged.
+// numbers that all members need are computed by each, from the same memory and in the same order, not exchanged.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +23,8 @@ struct Solo {
 // What a method found out about its input.
 enum class Verdict : int8_t { ok, bad_gram, bad_perms };
 
-// Largest K whose workspace fits the static shared memory of a CUDA block (48 KiB); beyond it lies in global memory.
+// Largest K whose workspace fits the static shared memory of a CUDA block (48 KiB), and a CPU thread's stack with ease;
+// beyond it lies in global memory, or on the heap.
 constexpr int64_t kSharedK = 32;
 // Most problems under way at once where the workspace is global memory.
 constexpr int64_t kScratchBlocks = 1024;

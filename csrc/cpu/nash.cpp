@@ -7,8 +7,8 @@
 namespace antdiff {
 
 Status cpu_nash_weights(const NashParams& p) {
-  return solve_problems(p, nash_workspace(p.K),
-                        [&](int64_t n, double* work) { return nash_problem(p, n, work, Solo{}); });
+  return solve_problems<nash_workspace(kSharedK)>(
+      p, nash_workspace(p.K), [&](int64_t n, double* work) { return nash_problem(p, n, work, Solo{}); });
 }
 
 }  // namespace antdiff

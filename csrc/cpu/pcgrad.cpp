@@ -7,8 +7,8 @@
 namespace antdiff {
 
 Status cpu_pcgrad_weights(const PcgradParams& p) {
-  return solve_problems(p, pcgrad_workspace(p.K),
-                        [&](int64_t n, double* work) { return pcgrad_problem(p, n, work, Solo{}); });
+  return solve_problems<pcgrad_workspace(kSharedK)>(
+      p, pcgrad_workspace(p.K), [&](int64_t n, double* work) { return pcgrad_problem(p, n, work, Solo{}); });
 }
 
 }  // namespace antdiff

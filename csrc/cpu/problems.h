@@ -24,14 +24,17 @@ inline int64_t bad_entry(const double* G, int64_t K) {
 }
 
 // Runs problem(n, work) -> Verdict for every n. A problem that fails gets NaN weights; the first one that must be
-// reported is: `where` is the flat index into gram, or the problem whose perms are bad.
-template <class Params, class Problem>
+// reported is: `where` is the flat index into gram, or the problem whose perms are bad. The workspace lies on the stack
+// up to K = kSharedK, for which kLocal doubles suffice: as large an allocation a call can make malloc trim its heap
+// each time.
+template <int64_t kLocal, class Params, class Problem>
 Status solve_problems(const Params& p, int64_t workspace, Problem&& problem) {
   constexpr int64_t kGrain = 1 << 16;  // multiplications a thread should at least have
   std::atomic<int64_t> first{p.n};
   parallel_for(p.n, threads_for(p.n * p.K * p.K * p.K, kGrain), [&](int64_t n) {
-    std::unique_ptr<double[]> work(new double[workspace]);
-    const Verdict verdict = problem(n, work.get());
+    double local[kLocal];
+    std::unique_ptr<double[]> heap(p.K > kSharedK ? new double[workspace] : nullptr);
+    const Verdict verdict = problem(n, heap ? heap.get() : local);
     if (verdict == Verdict::ok) return;
     for (int64_t i = 0; i < p.K; ++i) p.weights[n * p.K + i] = NAN;
     if (verdict == Verdict::bad_gram && p.poison) return;

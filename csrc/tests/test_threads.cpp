@@ -40,10 +40,35 @@ void cluster_loss() {
   CHECK(grad == grad_again);
 }
 
+void weights() {
+  const int64_t n = 600, K = 8;
+  test::Random random(2);
+  std::vector<double> gram(n * K * K), keys(n * K * K), out(n * K), alone(K), J(K * K);
+  for (auto& x : keys) x = random.uniform();
+  for (int64_t i = 0; i < n; ++i) {
+    for (auto& x : J) x = random.normal();
+    for (int64_t e = 0; e < K * K; ++e)
+      for (int64_t l = 0; l < K; ++l) gram[i * K * K + e] += J[e / K * K + l] * J[e % K * K + l];
+  }
+  PcgradParams p;
+  p.n = n, p.K = K, p.gram = gram.data(), p.keys = keys.data(), p.weights = out.data();
+  CHECK(cpu_pcgrad_weights(p).ok());
+  p.n = 1, p.gram += (n - 1) * K * K, p.keys += (n - 1) * K * K, p.weights = alone.data();
+  CHECK(cpu_pcgrad_weights(p).ok());
+  for (int64_t i = 0; i < K; ++i) CHECK(alone[i] == out[(n - 1) * K + i]);
+
+  gram[5 * K * K] = gram[500 * K * K] = -1;  // the first of two bad problems is reported, whichever thread is faster
+  NashParams q;
+  q.n = n, q.K = K, q.gram = gram.data(), q.weights = out.data();
+  const Status s = cpu_nash_weights(q);
+  CHECK(s.code == Status::Code::bad_gram && s.where == 5 * K * K);
+}
+
 }  // namespace
 
 int main() {
   covers_every_index_once();
   cluster_loss();
+  weights();
   return test::summary();
 }

@@ -2,9 +2,10 @@
 
 from antdiff import balancing, diffusion, ops
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
-from antdiff.gradients import ClusterGradients
+from antdiff.gradients import BalancedBackward, ClusterGradients
 
 __all__ = [
+    "BalancedBackward",
     "ClusterGradients",
     "StratifiedTimesteps",
     "TimestepClusters",

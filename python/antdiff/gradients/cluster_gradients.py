@@ -1,23 +1,31 @@
-"""The gradient of every cluster's loss, from one batch.
+"""The gradient of every cluster's loss, from one batch, for about the price of one backward.
 
 Samples of different clusters share no arithmetic except the parameters, so the K gradients of a batch cost the FLOPs of
-one forward and one backward: each sample is still visited once. The ``split`` route runs the network on the K slices of
-the batch in turn. It works with any network and loss whose samples are independent, holds the activations of one slice
-at a time, and keeps no graph; the price is K times the launches, and K x P numbers for the gradients.
+one forward and one backward, and K x P numbers. Three routes give the same rows: ``grouped``, ``split`` and ``loop``,
+each described in its file.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-Route = Literal["split"]
-LossFn = Callable[..., Tensor]
+from antdiff.gradients import routes
+from antdiff.gradients import verify as checks
+from antdiff.gradients.grouped import GroupedMode
+from antdiff.gradients.grouping import Rows
+from antdiff.gradients.routes import Chosen, LossFn, Route
+from antdiff.gradients.sinks import Jacobian, Sink
+
+
+class Scaler(Protocol):
+    """``torch.amp.GradScaler``, or anything whose ``scale`` multiplies a tensor by the loss scale."""
+
+    def scale(self, outputs: Any) -> Any: ...
 
 
 class ClusterGradients:
@@ -30,42 +38,89 @@ class ClusterGradients:
         weights = ops.pcgrad_weights(ops.gram(J))          # [k]
         ops.combine(weights / 5, J, out=cg.grads())        # p.grad, ready for optimizer.step()
 
+    or, with the forward in your own hands (routes ``grouped`` and ``loop``)::
+
+        with cg.batch(cluster):
+            cg.backward(per_sample_loss(model, x, noise, t))
+        J = cg.J
+
+    The routes:
+
+    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. The random
+      numbers of dropout are those of a plain step. K x P numbers more memory than a plain step; where parameters are
+      computed from parameters (weight normalisation), up to as much again.
+    - ``"split"``: one forward and backward for each cluster's slice of the batch. Any network with independent samples,
+      compiled ones too; less memory than a plain step. As fast as ``grouped`` where a slice fills the device.
+    - ``"loop"``: one forward, K backwards, (1 + 2K)/3 of a plain step. For networks that mix samples (BatchNorm).
+    - ``"auto"``: at the first :meth:`compute`, runs ``grouped`` on at most two samples a cluster and compares it with
+      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or is
+      compiled, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
+
     Args:
-        model: a network whose samples are independent of each other (no BatchNorm in training mode).
+        model: the network, not wrapped in DistributedDataParallel or FSDP.
         k: the number of clusters, at least 1.
-        route: ``"split"``: one forward and one backward for each cluster's slice of the batch.
+        route: see above.
         dtype: of J; default each parameter's own. ``torch.bfloat16`` halves the memory.
+        separable: functions without a grouped rule, as called (``torch.ops.my.op``), that treat the samples, first
+            dimension of their tensors, independently and use no random numbers. Costs one more forward of that op.
 
     Attributes:
-        losses: ``[k]`` detached, after :meth:`compute`: the mean per-sample loss of each cluster (0 where empty).
+        J: a list of ``[k, *shape]``, one for each of ``model.parameters()`` (None where frozen).
+        losses: ``[k]`` detached: the mean per-sample loss of each cluster (0 where empty).
         counts: int64 ``[k]``, on the losses' device: samples a cluster.
+        scale: what J is multiplied by: 1.0, or the loss scale of the scaler that was given.
 
     Raises:
         TypeError, ValueError: a model without trainable parameters, a bad ``k`` or an unknown route.
     """
 
-    def __init__(self, model: nn.Module, k: int, route: Route = "split", *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        k: int,
+        route: Route = "auto",
+        *,
+        dtype: torch.dtype | None = None,
+        separable: Iterable[Callable[..., Any]] = (),
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "model must not be wrapped: its reducer would average each gradient alone. Pass model.module."
+            )
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k must be an int; got {type(k).__name__}.")
         if k < 1:
             raise ValueError(f"k must be at least 1; got {k}.")
-        if route != "split":
-            raise ValueError(f"route must be 'split'; got {route!r}.")
+        if route not in get_args(Route):
+            raise ValueError(f"route must be one of {', '.join(map(repr, get_args(Route)))}; got {route!r}.")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have a parameter that requires grad; got none. Unfreeze one.")
-        self.model = model
-        self.k = k
-        self.route = route
-        self.dtype = dtype
+        self.model, self.k, self.route = model, k, route
+        self.separable = tuple(separable)
         self.losses: Tensor
         self.counts: Tensor
-        self._parameters = list(model.parameters())
-        self._J: list[Tensor | None] = []
+        self.scale: Tensor | float = 1.0
+        self._jacobian = Jacobian(model, k, dtype)
+        self._choice: tuple[Chosen, str] | None = None if route == "auto" else (route, "asked for")
+        self._open: tuple[Rows, list[Sink], GroupedMode | None, Tensor | float] | None = None
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def J(self) -> list[Tensor | None]:  # noqa: N802
+        return self._jacobian.tensors
+
+    # ---- from a loss function ------------------------------------------------------------------------------------
 
     def compute(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | None = None
+        self,
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        cluster: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaler: Scaler | None = None,
     ) -> list[Tensor | None]:
         """Row i of J is the gradient of the mean of ``loss_fn`` over the samples of cluster i.
 
@@ -78,133 +133,171 @@ class ClusterGradients:
             counts: the number of samples of each cluster as k Python ints, if the rows of the batch are already grouped
                 by cluster in ascending order (as :class:`antdiff.StratifiedTimesteps` draws them). Without it the ids
                 are sorted and counted, which on CUDA waits for the device.
+            scaler: of mixed precision in float16. J then carries its scale (see ``scale``), ``losses`` do not.
 
         Returns:
-            J, a list of ``[k, *shape]``, one for each of ``model.parameters()`` (None where frozen). The buffers are
-            reused: the next call overwrites them. The parameters' ``.grad`` are left as they were. A parameter that no
-            sample of cluster i reaches has a zero row i, and so has every parameter where cluster i is empty.
+            J. The buffers are reused: the next call overwrites them. The parameters' ``.grad`` are left as they were. A
+            parameter that no sample of cluster i reaches has a zero row i, and so has every parameter where cluster i
+            is empty.
 
         Raises:
             TypeError, ValueError: a batch, ids, counts or losses of the wrong kind or shape. J is then undefined.
+            GroupingError: the route cannot tell the clusters' gradients apart in this network. J is then undefined.
         """
-        order, sizes = self._grouping(cluster, counts)
-        B = sum(sizes)
-        if order is not None:
-            batch = _each(batch, B, lambda x: _leaf(x.index_select(0, order)))
-        trainable = [p for p in self._parameters if p.requires_grad]
-        rows = self._buffers(trainable)
-        before = [p.grad for p in trainable]
-        losses: list[Tensor | None] = []
+        rows = Rows.of(cluster, self.k, counts)
+        self._sums = None
+        self.scale = loss_scale(scaler, cluster.device)
+        sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
+        self._report(sums, rows.counts)
+        return self.J
+
+    def accumulate(
+        self,
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        cluster: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaler: Scaler | None = None,
+    ) -> None:
+        """Adds a micro-batch: sums of gradients, losses, counts; :meth:`mean` ends it. Arguments as for compute.
+
+        The clusters of the micro-batches may differ in size and be empty; the result is that of the whole batch.
+        """
+        rows = Rows.of(cluster, self.k, counts)
+        first = self._sums is None
+        if first:
+            self.scale = loss_scale(scaler, cluster.device)
+        sums = self._run(loss_fn, batch, rows, mean=False, fresh=first)
+        if self._sums is None:
+            self._sums = (sums, rows.counts)
+        else:
+            self._sums = (self._sums[0] + sums, self._sums[1] + rows.counts)
+
+    def mean(self) -> list[Tensor | None]:
+        """J of all micro-batches since the last call: row i is the gradient of the mean over all samples of cluster i.
+
+        Raises:
+            RuntimeError: nothing was accumulated.
+        """
+        if self._sums is None:
+            raise RuntimeError("mean() ends accumulate(); call accumulate(loss_fn, batch, cluster) first.")
+        sums, counts = self._sums
+        self._sums = None
+        self._report(sums, counts)
+        for J in self.J:
+            if J is not None:
+                J.div_(counts.clamp(min=1).to(J.device).view(self.k, *[1] * (J.dim() - 1)))
+        return self.J
+
+    # ---- from a forward of your own ------------------------------------------------------------------------------
+
+    @contextmanager
+    def batch(
+        self, cluster: Tensor, *, counts: Sequence[int] | None = None, scaler: Scaler | None = None
+    ) -> Iterator[ClusterGradients]:
+        """Inside, run the forward on the whole batch and call :meth:`backward` once; arguments as for :meth:`compute`.
+
+        Samples in any order; in ascending order of their clusters the grouped route copies nothing. ``auto`` takes
+        ``grouped`` here unless :meth:`compute` has chosen otherwise; it cannot run the network by itself to check it.
+        """
+        name: Chosen = self._choice[0] if self._choice else "grouped"
+        if name == "split":
+            raise ValueError(f"route 'split' runs the forward itself, slice by slice: call compute(). {self.explain()}")
+        rows = Rows.of(cluster, self.k, counts)
+        scale = loss_scale(scaler, cluster.device)
+        routes.refuse_batch_norm(name, self.model)
+        sinks = self._jacobian.sinks(fresh=True)
+        mode = GroupedMode(self.model, rows, sinks, self.separable) if name == "grouped" else None
+        before = [s.tensor.grad for s in sinks]
+        self._open, self._sums = (rows, sinks, mode, scale), None
         try:
-            start = 0
-            for i, size in enumerate(sizes):
-                piece = _each(batch, B, partial(_rows, start=start, stop=start + size))
-                losses.append(self._one_cluster(loss_fn, piece, size, trainable, [J[i] for J in rows]))
-                start += size
+            if mode is None:
+                yield self
+            else:
+                with mode:
+                    yield self
         finally:
-            for p, grad in zip(trainable, before, strict=True):
-                p.grad = grad
-        known = next((loss for loss in losses if loss is not None), None)
-        zero = cluster.new_zeros((), dtype=torch.float32) if known is None else torch.zeros_like(known)
-        self.losses = torch.stack([zero if loss is None else loss for loss in losses])
-        self.counts = torch.tensor(sizes, dtype=torch.int64).to(zero.device, non_blocking=True)
-        return self._J
+            self._open = None
+            for sink, grad in zip(sinks, before, strict=True):
+                sink.tensor.grad = grad
+
+    def backward(self, per_sample: Tensor) -> list[Tensor | None]:
+        """Fills J from the losses ``[B]`` of the batch, in the order of ``cluster``. Frees the graph."""
+        if self._open is None:
+            raise RuntimeError("backward() must be called once, inside `with cg.batch(cluster):`.")
+        rows, sinks, mode, self.scale = self._open
+        self._open = None
+        with torch._C.DisableTorchFunction():
+            sums = routes.backward(per_sample, rows, sinks, mode, scale=self.scale)
+        self._report(sums, rows.counts)
+        return self.J
+
+    # ---- asking --------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """The route, why it was chosen, and the memory of J."""
+        size = f"J holds {self._jacobian.nbytes() / 2**20:.1f} MiB"
+        if self._choice is None:
+            return f"route 'auto', which chooses at the first compute(); {size}"
+        name, why = self._choice
+        return f"route {name!r}: {why}; {size}"
+
+    def verify(
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | None = None
+    ) -> float:
+        """Checks the route on a batch, once, before training; arguments as for :meth:`compute`.
+
+        First a probe: with all values of one sample NaN, no other sample may become NaN wherever the batch meets a
+        parameter, nor in the losses. It finds BatchNorm, attention over the batch, losses over the batch and layouts
+        whose first dimension is not the batch, and names the place. Then a comparison of J with the ``loop`` route,
+        from the same random numbers; skipped for ``split`` where the forward draws any, since the slices draw others.
+
+        Costs 2 forwards, one call of the route and one of ``loop``, and twice the memory of J, given back at the end.
+        Leaves J, gradients, buffers and torch's random state as they were.
+
+        Returns:
+            The largest relative difference of a parameter's gradient from ``loop``; NaN where it was skipped.
+
+        Raises:
+            GroupingError: samples are not independent, or a gradient differs.
+        """
+        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        route = self._settled(loss_fn, batch, rows)
+        return checks.verify(route, self.model, loss_fn, batch, rows, self.k, self.separable)
 
     def grads(self) -> list[Tensor | None]:
         """``p.grad`` of each parameter (None where frozen), allocated where missing: the ``out`` of ``combine``."""
         out: list[Tensor | None] = []
-        for p in self._parameters:
+        for _, p in self._jacobian.named:
             if p.requires_grad and p.grad is None:
                 p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
             out.append(p.grad if p.requires_grad else None)
         return out
 
-    def _one_cluster(
-        self, loss_fn: LossFn, piece: Sequence[Any], size: int, trainable: list[nn.Parameter], rows: list[Tensor]
-    ) -> Tensor | None:
-        if size == 0:
-            torch._foreach_zero_(rows)
-            return None
-        # .backward into empty .grad, not autograd.grad: re-entrant checkpointing allows only the former, and autograd
-        # hands over its own buffers, so nothing is added up.
-        for p in trainable:
-            p.grad = None
-        per_sample = loss_fn(*piece)
-        _check_losses(per_sample, size)
-        loss = per_sample.mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        reached = [(row, p.grad) for row, p in zip(rows, trainable, strict=True) if p.grad is not None]
-        missed = [row for row, p in zip(rows, trainable, strict=True) if p.grad is None]
-        if reached:
-            torch._foreach_copy_([row for row, _ in reached], [grad for _, grad in reached])
-        if missed:
-            torch._foreach_zero_(missed)
-        return loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
-
-    def _grouping(self, cluster: Tensor, counts: Sequence[int] | None) -> tuple[Tensor | None, list[int]]:
-        """The order that groups the batch by cluster (None if it is grouped), and the size of each group."""
-        if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
-            came = f"{cluster.dtype} {list(cluster.shape)}" if isinstance(cluster, Tensor) else type(cluster).__name__
-            raise TypeError(f"cluster must be an int64 tensor [B]; got {came}.")
-        B = cluster.numel()
-        if counts is not None:
-            sizes = [int(n) for n in counts]
-            if len(sizes) != self.k or min(sizes) < 0 or sum(sizes) != B:
-                raise ValueError(f"counts must be k={self.k} sizes >= 0 that add up to B={B}; got {sizes}.")
-            return None, sizes
-        order = torch.argsort(cluster, stable=True)
-        edges = torch.arange(self.k + 1, device=cluster.device)
-        bounds = torch.searchsorted(cluster[order].contiguous(), edges).tolist()  # the one wait for the device
-        if bounds[0] != 0 or bounds[-1] != B:
-            row = int(torch.nonzero((cluster < 0) | (cluster >= self.k))[0])
-            raise ValueError(
-                f"cluster must be int64 [B] with 0 <= id < k; got id {int(cluster[row])} with k={self.k} at row {row}."
-            )
-        return order, [stop - start for start, stop in itertools.pairwise(bounds)]
-
-    def _buffers(self, trainable: list[nn.Parameter]) -> list[Tensor]:
-        """J's buffers, made once and again only if parameters were frozen, moved or converted since."""
-        stale = len(self._J) != len(self._parameters) or any(
-            (J is None) == p.requires_grad or (J is not None and (J.device != p.device or J.dtype != self._type(p)))
-            for J, p in zip(self._J, self._parameters, strict=True)
+    def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, *, mean: bool, fresh: bool) -> Tensor:
+        """Sums of the losses ``[k]``; J (+)= the gradients of the means or the sums, times the scale."""
+        sinks = self._jacobian.sinks(fresh=fresh)
+        if rows.B == 0:
+            for sink in sinks:
+                sink.finish()
+            return rows.cluster.new_zeros(self.k, dtype=torch.float32)
+        rows, batch = rows.sort(batch)
+        route = self._settled(loss_fn, batch, rows)
+        return routes.run(
+            route, self.model, loss_fn, batch, rows, sinks, mean=mean, scale=self.scale, separable=self.separable
         )
-        if stale:
-            self._J = [
-                torch.empty((self.k, *p.shape), dtype=self._type(p), device=p.device) if p.requires_grad else None
-                for p in self._parameters
-            ]
-        return [J for J in self._J if J is not None]
 
-    def _type(self, p: nn.Parameter) -> torch.dtype:
-        return p.dtype if self.dtype is None else self.dtype
+    def _settled(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> Chosen:
+        if self._choice is None:
+            self._choice = checks.choose(self.model, loss_fn, batch, rows, self.k, self.separable)
+        return self._choice[0]
 
-
-def _each(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
-    """``f`` on every tensor of a batch whose first dimension is B."""
-    if isinstance(value, Tensor):
-        return f(value) if value.dim() > 0 and value.shape[0] == B else value
-    if isinstance(value, dict):
-        return {key: _each(x, B, f) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each(x, B, f) for x in value)
-    return value
+    def _report(self, sums: Tensor, counts: Tensor) -> None:
+        self.counts = counts.to(sums.device)
+        self.losses = sums / self.counts.clamp(min=1)
 
 
-def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    return _leaf(x[start:stop])
-
-
-def _leaf(x: Tensor) -> Tensor:
-    """A slice that starts a graph of its own, so that one slice's backward cannot free another's."""
-    return x.detach().requires_grad_() if x.requires_grad else x
-
-
-def _check_losses(per_sample: object, size: int) -> None:
-    if not isinstance(per_sample, Tensor) or per_sample.shape != (size,):
-        came = list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
-        raise ValueError(
-            f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got {came}. "
-            "Average over the other dimensions, not over the samples."
-        )
-    if not per_sample.requires_grad:
-        raise ValueError("loss_fn must return losses that depend on model's parameters; got a tensor without a graph.")
+def loss_scale(scaler: Scaler | None, device: torch.device) -> Tensor | float:
+    """The loss scale as a tensor: asking the scaler for a number would wait for the device."""
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]

@@ -62,9 +62,7 @@ def pcgrad_weights(
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     keys = None
     if perms is None:
-        if generator is not None:
-            _check_generator(generator, gram.device)
-        keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
+        keys = _draw_keys(gram, generator)
     elif generator is not None:
         raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
     else:
@@ -117,14 +115,18 @@ def pcgrad(
     return combine(weights, J, out), weights  # type: ignore[arg-type]
 
 
-def _check_generator(generator: object, device: torch.device) -> None:
+def _draw_keys(gram: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[..., k, k] uniform numbers."""
+    if generator is None:  # not passed on as None, which torch.compile cannot trace with dynamic shapes
+        return torch.rand(gram.shape, dtype=torch.float64, device=gram.device)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
-    if generator.device != device:
+    if generator.device != gram.device:
         raise ValueError(
-            f"generator must live on the device of gram ({device}); got one on {generator.device}. "
-            f"Create it with torch.Generator({str(device)!r})."
+            f"generator must live on the device of gram ({gram.device}); got one on {generator.device}. "
+            f"Create it with torch.Generator({str(gram.device)!r})."
         )
+    return torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
 
 
 def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:

@@ -89,12 +89,13 @@ def save_curves(
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """A centred moving mean over `share` of the points, as narrow at the ends as is symmetric; NaN is passed over."""
+    """A centred moving mean over `share` of the points; NaN is passed over. At the start, where curves fall steeply, it
+    is as narrow as is symmetric; at the end, where one point would stand for a trend, it looks back over half of it."""
     widest = int(len(values) * share / 2)
     out = np.full(len(values), np.nan)
     for i in range(len(values)):
-        half = min(widest, i, len(values) - 1 - i)
-        window = values[i - half : i + half + 1]
+        half = min(widest, i)
+        window = values[i - half : i + half + 1]  # slicing cuts it at the end
         if np.isfinite(window).any():
             out[i] = np.nanmean(window)
     return out
@@ -133,6 +134,6 @@ def save_comparison(
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(range(len(intervals)), [f"{start}..{stop - 1}" for start, stop in intervals])
     right.set(title="held-out loss against vanilla, mean and SD", xlabel="timesteps of the cluster", ylabel="%")
-    right.legend(fontsize=8, frameon=False)
+    sheet.legend(loc="outside lower center", ncols=len(results), fontsize=9, frameon=False)
     sheet.suptitle(title)
     sheet.savefig(path)

@@ -1,0 +1,250 @@
+"""A whole optimizer step with K cluster gradients, against a plain step: forward, backward, balancing, AdamW.
+
+    python benchmarks/bench_gradients.py [--device cpu|cuda] [--threads 1] [--least 3] [--seconds 1] [--case NAME]
+                                         [--autocast] [--csv PATH]
+
+``plain`` is one forward, one backward of the mean loss, one AdamW step. The routes of ``antdiff.ClusterGradients``
+follow with PCGrad (and NashMTL, solved at every step), the Gram matrix and the combination from ``antdiff.ops``. The
+peers: ``P-space`` is the usual loop of K retained backwards with PCGrad on flattened gradients, as the published code
+of ANT and LibMTL does it; ``autojac`` and ``autogram`` are TorchJD's two engines, the first with rows one by one (its
+fastest way here), the second with the Gram matrix of the samples summed over clusters.
+
+Memory is the peak of the first step above what was held before it: activations, J, gradients and AdamW's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Result, measure, show, write_csv
+from torch import Tensor, nn
+
+from antdiff import ClusterGradients, balancing, ops
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from gradient_cases import DiT, cluster_ids, diffusion_batch, spread
+
+Step = Callable[[], object]
+
+
+class UNet(nn.Module):
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.net = UNet2DModel(
+            sample_size=size,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(width, 2 * width),
+            layers_per_block=2,
+            norm_num_groups=16,
+            num_class_embeds=11,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=16,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.net(x, t, class_labels=y).sample
+        return out
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "DiT 4M": (lambda: DiT(192, 6, 3, size=16), 16),
+    "UNet 2M": (lambda: UNet(48, 16), 16),
+    "DiT-S/2": (lambda: DiT(384, 12, 6, size=32), 32),
+    "DiT-XL/2": (lambda: DiT(1152, 28, 16, size=32), 32),
+}
+CPU_CASES = [(net, K, B) for net in ("DiT 4M", "UNet 2M") for K, B in ((5, 64), (5, 20), (8, 64))]
+CUDA_CASES = [(net, 5, B) for net in ("DiT-S/2", "DiT-XL/2") for B in (256, 64)]
+
+
+def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
+    """Makers of the candidates, each with a model and an optimizer of its own."""
+    make, size = NETWORKS[net]
+    sizes = [B // K + (i < B % K) for i in range(K)]
+    cluster = cluster_ids(sizes).to(args.device)
+    batch = tuple(x.to(args.device) for x in diffusion_batch(B, size, torch.float32))
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, Callable[..., Tensor]]:
+        torch.manual_seed(0)
+        model = spread(make()).to(args.device)
+
+        def loss_fn(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+            with torch.autocast(args.device, torch.bfloat16) if args.autocast else contextlib.nullcontext():
+                pred = model(x, t, y)
+            return (pred.float() - noise).flatten(1).square().mean(1)
+
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-5), loss_fn
+
+    def means(per_sample: Tensor) -> Tensor:
+        return torch.stack([part.mean() for part in per_sample.split(sizes)])
+
+    def plain() -> Step:
+        _, optimizer, loss_fn = fresh()
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss_fn(*batch).mean().backward()
+            optimizer.step()
+
+        return step
+
+    def ours(route: Any, method: Any) -> Callable[[], Step]:
+        def build() -> Step:
+            model, optimizer, loss_fn = fresh()
+            cg, balancer = ClusterGradients(model, K, route), method()
+
+            def step() -> None:
+                J = cg.compute(loss_fn, batch, cluster, counts=sizes)
+                ops.combine(balancer.weights(ops.gram(J)) / K, J, out=cg.grads())
+                optimizer.step()
+
+            return step
+
+        return build
+
+    def p_space() -> Step:
+        model, optimizer, loss_fn = fresh()
+        parameters = list(model.parameters())
+
+        def step() -> None:
+            losses, rows = means(loss_fn(*batch)), []
+            for i in range(K):
+                grads = torch.autograd.grad(losses[i], parameters, retain_graph=i < K - 1)
+                rows.append(torch.cat([g.flatten() for g in grads]))
+            J = torch.stack(rows)  # [K, P]
+            projected = J.clone()
+            for i in range(K):
+                for j in torch.randperm(K).tolist():
+                    dot = projected[i] @ J[j]
+                    if j != i and dot < 0:
+                        projected[i] -= dot / J[j].square().sum() * J[j]
+            direction = projected.sum(0) / K
+            for p, g in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+                p.grad = g.view_as(p)
+            optimizer.step()
+
+        return step
+
+    def autojac() -> Step:
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        model, optimizer, loss_fn = fresh()
+        aggregator = PCGrad()
+
+        def step() -> None:
+            optimizer.zero_grad()
+            backward(means(loss_fn(*batch)), parallel_chunk_size=1)
+            jac_to_grad(model.parameters(), aggregator)
+            optimizer.step()
+
+        return step
+
+    def autogram() -> Step:
+        from torchjd.autogram import Engine
+
+        model, optimizer, loss_fn = fresh()
+        engine = Engine(model, batch_dim=0)
+        share = torch.nn.functional.one_hot(cluster, K).T / torch.tensor(sizes, device=args.device)[:, None]  # [K, B]
+
+        def step() -> None:
+            optimizer.zero_grad()
+            per_sample = loss_fn(*batch)
+            G = share @ engine.compute_gramian(per_sample) @ share.T
+            per_sample.backward(share.T @ (ops.pcgrad_weights(G.double()) / K).to(share.dtype))
+            optimizer.step()
+
+        return step
+
+    return {
+        "plain": plain,
+        "split PCGrad": ours("split", balancing.PCGrad),
+        "grouped PCGrad": ours("grouped", balancing.PCGrad),
+        "grouped NashMTL": ours("grouped", balancing.NashMTL),
+        **({} if args.no_peers else {
+            "loop PCGrad": ours("loop", balancing.PCGrad),
+            "P-space PCGrad": p_space,
+            "autojac PCGrad": autojac,
+            "autogram PCGrad": autogram,
+        }),
+    }  # fmt: skip
+
+
+def peak(step: Step, device: str) -> float:
+    """Bytes that one step needs at most above what was held before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def case(net: str, K: int, B: int, args: argparse.Namespace) -> list[Result]:
+    name = f"{net} K={K} B={B}"
+    candidates, memory = {}, {}
+    for key, build in steps(net, K, B, args).items():
+        try:
+            step = build()
+            memory[key] = peak(step, args.device)
+            candidates[key] = step
+        except Exception as error:  # a peer that cannot do this network
+            print(f"{name}: {key} does not run: {type(error).__name__}: {str(error)[:200]}")
+    results = measure(name, candidates, seconds=args.seconds, least=args.least, cuda=args.device == "cuda")
+    show(results, "plain")
+    base = results["plain"]
+    for key, result in results.items():
+        pairs = [a / b for a, b in zip(result.gpu or result.wall, base.gpu or base.wall, strict=True)]
+        best = min(result.gpu or result.wall) / min(base.gpu or base.wall)
+        result.case += f" peak={memory[key] / 2**20:.0f}MiB"
+        print(
+            f"{name:24s} {key:18s} x plain: pairs of one round {statistics.median(pairs):.2f}, best of all {best:.2f}; "
+            f"peak {memory[key] / 2**20:.0f} MiB, {memory[key] / memory['plain']:.2f} x"
+        )
+    return list(results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing, each candidate")
+    parser.add_argument("--least", type=int, default=3, help="rounds")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16")
+    parser.add_argument("--no-peers", action="store_true", help="plain, split and grouped alone")
+    parser.add_argument("--csv", type=Path, default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results: list[Result] = []
+    for net, K, B in CUDA_CASES if args.device == "cuda" else CPU_CASES:
+        if args.case in f"{net} K={K} B={B}":
+            results += case(net, K, B, args)
+    if args.csv:
+        write_csv(args.csv, results)
+
+
+if __name__ == "__main__":
+    main()

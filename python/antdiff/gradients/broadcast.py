@@ -1,0 +1,115 @@
+"""Shared tensors that meet the batch element by element or row by row: biases, scales, positional embeddings, tokens.
+
+The op runs on a copy-free expansion of the shared tensor over the rows of the batch. Autograd sums the gradient over
+every other broadcast dimension and hands it over row by row; the sum over each cluster's rows is taken here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from antdiff.gradients.grouping import Rows
+from antdiff.gradients.sinks import Sink
+
+if TYPE_CHECKING:
+    from antdiff.gradients.grouped import GroupedMode
+
+Op = Callable[..., Any]
+
+
+def elementwise(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
+    """Ops that broadcast all of their tensors against each other."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if getattr(func, "__name__", "").endswith("_") and mode.trains(args[0]) and not mode.varies(args[0]):
+        return NotImplemented  # in place on what the parameter is
+    return _run(mode, func, args, kwargs, max(x.dim() for x in tensors))
+
+
+def join(mode: GroupedMode, func: Op, tensors: Any, dim: int = 0, *, out: Any = None) -> Any:
+    """cat and stack, along any dimension but the batch."""
+    if out is not None or not isinstance(tensors, (tuple, list)) or not isinstance(dim, int):
+        return NotImplemented
+    ndim = max(x.dim() for x in tensors)
+    result = ndim + (func is torch.stack)
+    if dim % result == 0 or any(mode.trains(x) and x.dim() != ndim for x in tensors):
+        return NotImplemented
+    return _run(mode, func, (tensors, dim), {}, ndim)
+
+
+def attention(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
+    """scaled_dot_product_attention whose queries, keys, values or bias are learned."""
+    return _run(mode, func, args, kwargs, 4)
+
+
+def metadata(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
+    """Ops that look at the dtype, device or shape of a parameter only, and comparisons, which have no gradient."""
+    return func(*args, **kwargs) if not mode.trains(args[0]) or func in COMPARISONS else NotImplemented
+
+
+def _run(mode: GroupedMode, func: Op, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> Any:
+    def each(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(each(x) for x in value)
+        return _expand(mode, value, R, ndim) if mode.trains(value) else value
+
+    values = [x for v in (*args, *kwargs.values()) for x in (v if isinstance(v, (tuple, list)) else [v])]
+    varying = [x for x in values if mode.varies(x)]
+    trained = [x for x in values if mode.trains(x)]
+    R = max((x.shape[0] for x in varying if 0 < x.dim() == ndim), default=0)
+    if not R or any(_expand_shape(x, R, ndim) is None for x in trained):
+        return NotImplemented
+    for x in varying:
+        if x.dim() == ndim and x.shape[0] == R:
+            mode.check(x, *trained)
+    return func(*(each(v) for v in args), **{name: each(v) for name, v in kwargs.items()})
+
+
+def _expand_shape(x: Tensor, R: int, ndim: int) -> list[int] | None:
+    """The shape ``[R, ...]`` of a shared tensor that broadcasts to ``ndim`` dimensions."""
+    if x.dim() < ndim:
+        return [R, *[1] * (ndim - x.dim() - 1), *x.shape]
+    return [R, *x.shape[1:]] if x.dim() == ndim and x.shape[0] in (1, R) else None
+
+
+def _expand(mode: GroupedMode, x: Tensor, R: int, ndim: int) -> Tensor:
+    shape = _expand_shape(x, R, ndim)
+    assert shape is not None
+    if x.dim() == ndim and x.shape[0] == R != 1:
+        source = mode.source(x)
+        if source is None:
+            return mode.leaf(x, partial(own_rows, mode.rows, mode.sink(x)))
+        return mode.leaf(x, partial(_sum_rows, mode.rows, mode.sink(source)))
+    return mode.leaf(x.detach().expand(shape), partial(_sum_rows, mode.rows, mode.sink(x)))
+
+
+def _sum_rows(rows: Rows, sink: Sink, grad: Tensor) -> None:
+    sink.add_all(rows.sums(grad))
+
+
+def own_rows(rows: Rows, sink: Sink, grad: Tensor) -> None:
+    """The gradient of a shared tensor whose row r met row r of the batch alone."""
+    ids = torch.arange(grad.shape[0], device=grad.device)
+    each = grad.new_zeros((rows.k, *grad.shape))
+    each[rows.row_cluster(rows.repeats(grad)), ids] = grad
+    sink.add_all(each)
+
+
+def _functions(names: str) -> set[Op]:
+    """Every spelling of an op: torch.x, Tensor.x, in place, and as an operator."""
+    homes = (torch, Tensor, torch.special)
+    spellings = [s for n in names.split() for s in (n, f"{n}_", f"__{n}__", f"__r{n}__", f"__i{n}__")]
+    return {getattr(home, s) for home in homes for s in spellings if hasattr(home, s)}
+
+
+ELEMENTWISE = _functions(
+    "add sub subtract rsub mul multiply div divide true_divide truediv addcmul addcdiv lerp where pow float_power "
+    "maximum minimum max min fmax fmin atan2 arctan2 hypot logaddexp logaddexp2 xlogy copysign remainder fmod "
+    "masked_fill clamp clip clamp_min clamp_max"
+)
+COMPARISONS = _functions("eq ne lt le gt ge isclose equal allclose not_equal less less_equal greater greater_equal")
+METADATA = _functions("type_as expand_as view_as reshape_as to") | COMPARISONS

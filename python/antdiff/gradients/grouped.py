@@ -1,0 +1,307 @@
+"""Route ``grouped``: one forward and one backward, K weight gradients.
+
+The backward of an op that applies a parameter to the batch costs two products of the same size: the gradient of its
+input and that of its weight. The first is left to autograd, untouched. The second, a sum over samples, is taken cluster
+by cluster: the FLOPs are the same, and K x P numbers are written instead of P.
+
+:class:`GroupedMode` sees every torch function that a network calls, so the network needs no change. To it a tensor is
+
+- *shared*: a parameter, a buffer, or computed from such tensors alone. No cluster owns any part of it; or
+- *varying*: anything else. Its first dimension is the batch.
+
+Where an op applies a shared tensor that needs a gradient to a varying one, it runs on the detached tensor, and a *tap*
+on its output writes that tensor's K gradients when the output's gradient arrives.
+
+A shared tensor may be computed from parameters (weight normalisation, casts, tables). It then has K rows of its own,
+which are pulled back to the parameters at the end, through the small graph between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from antdiff.gradients.broadcast import own_rows
+from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.rules import CROSS_SAMPLE, RULES
+from antdiff.gradients.sinks import Sink
+from antdiff.gradients.slices import by_slices
+
+Write = Callable[..., None]
+
+# What gives an op's output a graph where its input has none. It never receives a gradient.
+_ANCHOR = torch.zeros((), requires_grad=True)
+
+
+class GroupedMode(TorchFunctionMode):
+    """Records one forward of ``model``; :meth:`backward` fills the sinks.
+
+    Args:
+        separable: torch functions that have no rule here and treat the samples, first dimension of every tensor
+            argument that varies and of the result, independently and without random numbers.
+        probe: the sample whose values are NaN; each op that has a rule then checks that only its rows are.
+    """
+
+    def __init__(
+        self, model: nn.Module, rows: Rows, sinks: list[Sink], separable: Iterable[Any] = (), probe: int | None = None
+    ) -> None:
+        super().__init__()
+        self.rows = rows
+        self.probe = probe
+        self._in_backward = False
+        self._roots = sinks
+        self._sinks = {id(s.tensor): s for s in sinks}
+        self._separable = set(separable)
+        self._derived: list[Sink] = []
+        # Strong references, so that no id is used twice while the mode is on.
+        self._shared: dict[int, Tensor] = {id(x): x for x in _own_tensors(model)}
+        self._expanded: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        shared = self._shared
+        varies, trainable = False, []
+        for x in tensors_in(args, kwargs):
+            if id(x) not in shared:
+                varies = True
+            elif x.requires_grad:
+                trainable.append(x)
+        if not varies:
+            return self._share(func(*args, **kwargs), func, args)
+        check = CROSS_SAMPLE.get(func)
+        if check is not None:
+            check(*args, **kwargs)
+        if trainable and (torch.is_grad_enabled() or self.probe is not None):
+            return self._apply(func, args, kwargs, trainable)
+        out = func(*args, **kwargs)
+        for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
+            if id(x) in shared and x.requires_grad:
+                self._unshare(x)
+        return out
+
+    def _apply(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainable: list[Tensor]
+    ) -> Any:
+        rule = RULES.get(func)
+        out = NotImplemented if rule is None else rule(self, func, *args, **kwargs)
+        if out is NotImplemented and (
+            func in self._separable or getattr(func, "_overloadpacket", None) in self._separable
+        ):
+            out = by_slices(self, func, *args, **kwargs)
+        if out is NotImplemented:
+            names = sorted({self.sink(x).name for x in trainable})
+            raise GroupingError(
+                f"{resolve_name(func) or func} applies {', '.join(names)} to the batch in a way that has no grouped "
+                "rule. If it treats samples independently, pass separable=[that function]; else use route='split'."
+            )
+        return out
+
+    # ---- what rules need -----------------------------------------------------------------------------------------
+
+    def varies(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and id(x) not in self._shared
+
+    def trains(self, x: Any) -> bool:
+        """A shared tensor that needs a gradient."""
+        return isinstance(x, Tensor) and x.requires_grad and id(x) in self._shared
+
+    def sink(self, x: Tensor) -> Sink:
+        sink = self._sinks.get(id(x))
+        if sink is None:
+            sink = Sink(f"a tensor {list(x.shape)} computed from parameters", x, self.rows.k)
+            self._sinks[id(x)] = sink
+            self._derived.append(sink)
+        return sink
+
+    def sink_of(self, x: Tensor | None) -> Sink | None:
+        return self.sink(x) if x is not None and self.trains(x) else None
+
+    def source(self, x: Tensor) -> Tensor | None:
+        """What a shared tensor was expanded from, along its first dimension alone."""
+        return self._expanded.get(id(x))
+
+    def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
+        """A varying tensor that meets a parameter: one or more rows a sample, and under the probe only its own."""
+        m = self.rows.repeats(x)
+        if self.probe is not None and x.is_floating_point():
+            self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
+        return x
+
+    def tap(self, out: Tensor, write: Write, *saved: Tensor) -> Tensor:
+        """``out``; and when its gradient arrives, ``write(gradient, *saved)``."""
+        if not torch.is_grad_enabled():
+            return out
+        return _Tap.apply(out, _ANCHOR, partial(self._write, write), *(x.detach() for x in saved))  # type: ignore
+
+    def leaf(self, x: Tensor, write: Write) -> Tensor:
+        """The values of ``x``, and when their gradient arrives, ``write(gradient)``."""
+        if not torch.is_grad_enabled():
+            return x.detach()
+        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write))  # type: ignore
+
+    # ---- backward ------------------------------------------------------------------------------------------------
+
+    def backward(self, per_sample: Tensor, factors: Tensor) -> None:
+        """Row i of every sink += the gradient of ``(factors * per_sample)`` summed over cluster i.
+
+        Raises:
+            GroupingError: a parameter received a gradient past the rules, so its K gradients are unknown.
+        """
+        if id(per_sample) in self._shared:  # depends on no data
+            per_sample = self.leaf(per_sample, partial(own_rows, self.rows, self.sink(per_sample)))
+        edge = get_gradient_edge(per_sample)
+        for sink in self._roots:
+            sink.tensor.grad = None
+        # Given an edge in place of the tensor, autograd leaves this mode on while it runs, so that what a checkpoint
+        # computes again is recorded too.
+        self._in_backward = True
+        try:
+            with self:
+                torch.autograd.backward((edge,), (factors,))
+        finally:
+            self._in_backward = False
+        leaks = [s.name for s in self._roots if s.tensor.grad is not None]
+        if leaks:
+            raise GroupingError(
+                f"{', '.join(leaks)} received a gradient that is not split by cluster: used in a custom autograd "
+                "Function, a compiled region or another op that a torch function mode does not see. Use route='split'."
+            )
+        self._pull_back()
+        for sink in self._roots:
+            sink.finish()
+
+    def _pull_back(self) -> None:
+        """The rows of tensors computed from parameters become rows of the parameters."""
+        written = [s for s in self._derived if not s.fresh]
+        if not written:
+            return
+        outs, ins = ([get_gradient_edge(s.tensor) for s in sinks] for sinks in (written, self._roots))
+        grad = partial(torch.autograd.grad, outs, ins, retain_graph=True, allow_unused=True)
+        rows = [s.rows for s in written]
+        parameters = [s.tensor for s in self._roots]
+        try:
+            with self:
+                pulled: list[Tensor | None] = list(grad(rows, is_grads_batched=True))
+        except RuntimeError:  # some op between the two has no batched backward: a custom Function, say
+            with self:
+                each = [grad([r[i] for r in rows]) for i in range(self.rows.k)]
+            pulled = [_stack(p, gs) for p, gs in zip(parameters, zip(*each, strict=True), strict=True)]
+        for sink, grads in zip(self._roots, pulled, strict=True):
+            if grads is not None:
+                sink.add_all(grads)
+
+    def _write(self, write: Write, grad: Tensor, *saved: Tensor) -> None:
+        if not self._in_backward:
+            raise GroupingError(
+                "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows "
+                "first derivatives alone. Use route='split'."
+            )
+        device = grad.device.type
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    write(grad, *saved)
+            else:
+                write(grad, *saved)
+
+    # ---- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _share(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if isinstance(out, Tensor):
+            self._shared[id(out)] = out
+            if out.requires_grad and func in _EXPANDS and out.dim() and out.shape[0] != 1 and out.stride(0) == 0:
+                source = args[0]
+                if source.dim() < out.dim() or out.shape[1:] == source.shape[1:]:
+                    self._expanded[id(out)] = source
+        elif out is not None and not isinstance(out, (bool, int, float, torch.Size, torch.dtype, torch.device)):
+            for x in tensors_in((out,), {}):
+                self._shared[id(x)] = x
+        return out
+
+    def _unshare(self, x: Tensor) -> None:
+        """A shared tensor was filled in place with values that vary: it varies now, and so does every view of it."""
+        storage = x.untyped_storage()._cdata
+        roots = {id(s.tensor) for s in self._roots}
+        for key, y in list(self._shared.items()):
+            if key not in roots and y.untyped_storage()._cdata == storage:
+                del self._shared[key]
+
+    def _probe(self, x: Tensor, m: int, name: str) -> None:
+        assert self.probe is not None
+        bad = torch.isnan(x).reshape(x.shape[0], -1).any(1)
+        own = bad[self.probe * m : (self.probe + 1) * m]
+        others = int(bad.sum()) - int(own.sum())
+        if others:
+            raise GroupingError(
+                f"where {name} meets the batch, the values of sample {self.probe} have reached {others} of the "
+                f"{x.shape[0] - m} rows of other samples: an op before it mixes samples (BatchNorm, attention over the "
+                "batch), or the batch is not the first dimension. Use route='loop' for a network that mixes samples, "
+                "'split' for another layout."
+            )
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, _anchor: Tensor, write: Write, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)  # not in a closure: checkpoints and offloading replace saved tensors
+        ctx.write = write
+        # The same memory under a new history, as a tensor that is no view, so that the network may go on in place.
+        return torch.ops.aten._unsafe_view(out, out.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # may run a checkpointed forward again, with the mode on
+        ctx.write(grad_out, *saved)
+        return grad_out, None, None, *(None for _ in saved)
+
+
+class _Leaf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _anchor: Tensor, write: Write) -> Tensor:
+        ctx.write = write
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.write(grad)
+        return None, None, None
+
+
+def _stack(p: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
+    if all(g is None for g in grads):
+        return None
+    return torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
+
+
+_EXPANDS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
+
+
+def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from tensors_in(x, {})
+        elif isinstance(x, dict):
+            yield from tensors_in((), x)
+    for x in kwargs.values():
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from tensors_in(x, {})
+
+
+def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes of modules."""
+    for module in model.modules():
+        yield from (p for p in module._parameters.values() if p is not None)
+        yield from (b for b in module._buffers.values() if b is not None)
+        yield from (x for x in vars(module).values() if isinstance(x, Tensor))

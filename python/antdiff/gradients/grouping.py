@@ -1,0 +1,169 @@
+"""Which rows of the batch, and of every tensor computed from it, belong to which cluster."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GroupingError(RuntimeError):
+    """The gradients of the clusters cannot be told apart here; the message says where, why and what to do."""
+
+
+class Rows:
+    """The clusters of a batch of B samples, and with them the clusters of the rows of any tensor ``[R, ...]`` made from
+    it, where R is a multiple of B and row r belongs to sample ``r // (R / B)``.
+
+    Attributes:
+        cluster: int64 ``[B]``, on the device of the batch.
+        sizes: samples of each cluster, K Python ints: no kernel launch waits for the device to know them.
+        order: int64 ``[B]``, the samples in the order of their clusters; None where they already stand in it.
+    """
+
+    def __init__(self, cluster: Tensor, sizes: list[int], order: Tensor | None) -> None:
+        self.cluster, self.sizes, self.order = cluster, sizes, order
+        self.k, self.B = len(sizes), sum(sizes)
+        self._one_hot: dict[torch.dtype, Tensor] = {}
+        self._orders: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> Rows:
+        """Checks the ids, sorts and counts them; with ``counts`` given they are taken to be sorted (no host sync)."""
+        if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
+            came = f"{cluster.dtype} {list(cluster.shape)}" if isinstance(cluster, Tensor) else type(cluster).__name__
+            raise TypeError(f"cluster must be an int64 tensor [B]; got {came}.")
+        B = cluster.numel()
+        if counts is not None:
+            sizes = [int(n) for n in counts]
+            if len(sizes) != k or min(sizes) < 0 or sum(sizes) != B:
+                raise ValueError(f"counts must be k={k} sizes >= 0 that add up to B={B}; got {sizes}.")
+            return cls(cluster, sizes, None)
+        order = torch.argsort(cluster, stable=True)
+        edges = torch.arange(k + 1, device=cluster.device)
+        stops = torch.searchsorted(cluster[order].contiguous(), edges)
+        moved = (order[1:] < order[:-1]).any().to(stops.dtype)
+        *bounds, unsorted = torch.cat([stops, moved[None]]).tolist()  # the one wait for the device
+        if bounds[0] != 0 or bounds[-1] != B:
+            row = int(torch.nonzero((cluster < 0) | (cluster >= k))[0])
+            raise ValueError(
+                f"cluster must be int64 [B] with 0 <= id < k; got id {int(cluster[row])} with k={k} at row {row}."
+            )
+        return cls(cluster, [stop - start for start, stop in itertools.pairwise(bounds)], order if unsorted else None)
+
+    def sort(self, batch: Sequence[Any]) -> tuple[Rows, Sequence[Any]]:
+        """The batch with its samples in the order of their clusters."""
+        order = self.order
+        if order is None:
+            return self, each_row(batch, self.B, leaf)
+        return (
+            Rows(self.cluster[order], self.sizes, None),
+            each_row(batch, self.B, lambda x: leaf(x.index_select(0, order))),
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """``sizes`` as int64 ``[k]`` on the device, made there: a copy from the host would stand in the way of a CUDA
+        graph."""
+        return self.one_hot(torch.bool).sum(1)
+
+    def slices(self) -> list[tuple[int, int]]:
+        """``[start, stop)`` of every cluster in a sorted batch."""
+        stops = list(itertools.accumulate(self.sizes))
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+
+    def repeats(self, x: Tensor) -> int:
+        """Rows a sample in ``x [R, ...]``."""
+        R = x.shape[0] if x.dim() else 0
+        m, left = divmod(R, self.B)
+        if left or m == 0:
+            raise GroupingError(
+                f"a tensor {list(x.shape)} computed from the batch meets a parameter, but its first dimension is no "
+                f"multiple of the batch size {self.B}: it is not one row, or a block of rows, a sample. {REMEDY}"
+            )
+        return m
+
+    def pieces(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each cluster its rows of every ``[R, ...]``."""
+        grouped = []
+        for x in tensors:
+            m = self.repeats(x)
+            if self.order is not None:
+                x = x.index_select(0, self._row_order(m))
+            grouped.append((x, m))
+        return [tuple(x[start * m : stop * m] for x, m in grouped) for start, stop in self.slices()]
+
+    def row_cluster(self, m: int) -> Tensor:
+        """int64 ``[m B]``: the cluster of each row."""
+        return self.cluster if m == 1 else self.cluster.repeat_interleave(m, output_size=m * self.B)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """``[R, ...]`` to ``[k, numel / R]``: the sum of each cluster's rows, accumulated in at least float32.
+
+        The rows of a sample first, then one product with the one-hot matrix ``[k, B]``: two launches whatever K is.
+        """
+        m = self.repeats(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        per_sample = x.reshape(self.B, -1).to(dtype) if m == 1 else x.reshape(self.B, m, -1).sum(1, dtype=dtype)
+        return self.one_hot(dtype) @ per_sample
+
+    def one_hot(self, dtype: torch.dtype) -> Tensor:
+        """``[k, B]``: 1 where sample b belongs to cluster k."""
+        if dtype not in self._one_hot:
+            ids = torch.arange(self.k, device=self.cluster.device)
+            self._one_hot[dtype] = (ids[:, None] == self.cluster[None]).to(dtype)
+        return self._one_hot[dtype]
+
+    def _row_order(self, m: int) -> Tensor:
+        if m not in self._orders:
+            assert self.order is not None
+            steps = torch.arange(m, device=self.order.device)
+            self._orders[m] = (self.order[:, None] * m + steps).flatten()
+        return self._orders[m]
+
+
+REMEDY = (
+    "Put the batch in the first dimension, or use route='split', which needs no more than samples that are independent."
+)
+
+
+def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
+    """``f`` on every tensor of a batch whose first dimension is B; in dicts, lists and tuples too."""
+    if isinstance(value, Tensor):
+        return f(value) if value.dim() > 0 and value.shape[0] == B else value
+    if isinstance(value, dict):
+        return {key: each_row(x, B, f) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [each_row(x, B, f) for x in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # named tuples take them apart
+    return value
+
+
+def cut(batch: Sequence[Any], B: int, start: int, stop: int) -> Sequence[Any]:
+    """The samples ``[start, stop)`` of a batch."""
+    return each_row(batch, B, partial(_rows, start=start, stop=stop))  # type: ignore[no-any-return]
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    return leaf(x[start:stop])
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A tensor that starts a graph of its own: no gradient flows back into the batch, and one slice's backward cannot
+    free another's graph."""
+    return x.detach().requires_grad_() if x.requires_grad else x
+
+
+def check_losses(per_sample: object, size: int) -> None:
+    if not isinstance(per_sample, Tensor) or per_sample.shape != (size,):
+        came = list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
+        raise ValueError(
+            f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got {came}. "
+            "Average over the other dimensions, not over the samples."
+        )
+    if not per_sample.requires_grad:
+        raise ValueError("loss_fn must return losses that depend on model's parameters; got a tensor without a graph.")

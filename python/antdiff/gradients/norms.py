@@ -1,0 +1,186 @@
+"""Gradients of the scale and shift of normalisations, cluster by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.sinks import Sink
+from antdiff.gradients.slices import still
+
+if TYPE_CHECKING:
+    from antdiff.gradients.grouped import GroupedMode
+
+Op = Callable[..., Any]
+
+
+def group_norm(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+        return NotImplemented
+    x = _norm_input(mode.check(input, weight, bias))  # [R, C, ...]
+    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        x = x.contiguous()
+    R, C, *space = x.shape
+    n = torch.Size(space).numel()
+    out, mean, rstd = torch.native_group_norm(x, still(weight), still(bias), R, C, n, num_groups, eps)
+    write = partial(_group_norm_grads, mode.rows, mode.sink_of(weight), mode.sink_of(bias))
+    return mode.tap(out, write, x, mean, rstd)
+
+
+def _group_norm_grads(
+    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
+    """One pass over the tensors, as in the fused kernel: the sums of grad and of grad * x over each channel of each
+    sample give the gradients of scale and shift with the statistics of the forward."""
+    R, C = x.shape[:2]
+    g = _float(grad)
+    shift = g.reshape(R, C, -1).sum(2)  # [R, C]
+    if bias is not None:
+        bias.add_all(rows.sums(shift))
+    if weight is not None:
+        dot = (g * _float(x)).reshape(R, C, -1).sum(2)  # [R, C]
+        mean, rstd = _float(mean)[..., None], _float(rstd)[..., None]  # [R, groups, 1]
+        per_group = (R, mean.shape[1], C // mean.shape[1])
+        scale = (dot.view(per_group) - mean * shift.view(per_group)) * rstd
+        weight.add_all(rows.sums(scale.view(R, C)))
+
+
+def layer_norm(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+        return NotImplemented
+    x = _norm_input(mode.check(input, weight, bias))  # [R, ..., *normalized_shape]
+    out, mean, rstd = torch.native_layer_norm(x, normalized_shape, still(weight), still(bias), eps)
+    w, b = mode.sink_of(weight), mode.sink_of(bias)
+    return mode.tap(out, partial(_layer_norm_grads, mode.rows, w, b), *((x, mean, rstd) if w else ()))
+
+
+def _layer_norm_grads(
+    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
+) -> None:
+    last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
+    if bias is not None:
+        bias.add_all(rows.sums(grad.reshape(-1, last)))
+    if weight is not None:
+        weight.add_all(rows.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, last)))
+
+
+def rms_norm(
+    mode: GroupedMode, func: Op, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None
+) -> Any:
+    if not mode.varies(input) or weight is None or mode.varies(weight):
+        return NotImplemented
+    x = mode.check(input, weight)
+    out = func(x, normalized_shape, still(weight), eps)
+    normalized = partial(func, normalized_shape=normalized_shape, eps=eps)
+    return mode.tap(
+        out, partial(_scale_grads, mode.rows, mode.sink(weight), None, normalized, len(normalized_shape)), x
+    )
+
+
+def batch_norm(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    """With frozen statistics; :func:`no_batch_statistics` has refused the others."""
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+        return NotImplemented
+    x = mode.check(input, weight, bias)
+    out = F.batch_norm(x, running_mean, running_var, still(weight), still(bias), False, momentum, eps)
+    normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
+    w, b = mode.sink_of(weight), mode.sink_of(bias)
+    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+
+
+def instance_norm(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+        return NotImplemented
+    x = mode.check(input, weight, bias)
+    stats = (None, None) if use_input_stats else (running_mean, running_var)
+    out = F.instance_norm(x, running_mean, running_var, still(weight), still(bias), use_input_stats, momentum, eps)
+    normalized = partial(
+        F.instance_norm, running_mean=stats[0], running_var=stats[1], use_input_stats=use_input_stats, eps=eps
+    )
+    w, b = mode.sink_of(weight), mode.sink_of(bias)
+    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+
+
+def _scale_grads(
+    rows: Rows, weight: Sink | None, bias: Sink | None, normalized: Op, last: int | None, grad: Tensor, x: Tensor
+) -> None:
+    """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
+    for sink, terms in ((weight, lambda: _float(grad) * normalized(x)), (bias, lambda: _float(grad))):
+        if sink is not None:
+            each = terms()
+            sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
+            sink.add_all(rows.sums(sums))
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _norm_input(x: Tensor) -> Tensor:
+    """Autocast on CUDA runs these in float32; on the CPU it leaves them as they are."""
+    return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
+
+
+def no_batch_statistics(
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    *_: Any,
+    **__: Any,
+) -> None:
+    if training:
+        raise GroupingError(
+            "BatchNorm in training mode mixes the samples of all clusters, so a cluster's gradient is no sum over its "
+            "own samples. Use GroupNorm, freeze its statistics with .eval(), or take route='loop'."
+        )

@@ -1,0 +1,206 @@
+"""Weight gradients of matrix products and convolutions, cluster by cluster."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antdiff.gradients.grouping import Rows
+from antdiff.gradients.sinks import Sink
+from antdiff.gradients.slices import by_slices, cast, still
+
+if TYPE_CHECKING:
+    from antdiff.gradients.grouped import GroupedMode
+
+Op = Callable[..., Any]
+
+# One launch for the K products of a linear layer's weight gradient, by torch's grouped_mm (bfloat16 on CUDA, sizes a
+# multiple of 8). Off until it has been measured against K calls of mm on a GPU; the result is the same.
+GROUPED_MM = False
+
+
+def linear(mode: GroupedMode, func: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias) or input.dim() < 2:
+        return NotImplemented
+    x = _flat(mode.check(input, weight, bias))  # [R, in]
+    w, b = mode.sink_of(weight), mode.sink_of(bias)
+    out = func(x, still(weight), still(bias))  # [R, out]
+    out = mode.tap(out, partial(_linear_grads, mode.rows, w, b, False), *((x,) if w else ()))
+    return out.view(*input.shape[:-1], out.shape[-1])
+
+
+def matmul(mode: GroupedMode, func: Op, input: Tensor, other: Tensor) -> Any:
+    if mode.varies(input) and mode.varies(other):
+        return NotImplemented
+    if mode.varies(input) and other.dim() == 2 and input.dim() >= 2:
+        x = _flat(mode.check(input, other))  # [R, in]
+        out = func(x, still(other))  # [R, out]
+        out = mode.tap(out, partial(_linear_grads, mode.rows, mode.sink(other), None, True), x)
+        return out.view(*input.shape[:-1], out.shape[-1])
+    if mode.varies(other) and input.dim() == 2 and other.dim() >= 3:
+        letters = string.ascii_lowercase[: other.dim()]
+        out = [*letters[:-2], "z", letters[-1]]
+        return _contract(mode, func(still(input), cast(other)), "z" + letters[-2], letters, "".join(out), input, other)
+    varying, shared = (input, other) if mode.varies(input) else (other, input)
+    if varying.dim() < max(2, shared.dim()) or (varying.dim() == shared.dim() and shared.shape[0] != 1):
+        return NotImplemented
+    return by_slices(mode, func, input, other)
+
+
+def addmm(
+    mode: GroupedMode, func: Op, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Any:
+    if mode.varies(input) or mode.varies(mat2) or input.dim() > 1 or input.numel() == 1 or (alpha, beta) != (1, 1):
+        return NotImplemented
+    x = cast(mode.check(mat1, mat2, input))  # [R, in]
+    w, b = mode.sink_of(mat2), mode.sink_of(input)
+    return mode.tap(
+        func(still(input), x, still(mat2)), partial(_linear_grads, mode.rows, w, b, True), *((x,) if w else ())
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    """One matrix, as torch makes it where the weight needs a gradient; of a detached weight it would make a batch of
+    copies if the input is not contiguous."""
+    return cast(x).reshape(-1, x.shape[-1])
+
+
+def _linear_grads(
+    rows: Rows, weight: Sink | None, bias: Sink | None, transposed: bool, grad: Tensor, x: Tensor | None = None
+) -> None:
+    """Of ``grad [R, out]`` and ``x [R, in]``."""
+    if weight is not None:
+        assert x is not None
+        left, right = (x, grad) if transposed else (grad, x)
+        if GROUPED_MM and weight.fresh and rows.order is None:
+            stops = torch.tensor([stop for _, stop in rows.slices()], device=x.device) * rows.repeats(x)
+            weight.add_all(F.grouped_mm(left.t(), right, offs=stops.to(torch.int32)))
+        else:
+            for i, (a, b) in enumerate(rows.pieces(left, right)):
+                weight.add_product(i, a.t(), b)
+            weight.fresh = False
+    if bias is not None:
+        bias.add_all(rows.sums(grad))
+
+
+def einsum(mode: GroupedMode, func: Op, equation: Any, *operands: Any) -> Any:
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or mode.varies(operands[0]) == mode.varies(operands[1]):
+        return NotImplemented
+    first = mode.varies(operands[0])
+    x, p = operands if first else operands[::-1]
+    equation = equation.replace(" ", "")
+    inputs, arrow, result = equation.partition("->")
+    names = inputs.split(",")
+    x_name, p_name = names if first else names[::-1]
+    if not arrow or "..." in p_name or ("..." in x_name) != ("..." in result):
+        return NotImplemented
+    free = [c for c in string.ascii_letters if c not in equation]
+    dots = "".join(free[: x.dim() - len(x_name.replace("...", ""))])
+    x_name, result = x_name.replace("...", dots), result.replace("...", dots)
+    known = set(x_name) | set(result)
+    if x_name[:1] != result[:1] or x_name[0] in p_name or not set(p_name) <= known or len(set(p_name)) < len(p_name):
+        return NotImplemented
+    mode.check(x, p)
+    x = cast(x)
+    out = func(equation, *((x, still(p)) if first else (still(p), x)))
+    return _contract(mode, out, p_name, x_name, result, p, x)
+
+
+def _contract(mode: GroupedMode, out: Tensor, p_name: str, x_name: str, result: str, p: Tensor, x: Tensor) -> Tensor:
+    """Tap for ``out = einsum(p, x)``, whose weight gradient is ``einsum(out, x)``."""
+    x = cast(mode.check(x, p))
+    return mode.tap(out, partial(_einsum_grads, mode.rows, mode.sink(p), f"{result},{x_name}->{p_name}"), x)
+
+
+def _einsum_grads(rows: Rows, sink: Sink, equation: str, grad: Tensor, x: Tensor) -> None:
+    for i, (g, v) in enumerate(rows.pieces(grad, x)):
+        sink.add(i, torch.einsum(equation, g, v) if len(g) else None)
+    sink.fresh = False
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def convolution(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if isinstance(padding, str):
+        spans = [(n - 1) * d for n, d in zip(weight.shape[2:], _each(weight, dilation), strict=True)]
+        if padding == "same" and any(span % 2 for span in spans):  # pads unevenly
+            return by_slices(mode, func, input, weight, bias, stride, padding, dilation, groups)
+        padding = [span // 2 for span in spans] if padding == "same" else 0
+    call = partial(func, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return _convolve(mode, call, input, weight, bias, (stride, padding, dilation, False, 0, groups))
+
+
+def convolution_transpose(
+    mode: GroupedMode,
+    func: Op,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    call = partial(
+        func, stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation
+    )
+    return _convolve(mode, call, input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
+
+
+def _convolve(
+    mode: GroupedMode, call: Op, input: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
+) -> Any:
+    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias) or input.dim() != weight.dim():
+        return NotImplemented
+    x = cast(mode.check(input, weight, bias))  # [R, in, ...]
+    w, b = mode.sink_of(weight), mode.sink_of(bias)
+    stride, padding, dilation, transposed, output_padding, groups = how
+    options = (
+        *(_each(weight, v) for v in (stride, padding, dilation)),
+        transposed,
+        _each(weight, output_padding),
+        groups,
+    )
+    write = partial(_convolution_grads, mode.rows, w, b, still(weight), options)
+    return mode.tap(call(x, still(weight), still(bias)), write, *((x,) if w else ()))
+
+
+def _convolution_grads(
+    rows: Rows, weight: Sink | None, bias: Sink | None, w: Tensor, options: tuple[Any, ...], grad: Tensor, x: Any = None
+) -> None:
+    if weight is not None:
+        w = w.to(x.dtype)
+        only_weight = [False, True, False]
+        for i, (g, v) in enumerate(rows.pieces(grad, x)):
+            row = torch.ops.aten.convolution_backward(g, v, w, None, *options, only_weight)[1] if len(g) else None
+            weight.add(i, row)
+        weight.fresh = False
+    if bias is not None:
+        bias.add_all(rows.sums(grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))))
+
+
+def _each(weight: Tensor, value: Any) -> list[int]:
+    """An option of a convolution, for each of its dimensions."""
+    n = weight.dim() - 2
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    return values * n if len(values) == 1 else values

@@ -1,0 +1,99 @@
+"""The three routes behind one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from antdiff.gradients.grouped import GroupedMode
+from antdiff.gradients.grouping import GroupingError, Rows, check_losses
+from antdiff.gradients.loop import loop
+from antdiff.gradients.sinks import Sink
+from antdiff.gradients.split import split
+
+Route = Literal["auto", "grouped", "split", "loop"]
+Chosen = Literal["grouped", "split", "loop"]
+LossFn = Callable[..., Tensor]
+
+
+def run(
+    route: Chosen,
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    rows: Rows,
+    sinks: list[Sink],
+    *,
+    mean: bool = True,
+    scale: Tensor | float = 1.0,
+    separable: Iterable[Callable[..., Any]] = (),
+) -> Tensor:
+    """Row i of the sinks (+)= ``scale`` times the gradient of the mean, or the sum, of cluster i's losses.
+
+    Args:
+        batch: sorted by cluster.
+
+    Returns:
+        The sum of each cluster's losses ``[k]``, detached, in at least float32.
+    """
+    refuse_batch_norm(route, model)
+    before = [s.tensor.grad for s in sinks]
+    try:
+        if route == "split":
+            losses = split(loss_fn, batch, rows, _factors(rows, scale, mean), sinks)
+            known = next((x for x in losses if x is not None), rows.cluster.new_zeros(0, dtype=torch.float32))
+            zero = known.new_zeros((), dtype=torch.promote_types(known.dtype, torch.float32))
+            return torch.stack([zero if x is None else x.sum(dtype=zero.dtype) for x in losses])
+        mode = GroupedMode(model, rows, sinks, separable) if route == "grouped" else None
+        if mode is None:
+            per_sample = loss_fn(*batch)
+        else:
+            with mode:
+                per_sample = loss_fn(*batch)
+        return backward(per_sample, rows, sinks, mode, mean=mean, scale=scale)
+    finally:
+        for sink, grad in zip(sinks, before, strict=True):
+            sink.tensor.grad = grad
+
+
+def backward(
+    per_sample: Tensor,
+    rows: Rows,
+    sinks: list[Sink],
+    mode: GroupedMode | None,
+    *,
+    mean: bool = True,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """The part of ``grouped`` (with its mode) and ``loop`` (without) after the forward; as :func:`run`."""
+    check_losses(per_sample, rows.B)
+    values = per_sample.detach().to(torch.promote_types(per_sample.dtype, torch.float32))
+    if mode is None:
+        loop(per_sample, rows, _factors(rows, scale, mean), sinks)
+    else:
+        factors = torch.ones_like(values)
+        if mean:  # on the device: a list of host numbers would have to be copied there
+            factors = rows.one_hot(values.dtype).sum(1).clamp(min=1).reciprocal()[rows.cluster]  # [B]
+        mode.backward(per_sample, (factors * scale).to(per_sample.dtype))
+    return torch.where(rows.one_hot(torch.bool), values, 0).sum(1)  # [k]; a NaN stays in its cluster
+
+
+def _factors(rows: Rows, scale: Tensor | float, mean: bool) -> list[Tensor | float]:
+    return [scale / max(size, 1) if mean else scale for size in rows.sizes]
+
+
+def refuse_batch_norm(route: Chosen, model: nn.Module) -> None:
+    """``split`` would take the statistics of each slice, ``grouped`` would leave out what samples do to each other."""
+    if route == "loop":
+        return
+    for m in model.modules():
+        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
+            name = next(n for n, other in model.named_modules() if other is m)
+            raise GroupingError(
+                f"{name} ({type(m).__name__}) takes the statistics of the batch: it mixes the samples of all clusters. "
+                "Use GroupNorm, freeze its statistics with .eval(), or take route='loop'."
+            )

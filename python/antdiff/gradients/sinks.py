@@ -1,0 +1,103 @@
+"""Where weight gradients go: K rows a tensor, written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Sink:
+    """The gradients of one tensor for K clusters.
+
+    Attributes:
+        name: of the parameter, for messages.
+        rows: ``[k, *shape]``; allocated at the first write unless given.
+        fresh: nothing has been written yet, so the first writer overwrites and nobody has to clear K x P numbers.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, k: int, rows: Tensor | None = None, *, fresh: bool = True) -> None:
+        self.name, self.tensor, self.fresh = name, tensor, fresh
+        self._k, self._rows = k, rows
+
+    @property
+    def rows(self) -> Tensor:
+        if self._rows is None:
+            x = self.tensor
+            self._rows = torch.empty((self._k, *x.shape), dtype=x.dtype, device=x.device)
+        return self._rows
+
+    def add_product(self, i: int, left: Tensor, right: Tensor) -> None:
+        """Row i += ``left @ right``, written straight into it where the dtypes agree."""
+        row = self.rows[i]
+        if not (left.dtype == right.dtype == row.dtype):
+            self.add(i, left @ right if left.shape[1] else None)
+        elif not self.fresh:
+            row.addmm_(left, right)
+        elif left.shape[1]:
+            torch.mm(left, right, out=row)
+        else:
+            row.zero_()
+
+    def add(self, i: int, grad: Tensor | None) -> None:
+        """Row i += grad, None for a cluster without samples."""
+        row = self.rows[i]
+        if grad is None:
+            if self.fresh:
+                row.zero_()
+        elif self.fresh:
+            row.copy_(grad.view(row.shape))
+        else:
+            row.add_(grad.view(row.shape))
+
+    def add_all(self, grads: Tensor) -> None:
+        """All rows += grads ``[k, ...]``, of as many numbers; ends a write."""
+        rows = self.rows
+        if self.fresh:
+            rows.copy_(grads.view(rows.shape))
+        else:
+            rows.add_(grads.view(rows.shape))
+        self.fresh = False
+
+    def finish(self) -> None:
+        """A parameter that nothing reached has zero gradients."""
+        if self.fresh:
+            self.rows.zero_()
+            self.fresh = False
+
+
+class Jacobian:
+    """The buffers of J: one ``[k, *shape]`` a trainable parameter, made once.
+
+    Attributes:
+        tensors: in the order of ``model.parameters()``, None where frozen.
+    """
+
+    def __init__(self, model: nn.Module, k: int, dtype: torch.dtype | None) -> None:
+        self.named = list(model.named_parameters())
+        self.k, self.dtype = k, dtype
+        self.tensors: list[Tensor | None] = []
+
+    def sinks(self, *, fresh: bool) -> list[Sink]:
+        """One a trainable parameter. Buffers are made again only if parameters were frozen, moved or converted."""
+        stale = len(self.tensors) != len(self.named) or any(
+            (J is None) == p.requires_grad or (J is not None and (J.device != p.device or J.dtype != self._type(p)))
+            for J, (_, p) in zip(self.tensors, self.named, strict=True)
+        )
+        if stale:
+            if not fresh:
+                raise ValueError("model's parameters were frozen, moved or converted between two micro-batches.")
+            self.tensors = [
+                torch.empty((self.k, *p.shape), dtype=self._type(p), device=p.device) if p.requires_grad else None
+                for _, p in self.named
+            ]
+        return [
+            Sink(name, p, self.k, J, fresh=fresh)
+            for J, (name, p) in zip(self.tensors, self.named, strict=True)
+            if J is not None
+        ]
+
+    def nbytes(self) -> int:
+        return sum(self.k * p.numel() * self._type(p).itemsize for _, p in self.named if p.requires_grad)
+
+    def _type(self, p: Tensor) -> torch.dtype:
+        return p.dtype if self.dtype is None else self.dtype

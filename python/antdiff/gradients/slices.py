@@ -1,0 +1,84 @@
+"""Any op whose samples are independent: weight gradients without a formula, and what all rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from antdiff.gradients.grouping import Rows
+from antdiff.gradients.sinks import Sink
+
+if TYPE_CHECKING:
+    from antdiff.gradients.grouped import GroupedMode
+
+Op = Callable[..., Any]
+
+
+def still(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def cast(x: Tensor) -> Tensor:
+    """What autocast would do to the input of a matrix product. Done here, so that the tensor kept for the weight
+    gradient is the one the product used."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def by_slices(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
+    """Without a formula: the backward runs the op again on each cluster's rows. Costs one more forward of this op."""
+    items = [*args, *kwargs.values()]
+    if any(isinstance(x, (tuple, list)) and any(isinstance(y, Tensor) for y in x) for x in items):
+        return NotImplemented
+    at = [i for i, x in enumerate(items) if mode.varies(x)]
+    trained = [i for i, x in enumerate(items) if mode.trains(x)]
+    for i in at:
+        mode.check(items[i], *(items[j] for j in trained))
+    fixed = [None if i in at else still(x) for i, x in enumerate(items)]
+    n = len(args)
+
+    def call(values: list[Any]) -> Any:
+        return func(*values[:n], **dict(zip(kwargs, values[n:], strict=True)))
+
+    out = call([items[i] if i in at else x for i, x in enumerate(fixed)])
+    if not isinstance(out, Tensor):
+        return NotImplemented
+    mode.rows.repeats(out)
+    sinks = {i: mode.sink(items[i]) for i in trained}
+    device = out.device.type
+    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    write = partial(_slice_grads, mode.rows, sinks, call, fixed, at, autocast)
+    return mode.tap(out, write, *(items[i] for i in at))
+
+
+def _slice_grads(
+    rows: Rows,
+    sinks: dict[int, Sink],
+    call: Op,
+    fixed: list[Any],
+    at: list[int],
+    autocast: tuple[bool, torch.dtype],
+    grad: Tensor,
+    *varying: Tensor,
+) -> None:
+    for sink in sinks.values():  # one sink twice where a tensor is two arguments
+        sink.finish()
+    for i, (g, *parts) in enumerate(rows.pieces(grad, *varying)):
+        values = list(fixed)
+        for j, part in zip(at, parts, strict=True):
+            values[j] = part
+        for j in sinks:
+            values[j] = fixed[j].detach().requires_grad_(True)
+        grads: list[Tensor | None] = [None] * len(sinks)
+        if len(g):
+            with torch.enable_grad(), torch.autocast(g.device.type, autocast[1], autocast[0]):
+                out = call(values)
+            grads = list(torch.autograd.grad(out, [values[j] for j in sinks], g, allow_unused=True))
+        for sink, row in zip(sinks.values(), grads, strict=True):
+            sink.add(i, row)

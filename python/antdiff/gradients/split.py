@@ -1,0 +1,65 @@
+"""Route ``split``: the network runs on the K slices of the batch in turn.
+
+It needs nothing of the network but that its samples are independent, holds the activations of one slice at a time and
+keeps no graph. The price is K times the launches, so it is as good as ``grouped`` wherever a slice is large enough to
+keep the device busy, and worse where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.gradients.grouping import Rows, check_losses, cut
+from antdiff.gradients.sinks import Sink
+
+
+def split(
+    loss_fn: Callable[..., Tensor],
+    batch: Sequence[Any],
+    rows: Rows,
+    factors: Sequence[Tensor | float],
+    sinks: list[Sink],
+) -> list[Tensor | None]:
+    """Row i of the sinks += ``factors[i]`` times the gradient of the sum of cluster i's losses.
+
+    Args:
+        batch: sorted by cluster.
+
+    Returns:
+        The per-sample losses of each cluster, detached; None where it is empty.
+    """
+    losses: list[Tensor | None] = []
+    for i, (start, stop) in enumerate(rows.slices()):
+        if start == stop:
+            losses.append(None)
+            write_row(sinks, i, empty=True)
+            continue
+        for sink in sinks:
+            sink.tensor.grad = None
+        per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+        check_losses(per_sample, stop - start)
+        # .backward into empty .grad, not autograd.grad: re-entrant checkpointing allows only the former, and autograd
+        # hands over its own buffers, so nothing is added up.
+        torch.autograd.backward((per_sample,), (torch.ones_like(per_sample) * factors[i],))
+        write_row(sinks, i)
+        losses.append(per_sample.detach())
+    for sink in sinks:
+        sink.fresh = False
+    return losses
+
+
+def write_row(sinks: list[Sink], i: int, *, empty: bool = False) -> None:
+    """The parameters' ``.grad`` to row i; one fused launch a kind."""
+    reached = [s for s in sinks if not empty and s.tensor.grad is not None]
+    missed = [s.rows[i] for s in sinks if s.fresh and (empty or s.tensor.grad is None)]
+    grads = [s.tensor.grad for s in reached if s.tensor.grad is not None]
+    for fresh, write in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):
+        to = [s.rows[i] for s in reached if s.fresh is fresh]
+        if to:
+            write(to, [g for s, g in zip(reached, grads, strict=True) if s.fresh is fresh])
+    if missed:
+        torch._foreach_zero_(missed)

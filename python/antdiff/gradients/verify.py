@@ -1,0 +1,212 @@
+"""Is the gradient of every cluster what it says? Checks that need no second model, and the choice of ``auto``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from antdiff.gradients.grouped import GroupedMode
+from antdiff.gradients.grouping import GroupingError, Rows, check_losses, each_row
+from antdiff.gradients.routes import Chosen, LossFn, refuse_batch_norm, run
+from antdiff.gradients.sinks import Jacobian
+
+# A row of J that belongs to one parameter is compared on the scale of that row, or of this share of the whole row of J
+# where it is smaller: gradients that are zero but for rounding (a key's bias in attention) have no scale of their own.
+SMALL = 0.05
+# In float64 rounding leaves 1e-13 or so. Otherwise products may be in bfloat16 or TF32, where a sum in another order
+# differs by a few 1e-3; samples that mix, or rows that belong to another cluster, differ by 0.1 and more.
+TOLERANCE = {torch.float64: 1e-8}
+TOLERANCE_LOW = 2e-2
+
+Separable = Sequence[Callable[..., Any]]
+
+
+def verify(
+    route: Chosen, model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, k: int, separable: Separable
+) -> float:
+    """Both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
+    refuse_batch_norm(route, model)
+    with repeatable(model) as replay:
+        probe(route, model, loss_fn, batch, rows, k, separable, replay)
+        error, where = distance(route, model, loss_fn, batch, rows, k, separable, replay)
+    if error > tolerance(model):
+        raise GroupingError(
+            f"route {route!r} differs from 'loop' by {error:.1e} in the gradient of {where}: the samples are not "
+            "independent, or their rows do not stand where the first dimension says. Use route='loop'."
+        )
+    return error
+
+
+def choose(
+    model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, k: int, separable: Separable
+) -> tuple[Chosen, str]:
+    """The route that ``auto`` settles on, and why, on the evidence of a few samples of a sorted batch."""
+    try:
+        refuse_batch_norm("grouped", model)
+    except GroupingError as reason:
+        return "loop", str(reason)
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        return "split", "the model is compiled, which hides its ops"
+    small, few = first_of_each(batch, rows)
+    with repeatable(model) as replay:
+        once = loss_fn(*small)
+        check_losses(once, few.B)
+        replay.rewind()
+        if not torch.equal(once.nan_to_num(), loss_fn(*small).nan_to_num()):
+            return "split", (
+                "loss_fn gives other losses for the same batch and random state, so 'grouped' cannot be checked here; "
+                "draw noise and timesteps before it"
+            )
+        limit, said = tolerance(model), ""
+        candidates: tuple[Chosen, ...] = ("grouped", "split")
+        for route in candidates:
+            try:
+                error, where = distance(route, model, loss_fn, small, few, k, separable, replay)
+            except GroupingError as reason:
+                said += f"not {route!r}: {reason} "
+                continue
+            if error <= limit:
+                return route, f"{said}on {few.B} samples it differs from 'loop' by {error:.0e}"
+            if error != error:
+                return route, f"{said}not compared with 'loop', since slices draw other random numbers"
+            said += f"not {route!r}: on {few.B} samples it differs from 'loop' by {error:.0e} in {where}. "
+    return "loop", said.strip()
+
+
+class Replay:
+    """Puts buffers and torch's global generators back to where they were when it was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
+        self.devices = sorted(devices, key=str)
+        self._buffers = [(b, b.clone()) for b in model.buffers()]
+        self._states = self._random()
+
+    def _random(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
+
+    def drew(self) -> bool:
+        """Random numbers were drawn since."""
+        return not all(torch.equal(a, b) for a, b in zip(self._states, self._random(), strict=True))
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self.devices, self._states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+
+
+@contextmanager
+def repeatable(model: nn.Module) -> Iterator[Replay]:
+    """Leaves buffers, gradients and torch's global generators as they were."""
+    replay = Replay(model)
+    grads = [(p, p.grad) for p in model.parameters()]
+    try:
+        yield replay
+    finally:
+        replay.rewind()
+        for p, grad in grads:
+            p.grad = grad
+
+
+def distance(
+    route: Chosen,
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    rows: Rows,
+    k: int,
+    separable: Separable,
+    replay: Replay,
+) -> tuple[float, str]:
+    """How far a route's J is from that of ``loop``, and in which parameter; NaN where they draw different numbers."""
+    if route == "loop":
+        return 0.0, ""
+    J, reference = Jacobian(model, k, None), Jacobian(model, k, None)
+    replay.rewind()
+    run(route, model, loss_fn, batch, rows, J.sinks(fresh=True), separable=separable)
+    if route == "split" and replay.drew():
+        return float("nan"), ""
+    replay.rewind()
+    run("loop", model, loss_fn, batch, rows, reference.sinks(fresh=True))
+    error, index = worst_error(J.tensors, reference.tensors)
+    return error, J.named[index][0]
+
+
+def _length(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows.double().reshape(len(rows), -1), dim=1)
+    return norms
+
+
+def worst_error(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> tuple[float, int]:
+    """The largest relative difference of a parameter's row of J, and the index of that parameter."""
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if a is not None and b is not None]
+    norms = torch.stack([_length(b) for _, _, b in pairs])  # [parameters, k]
+    gaps = torch.stack([_length(a - b) for _, a, b in pairs])
+    scale = norms.maximum(SMALL * norms.square().sum(0).sqrt())
+    error = torch.where(gaps == 0, gaps, gaps / scale).nan_to_num(nan=torch.inf)  # 0 / 0 is no error, NaN is one
+    return float(error.max()), pairs[int(error.amax(1).argmax())][0]
+
+
+def tolerance(model: nn.Module) -> float:
+    return max(TOLERANCE.get(p.dtype, TOLERANCE_LOW) for p in model.parameters() if p.requires_grad)
+
+
+def probe(
+    route: Chosen,
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    rows: Rows,
+    k: int,
+    separable: Separable,
+    replay: Replay,
+) -> None:
+    """One forward each with the first and the last sample all NaN: nothing of it may reach another sample.
+
+    Blind to ops that swallow NaN; the comparison of numbers is not.
+    """
+    if route == "loop":
+        return
+    for j in sorted({0, rows.B - 1}):
+
+        def poison(x: Tensor, j: int = j) -> Tensor:
+            if not x.is_floating_point():
+                return x
+            x = x.detach().clone()
+            x[j] = torch.nan
+            return x
+
+        poisoned = each_row(batch, rows.B, poison)
+        replay.rewind()
+        if route == "grouped":
+            with GroupedMode(model, rows, Jacobian(model, k, None).sinks(fresh=True), separable, probe=j):
+                losses = loss_fn(*poisoned)
+        else:
+            losses = loss_fn(*poisoned)
+        check_losses(losses, rows.B)
+        others = torch.isnan(losses)
+        others[j] = False
+        if others.any():
+            raise GroupingError(
+                f"the values of sample {j} have reached the losses of {int(others.sum())} other samples: the network "
+                "or the loss mixes samples. Only route='loop' gives cluster gradients of such a network."
+            )
+
+
+def first_of_each(batch: Sequence[Any], rows: Rows, each: int = 2) -> tuple[Sequence[Any], Rows]:
+    """At most ``each`` samples of every cluster of a sorted batch."""
+    picked = [i for start, stop in rows.slices() for i in range(start, min(stop, start + each))]
+    index = torch.tensor(picked, device=rows.cluster.device)
+    sizes = [min(size, each) for size in rows.sizes]
+
+    def pick(x: Tensor) -> Tensor:
+        return x.detach().index_select(0, index.to(x.device)).requires_grad_(x.requires_grad)
+
+    return each_row(batch, rows.B, pick), Rows(rows.cluster[index], sizes, None)

@@ -1,0 +1,321 @@
+"""Every way in which cluster gradients could be wrong in silence fires a guard, and `auto` steers round it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gradient_cases import LAYERS, B, Checkpointed, DiT, K, Tied, by_hand, cluster_ids, diffusion_batch, worst
+from torch import Tensor, nn
+
+from antdiff.gradients import ClusterGradients, GroupingError
+
+EXACT = 1e-11  # as in test_gradients_grouped
+
+
+class Net(nn.Module):
+    """Linear, something in the middle, Linear; B = 20 samples ``[B, N, 8]``."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = nn.Linear(8, 8), nn.Linear(8, 8), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.middle(self.a(x))))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.a, self.tokens = nn.Linear(8, 8), tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+class Twice(torch.autograd.Function):
+    """An op that a torch function mode does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).flatten(0, 1).sum(0)
+
+
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.secret = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Twice.apply(self.a(x), self.secret)
+
+
+class NoRule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.a(x), self.w)
+
+
+def center(h: Tensor) -> Tensor:
+    return h - h.mean(0)
+
+
+def shifted(h: Tensor) -> Tensor:
+    return h + 0.1 * h.roll(1, 0)
+
+
+def attend(h: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*[h.transpose(0, 1)] * 3).transpose(0, 1)
+
+
+def case(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor], tuple[Tensor]]:
+    torch.manual_seed(0)
+    model = model.double()
+    x = torch.randn(B, getattr(model, "tokens", 6), 8, dtype=torch.float64)
+    return model, lambda x: model(x).flatten(1).square().mean(1), (x,)
+
+
+BATCH_NORMS = {
+    "affine": lambda: Net(nn.BatchNorm1d(6)),
+    "not affine": lambda: Net(nn.BatchNorm1d(6, affine=False)),
+    "no statistics kept": lambda: Net(nn.BatchNorm1d(6, track_running_stats=False)).eval(),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_batch_norm_is_refused_and_loop_serves(name: str) -> None:
+    model, loss_fn, batch = case(BATCH_NORMS[name]())
+    cluster = cluster_ids()
+    for route in ("grouped", "split"):
+        with pytest.raises(GroupingError, match=r"middle .BatchNorm1d. takes the statistics of the batch"):
+            ClusterGradients(model, K, route).compute(loss_fn, batch, cluster)
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+    assert cg.explain().startswith("route 'loop': middle (BatchNorm1d)")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_functional_batch_norm_is_refused_where_it_runs(affine: bool) -> None:
+    def norm(h: Tensor) -> Tensor:
+        ones = torch.ones(6, dtype=h.dtype) if affine else None
+        return F.batch_norm(h, None, None, ones, training=True)
+
+    model, loss_fn, batch = case(Net(norm))
+    with pytest.raises(GroupingError, match="BatchNorm in training mode mixes"):
+        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+    with pytest.raises(GroupingError, match="reached the losses"):
+        ClusterGradients(model, K, "split").verify(loss_fn, batch, cluster_ids())
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert "route 'loop'" in cg.explain()
+
+
+@pytest.mark.parametrize("mix", [center, shifted, attend], ids=lambda f: f.__name__)
+def test_ops_that_mix_samples_are_found_and_named(mix: Callable[[Tensor], Tensor]) -> None:
+    model, loss_fn, batch = case(Net(mix))
+    cluster = cluster_ids()
+    with pytest.raises(GroupingError, match=r"where b\.weight, b\.bias meets? the batch, the values of sample 0"):
+        ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster)
+    with pytest.raises(GroupingError, match="mixes samples"):
+        ClusterGradients(model, K, "split").verify(loss_fn, batch, cluster)
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+    assert "not 'grouped'" in cg.explain()
+    assert "not 'split'" in cg.explain()
+
+
+def test_a_loss_over_the_batch_is_found() -> None:
+    model, _, batch = case(Net(torch.tanh))
+
+    def contrastive(x: Tensor) -> Tensor:
+        h = F.normalize(model(x).flatten(1))
+        return F.cross_entropy(h @ h.T, torch.arange(len(h)), reduction="none")
+
+    for route in ("grouped", "split"):
+        with pytest.raises(GroupingError, match=r"mixes samples"):
+            ClusterGradients(model, K, route).verify(contrastive, batch, cluster_ids())
+    cg = ClusterGradients(model, K)
+    assert (
+        worst(cg.compute(contrastive, batch, cluster_ids()), by_hand(model, contrastive(*batch), cluster_ids())) < EXACT
+    )
+
+
+def test_numbers_find_what_swallows_nan() -> None:
+    model, loss_fn, batch = case(Net(lambda h: h + torch.nan_to_num(h).mean(0)))
+    with pytest.raises(GroupingError, match=r"differs from 'loop' by .* in the gradient of"):
+        ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster_ids())
+
+
+def test_sequence_first_layout() -> None:
+    model, loss_fn, batch = case(SequenceFirst(6))  # 6 is no multiple of 20: found at once
+    with pytest.raises(GroupingError, match="first dimension is no multiple of the batch size 20"):
+        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+    model, loss_fn, batch = case(SequenceFirst(2 * B))  # a multiple: only the checks see it
+    with pytest.raises(GroupingError, match="batch is not the first dimension"):
+        ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster_ids())
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert cg.explain().startswith("route 'split'")
+
+
+def test_gradients_past_the_rules_are_a_leak() -> None:
+    model, loss_fn, batch = case(Hidden())
+    with pytest.raises(GroupingError, match="secret received a gradient that is not split by cluster"):
+        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+    assert all(p.grad is None for p in model.parameters())
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert cg.explain().startswith("route 'split': not 'grouped': secret received")
+
+
+def test_an_op_without_a_rule_is_named_before_any_backward() -> None:
+    model, loss_fn, batch = case(NoRule())
+    want = by_hand(model, loss_fn(*batch), cluster_ids())
+    with pytest.raises(GroupingError, match=r"torch.*cdist applies w to the batch .* no grouped rule"):
+        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+    declared = ClusterGradients(model, K, "grouped", separable=[torch.cdist])
+    assert worst(declared.compute(loss_fn, batch, cluster_ids(shuffled=True)), by_hand(
+        model, loss_fn(*batch), cluster_ids(shuffled=True))) < EXACT  # fmt: skip
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(loss_fn, batch, cluster_ids()), want) < EXACT
+    assert "cdist" in cg.explain()
+
+
+def test_gradients_inside_the_forward() -> None:
+    model, _, (x,) = case(Tied())
+
+    def penalty(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.flatten(1).square().mean(1)
+
+    with pytest.raises(GroupingError, match="a gradient is taken inside the forward"):
+        ClusterGradients(model, K, "grouped").compute(penalty, (x,), cluster_ids())
+    cg = ClusterGradients(model, K)
+    assert worst(cg.compute(penalty, (x,), cluster_ids()), by_hand(model, penalty(x), cluster_ids())) < EXACT
+    assert cg.explain().startswith("route 'split': not 'grouped': a gradient is taken inside")
+
+
+def test_compiled_models_are_split() -> None:
+    model, _, batch = case(Net(torch.tanh))
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    loss_fn = lambda x: compiled(x).flatten(1).square().mean(1)  # noqa: E731
+    cg = ClusterGradients(compiled, K)
+    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(compiled, loss_fn(*batch), cluster_ids())) < EXACT
+    assert cg.explain().startswith("route 'split': the model is compiled")
+
+
+def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
+    model, _, batch = case(Net(torch.tanh))
+    g = torch.Generator().manual_seed(0)
+
+    def noisy(x: Tensor) -> Tensor:
+        return (model(x) + torch.randn(x.shape, generator=g, dtype=x.dtype)).flatten(1).square().mean(1)
+
+    cg = ClusterGradients(model, K)
+    cg.compute(noisy, batch, cluster_ids())
+    assert cg.explain().startswith("route 'split': loss_fn gives other losses")
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=lambda m: m.__name__)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_sound_networks_pass(make: Callable[[], nn.Module]) -> None:
+    model, loss_fn, batch = case(make())
+    before = torch.get_rng_state()
+    for route in ("grouped", "auto"):
+        assert ClusterGradients(model, K, route).verify(loss_fn, batch, cluster_ids(shuffled=True)) < 1e-10
+    assert torch.equal(before, torch.get_rng_state())
+    cg = ClusterGradients(model, K)
+    cg.compute(loss_fn, batch, cluster_ids())
+    assert cg.explain().startswith("route 'grouped': on 7 samples it differs from 'loop' by")
+
+
+def test_checks_leave_everything_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 6, 1), nn.InstanceNorm1d(6, affine=True, track_running_stats=True)).double()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    x = torch.randn(B, 6, 8, dtype=torch.float64)
+    loss_fn = lambda x: model(x).flatten(1).square().mean(1)  # noqa: E731
+    kept = {name: b.clone() for name, b in model.named_buffers()}
+    ClusterGradients(model, K, "grouped").verify(loss_fn, (x,), cluster_ids())
+    assert all(torch.equal(b, kept[name]) for name, b in model.named_buffers())
+    assert model[0].weight.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_dropout_draws_what_a_plain_step_draws(drop: float) -> None:
+    torch.manual_seed(0)
+    model, batch, cluster = DiT(drop=drop).double(), diffusion_batch(), cluster_ids()
+
+    def loss_fn(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        return (model(x, t, y) - noise).flatten(1).square().mean(1)
+
+    torch.manual_seed(3)
+    want = by_hand(model, loss_fn(*batch), cluster)
+    after = torch.rand(1)
+    cg = ClusterGradients(model, K, "grouped")
+    torch.manual_seed(3)
+    assert worst(cg.compute(loss_fn, batch, cluster), want) < EXACT
+    assert torch.equal(torch.rand(1), after)
+    assert cg.verify(loss_fn, batch, cluster) < 1e-10
+
+
+def test_the_batch_form() -> None:
+    model, loss_fn, (x,) = case(Tied())
+    cg = ClusterGradients(model, K)
+    with pytest.raises(RuntimeError, match=r"inside `with cg\.batch"):
+        cg.backward(loss_fn(x))
+    with pytest.raises(ValueError, match="one loss for each sample"), cg.batch(cluster_ids()):
+        cg.backward(loss_fn(x).mean())
+    with (
+        pytest.raises(ValueError, match="runs the forward itself"),
+        ClusterGradients(model, K, "split").batch(cluster_ids()),
+    ):
+        pass
+    model.a.weight.grad = torch.ones_like(model.a.weight)
+    for route in ("grouped", "loop"):
+        cg = ClusterGradients(model, K, route)
+        cluster = cluster_ids(shuffled=True)
+        with cg.batch(cluster):
+            cg.backward(loss_fn(x))
+        assert worst(cg.J, by_hand(model, loss_fn(x), cluster)) < EXACT
+        assert model.a.weight.grad.eq(1).all()
+    with pytest.raises(KeyError), cg.batch(cluster_ids()):
+        raise KeyError
+    model(x)  # nothing of the mode is left
+    assert worst(cg.compute(loss_fn, (x,), cluster), by_hand(model, loss_fn(x), cluster)) < EXACT
+
+
+def test_wrapped_models_are_refused() -> None:
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    with pytest.raises(TypeError, match="must not be wrapped"):
+        ClusterGradients(Wrapped(), K)
+
+
+def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
+    """Recomputed forwards are recorded, and what the taps save goes through the checkpoint's own hooks."""
+    torch.manual_seed(0)
+    saved = []
+    model = Checkpointed(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]), reentrant=False).double()
+    x = torch.randn(B, 6, 8, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        ClusterGradients(model, K, "grouped").compute(
+            partial(lambda m, x: m(x).flatten(1).square().mean(1), model), (x,), cluster_ids()
+        )
+    assert sum(shape == x.shape for shape in saved) < 6
