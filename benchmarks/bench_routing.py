@@ -1,9 +1,7 @@
 """What channel routing costs: a training step of a routed DiT over the same step unrouted, eager and compiled.
 
-The routing's whole cost bounds what a fused kernel for its window could save. One thread on the CPU; on a GPU float32
-as well. Compiling takes a minute or two.
-
-    python benchmarks/bench_routing.py [--device cuda] [--seconds 20] [--out FILE.csv]
+The routing's whole cost bounds what a fused kernel for its window could save. float32; one thread on the CPU.
+``python benchmarks/bench_routing.py [--device cuda] [--seconds 20] [--out FILE.csv]``; compiling takes a minute or two.
 """
 
 from __future__ import annotations

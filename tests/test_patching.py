@@ -324,7 +324,7 @@ def test_patching_takes_any_balancing_method() -> None:
     def losses(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return (run(net, x, t, y) - x).square().flatten(1).mean(1) + mop.balancing_loss()
 
-    gradients = ClusterGradients(net, 3)
+    gradients = ClusterGradients(net, 3, route="split")
     J = gradients.compute(losses, (x, t, y), cluster)
     assert sum(row is not None for row in J) == 3  # prompts, the gate's weight and bias
     for i in range(3):

@@ -69,7 +69,8 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     K = clusters.k
     timesteps = make_timesteps(config, clusters, model, device)
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
-    gradients = ClusterGradients(model, K)
+    # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
+    gradients = ClusterGradients(model, K, route="split" if config.patch else "auto")
     balancer = make_balancer(config, K, optimizer, rng["balancing"])
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
