@@ -7,6 +7,7 @@ benchmark. They import torch alone and are written to be read, not to be fast.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,8 @@ def pcgrad_weights(
     """Twin of :func:`antdiff.ops.pcgrad_weights`."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     if perms is None:
-        drawn_by = {} if generator is None else {"generator": generator}  # None fails to trace with dynamic shapes
+        # Left out where it is None, which torch.compile cannot trace with dynamic shapes.
+        drawn_by: dict[str, Any] = {} if generator is None else {"generator": generator}
         perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, **drawn_by))
     k = gram.shape[-1]
     c = torch.eye(k, dtype=gram.dtype, device=gram.device).expand(gram.shape)  # [..., k, k]: p_i = sum_j c_ij g_j
