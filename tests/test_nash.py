@@ -260,6 +260,13 @@ def test_bad_input(case: str) -> None:
         ops.nash_weights(G, **options)
 
 
+def test_bad_input_of_the_residual() -> None:
+    weights = torch.ones(3, dtype=torch.float64)
+    for bad in (weights.float(), weights[:2], weights[None]):
+        with pytest.raises(ValueError, match=r"weights must be float64 \[3\] on cpu"):
+            ops.nash_residual(EYE, bad)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_poison_reaches_its_own_problem_only(device: str) -> None:
     G = EYE.repeat(3, 1, 1)

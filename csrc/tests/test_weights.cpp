@@ -193,6 +193,22 @@ void nash_near_conflict() {
   }
 }
 
+// Rows that cancel but for the rounding of their Gram matrix: the weights must not run off to 1e8, which solves that
+// matrix, since a combination in float32 would then be rounding alone.
+void nash_stationary_to_rounding() {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    const int64_t K = 3, P = 7;
+    Vector J = gradients(Kind::random, K, P, seed);
+    for (int64_t q = 0; q < P; ++q) J[2 * P + q] = -J[q] - 2 * J[P + q];
+    const Vector G = gram_of(J, K);
+    NashParams p;
+    p.n = 1, p.K = K, p.gram = G.data();
+    Run run{false, {}, {}};
+    CHECK(run.nash(p).ok());
+    for (int64_t i = 0; i < K; ++i) CHECK(run.weights[i] * std::sqrt(G[i * K + i]) < 1e5);
+  }
+}
+
 void scales() {
   const int64_t K = 5;
   const Vector J = gradients(Kind::conflicting, K, 9, 8), G = gram_of(J, K);
@@ -301,6 +317,7 @@ int main() {
     nash_solves(s[0], s[1]);
   }
   nash_near_conflict();
+  nash_stationary_to_rounding();
   scales();
   bad_input();
   batches();
