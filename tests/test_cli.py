@@ -13,6 +13,7 @@ from PIL import Image
 
 from antdiff.cli import Schedule, main
 from antdiff.diffusion import SCHEDULES
+from antdiff.train.config import TrainConfig
 
 QUICK = [
     "--steps",
@@ -43,8 +44,11 @@ def test_train_resume_sample_and_cluster(
 
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
+    assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 1
+    assert "steps must be at least the 4" in capsys.readouterr().err
 
-    assert main(["sample", str(run), "--n", "13", "--steps", "1", "--out", "here/pictures.v1"]) == 0
+    assert main(["sample", str(run), "-n", "13", "--steps", "1", "--out", "here/pictures.v1"]) == 0
     with np.load("here/pictures.v1.npz") as archive:
         images = archive["arr_0"]
     assert (images.dtype, images.shape) == (np.uint8, (13, 8, 8, 1))
@@ -73,10 +77,10 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
     ("args", "message"),
     [
         (["train", "--data", "nowhere"], "there is no folder 'nowhere'"),
-        (["train", "--resume", "nowhere"], "nowhere/config.json is not the config.json of a run"),
+        (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
         (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
-        (["sample", "nowhere"], "nowhere/config.json is not the config.json of a run"),
+        (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
         (["cluster", "-k", "2000"], "k must be at most T"),
     ],

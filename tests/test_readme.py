@@ -22,23 +22,23 @@ def test_the_loop_of_the_readme_trains() -> None:
     model = nn.Sequential(nn.Linear(9, 64), nn.SiLU(), nn.Linear(64, 8))
     data = torch.randn(64, 1) * torch.ones(8)  # every sample is one number, eight times over
 
-    def denoising_loss(x0: Tensor, t: Tensor) -> Tensor:
+    def denoising_losses(x0: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         noise = torch.randn_like(x0)
         alpha = torch.cos(t / 1000 * torch.pi / 2)[:, None]
         noisy = alpha * x0 + (1 - alpha**2).sqrt() * noise
         pred = model(torch.cat([noisy, t[:, None] / 1000], dim=1))
-        return (pred - noise).square().mean(dim=1)
+        return (pred - noise).square().mean(dim=1) * weight
 
     t = torch.randint(0, 1000, (64,), generator=torch.Generator().manual_seed(1))
-    before = denoising_loss(data, t).mean().item()
+    before = denoising_losses(data, t, torch.ones(64)).mean().item()
     names = {
         "model": model,
         "loader": [data] * 150,
-        "denoising_loss": denoising_loss,
+        "denoising_losses": denoising_losses,
         "optimizer": torch.optim.Adam(model.parameters(), lr=3e-3),
     }
     exec(block("example"), names)
-    after = denoising_loss(data, t).mean().item()
+    after = denoising_losses(data, t, torch.ones(64)).mean().item()
     assert after < 0.8 * before  # a model that ignores its input stays at 1
     assert [tuple(J.shape) for J in names["J"]] == [(5, *p.shape) for p in model.parameters()]
 

@@ -158,7 +158,7 @@ def _run(argv: list[str]) -> int:
         return 0
 
     # tyro gives a one-letter field two dashes; one is what people type
-    args = ["--k" if arg == "-k" else arg for arg in argv] or ["--help"]
+    args = [f"-{arg}" if arg in ("-k", "-n", "-T") else arg for arg in argv] or ["--help"]
     status: int = app.cli(prog="antdiff", args=args, description="Train diffusion models as multi-task learners.")
     return status
 
@@ -170,14 +170,17 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
                 f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
             )
         run = resume
-        config = resumed(config, TrainConfig.load(run / "config.json"))
+        saved = TrainConfig.load(run / "config.json")
+        config = resumed(config, saved)
     from antdiff.train.data import load_data
-    from antdiff.train.run import closing_table, execute, start_run
+    from antdiff.train.run import closing_table, execute, extend_run, start_run
 
     data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
     if resume is None:
         run = out or _free_folder(config)
         start_run(config, run)
+    else:
+        extend_run(run, saved, config.steps)
     print(f"run folder {run}", flush=True)
     results = execute(config, run, data=data)
     if results is None:

@@ -165,6 +165,8 @@ class TrainConfig:
         """Read settings written by `to_json`. A ValueError names an unreadable file or a setting this version lacks."""
         try:
             saved: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{path.parent} must be the folder of a run; it has no {path.name}") from None
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
         unknown = set(saved) - {field.name for field in fields(TrainConfig)}

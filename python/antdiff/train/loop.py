@@ -130,9 +130,8 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
                 log.write(step, row)
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f} | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K))
-                )
+                each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
+                bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
                 save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))

@@ -7,6 +7,7 @@ results.json  samples.png  curves.png  model/                           when it 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +92,20 @@ def averaged(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
 
 
+def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
+    """Keep a resumed run's new number of steps, so that the next resumption goes on to it.
+
+    Raises:
+        ValueError: the run has done more steps than that already.
+    """
+    path = latest_checkpoint(run / "checkpoints")
+    done = 0 if path is None else int(load_checkpoint(path)["step"])
+    if steps < done:
+        raise ValueError(f"steps must be at least the {done} that {run} has done already; got {steps}")
+    if steps != saved.steps:
+        write_atomically(run / "config.json", replace(saved, steps=steps).to_json().encode())
+
+
 def execute(
     config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
 ) -> dict[str, Any] | None:
@@ -99,7 +114,7 @@ def execute(
     with sensible_threads(data.shape[1], choose_device(config.device)):
         if not train(config, data, run, progress=progress):
             return None
-        return evaluate(config, data, run)
+        return evaluate(config, data, run, progress=progress)
 
 
 def load_model(
@@ -120,8 +135,10 @@ def load_model(
     return model.to(device).eval(), int(state["step"])
 
 
-def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
+def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = False) -> dict[str, Any]:
     """Measure a finished run and leave results.json, samples.png, curves.png and the network in diffusers' format."""
+    if progress:
+        print("measuring the averaged weights; the training is saved", file=sys.stderr, flush=True)
     device = choose_device(config.device)
     model, step = load_model(run, config, data.shape, device)
     schedule = noise_schedule()
@@ -130,6 +147,8 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path) -> dict[str, Any]:
     judge = Judge(data, net)
     qualities = []
     for seed in range(config.eval_seeds):
+        if progress:
+            print(f"  {config.eval_samples} samples, {seed + 1} of {config.eval_seeds}", file=sys.stderr, flush=True)
         generator = torch.Generator(device).manual_seed(seed)
         images = draw_samples(
             model, schedule, config.eval_samples, data.shape, steps=config.sample_steps, generator=generator
@@ -180,7 +199,8 @@ def intervals(clusters: TimestepClusters) -> list[tuple[int, int]]:
 def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     """The results beside the data's own anchors, as text."""
     spread = {
-        name: f"{results[name]['mean']:.3g} ± {results[name]['sd']:.2g}" for name in ("fd", "precision", "recall")
+        name: f"{results[name]['mean']:.3g}" + (f" ± {results[name]['sd']:.2g}" if eval_seeds > 1 else "")
+        for name in ("fd", "precision", "recall")
     }
     rows = [(f"samples, {eval_seeds} seeds of {results['eval_samples']}", *spread.values())]
     for name, quality in results["anchors"].items():
@@ -195,6 +215,8 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     )
     lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
     lines += [
-        "FD is the Frechet distance to the train images in the features of a small CNN trained on them, not an FID."
+        "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them, not",
+        "an FID. It depends on the number of images (for held-out images, theirs): compare it between runs. Precision",
+        "and recall, higher is better. Measured with the averaged (EMA) weights, which lag behind in a short run.",
     ]
     return "\n".join(lines)
