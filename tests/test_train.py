@@ -328,8 +328,11 @@ def test_settings_survive_their_file_and_bad_ones_are_refused(tmp_path: Path) ->
     path.write_text(json.dumps({"stepz": 3}))
     with pytest.raises(ValueError, match="does not know: stepz"):
         TrainConfig.load(path)
+    path.write_text("{")
     with pytest.raises(ValueError, match=r"is not the config\.json of a run"):
-        TrainConfig.load(tmp_path / "none.json")
+        TrainConfig.load(path)
+    with pytest.raises(ValueError, match="must be the folder of a run"):
+        TrainConfig.load(tmp_path / "none" / "config.json")
     for bad, message in (
         ({"method": "pcgard"}, "method must be one of vanilla, sum, uw, pcgrad, nash; got 'pcgard'"),
         ({"k": 0}, "k must be at least 1; got 0"),

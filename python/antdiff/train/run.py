@@ -215,8 +215,8 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     )
     lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
     lines += [
-        "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them, not",
-        "an FID. It depends on the number of images (for held-out images, theirs): compare it between runs. Precision",
-        "and recall, higher is better. Measured with the averaged (EMA) weights, which lag behind in a short run.",
+        "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them,",
+        "not an FID. It depends on the number of images (for held-out images, theirs): compare it between runs.",
+        "Precision and recall, higher is better. Measured with the averaged (EMA) weights, which lag in a short run.",
     ]
     return "\n".join(lines)
