@@ -11,6 +11,7 @@
 #include "core/gram.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "core/isa.h"
@@ -31,6 +32,7 @@ constexpr int64_t kLeastSlab = 256, kMostSlab = 2048;  // columns
 template <class A, int lanes>
 struct Vector {
   typedef A type __attribute__((vector_size(lanes * sizeof(A)), may_alias));
+  typedef A loose __attribute__((vector_size(lanes * sizeof(A)), may_alias, aligned(sizeof(A))));  // at any address
 };
 
 // A register tile covers at most M x M entries of G, a vector of sums each, so that sums and operands fit the
@@ -79,6 +81,7 @@ struct Chunk {
   using A = accumulate_t<T>;
   static constexpr int lanes = S::lanes, M = S::most;
   using V = typename Vector<A, lanes>::type;
+  using Loose = typename Vector<A, lanes>::loose;
 
   // sums[i, j] += x_i . y_j for I rows at x and J rows at y, n columns (a multiple of lanes); j >= i on the diagonal.
   template <int I, int J, bool diagonal>
@@ -92,9 +95,9 @@ struct Chunk {
       ahead.ask(p);
       V a[I], b[J];
 #pragma GCC unroll 4
-      for (int i = 0; i < I; ++i) a[i] = *reinterpret_cast<const V*>(x + i * slab + p);
+      for (int i = 0; i < I; ++i) a[i] = *reinterpret_cast<const Loose*>(x + i * slab + p);
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) b[j] = diagonal ? a[j] : *reinterpret_cast<const V*>(y + j * slab + p);
+      for (int j = 0; j < J; ++j) b[j] = diagonal ? a[j] : *reinterpret_cast<const Loose*>(y + j * slab + p);
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
@@ -176,6 +179,23 @@ struct Chunk {
     for (; p < n; ++p) to[p] = to_float(from[p]);
   }
 
+  // Whether `width` columns can be multiplied where they lie: in their own type, whole vectors, all in one piece.
+  ANTDIFF_INLINE static bool in_place(const RowPiece& piece, int64_t offset, int64_t width) {
+    return std::is_same<T, A>::value && width % lanes == 0 && piece.numel - offset >= width;
+  }
+
+  // The next `width` columns of the pieces, copied into X [K, slab]; moves piece and offset on.
+  ANTDIFF_INLINE static void fill(const RowPiece*& piece, int64_t& offset, int64_t K, int64_t width, int64_t slab,
+                                  A* X) {
+    for (int64_t filled = 0; filled < width;) {
+      const int64_t left = piece->numel - offset, n = left < width - filled ? left : width - filled;
+      const T* from = static_cast<const T*>(piece->rows) + offset;
+      for (int64_t k = 0; k < K; ++k) widen(from + k * piece->numel, X + k * slab + filled, n);
+      filled += n, offset += n;
+      if (offset == piece->numel) ++piece, offset = 0;
+    }
+  }
+
   // G (upper triangle) += J J^T over columns [start, stop) of the concatenated pieces.
   ANTDIFF_INLINE static void run(const GramParams* p, int64_t start, int64_t stop, int64_t slab, A* X, A* lane_sums,
                                  double* G) {
@@ -187,24 +207,25 @@ struct Chunk {
     int64_t chain = 0;
     for (; start < stop; start += slab) {
       const int64_t width = slab < stop - start ? slab : stop - start;
-      int64_t filled = 0;
-      while (filled < width) {
-        const int64_t left = piece->numel - offset, n = left < width - filled ? left : width - filled;
-        const T* from = static_cast<const T*>(piece->rows) + offset;
-        for (int64_t k = 0; k < K; ++k) widen(from + k * piece->numel, X + k * slab + filled, n);
-        filled += n, offset += n;
+      const A* from = X;
+      int64_t stride = slab, used = (width + lanes - 1) / lanes * lanes;
+      if (in_place(*piece, offset, width)) {
+        from = reinterpret_cast<const A*>(piece->rows) + offset;
+        stride = piece->numel, used = width;
+        offset += width;
         if (offset == piece->numel) ++piece, offset = 0;
+      } else {
+        fill(piece, offset, K, width, slab, X);
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t c = width; c < used; ++c) X[k * slab + c] = 0;
       }
-      const int64_t padded = (width + lanes - 1) / lanes * lanes;
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t c = width; c < padded; ++c) X[k * slab + c] = 0;
       Ahead next{0, 0, 0, int64_t(sizeof(T))};
       if (piece != end) {  // rows shorter than a slab: then some lines are asked for in vain
         next.rows = reinterpret_cast<uintptr_t>(static_cast<const T*>(piece->rows) + offset);
         next.count = K;
         next.stride = piece->numel * int64_t(sizeof(T));
       }
-      multiply(X, K, slab, padded, sums, next);
+      multiply(from, K, stride, used, sums, next);
       chain += slab / lanes;
       if (chain + slab / lanes > kGramChain) flush(sums, K, G), chain = 0;
     }
