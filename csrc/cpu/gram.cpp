@@ -1,10 +1,9 @@
 // Gram matrix on the CPU. Parallel over a fixed partition of the columns; bytes moved: J once.
 //
-// A slab of columns of all K rows is copied into a buffer that stays in the first-level cache, in the type it is
-// multiplied in, and multiplied there in register tiles. The copy costs a store an element and buys one loop for every
-// element type and alignment, slabs that run on across small pieces, and no set conflicts between rows a multiple of
-// 4096 bytes apart. Meanwhile the next slab is asked for: K rows are too many streams for the hardware's prefetchers,
-// which also stop at every page.
+// A slab of columns of all K rows is multiplied in register tiles, float32 and float64 where they lie, while the next
+// slab is asked for: K rows are too many streams for the hardware's prefetchers, which also stop at every page. Half
+// precision, and slabs that run on across small pieces, are first copied into a buffer in the type they are multiplied
+// in: a store an element, and one loop for every layout.
 //
 // Each vector lane is a chain of at most kGramChain products in the multiplied type; from there on sums are float64.
 // They belong to a chunk of columns, not to a thread: the result does not depend on the number of threads.
@@ -24,8 +23,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 17;       // elements of J a thread should at least have
 constexpr int64_t kMostChunks = 128;      // partial Gram matrices at most
 constexpr int64_t kLeastChunk = 1 << 13;  // columns a chunk should at least have
-// The buffer. Small, since it shares a cache of 32 or 48 KB with the next slab, already on its way; measured, twice the
-// size costs a third of the speed. Many rows need more, or their tiles would be too short.
+// A slab. Small, since it shares a cache of 32 or 48 KB with the next one, already on its way. Many rows need more, or
+// their tiles would be too short.
 constexpr int64_t kSlabBytes = 1 << 13;
 constexpr int64_t kLeastSlab = 256, kMostSlab = 2048;  // columns
 
