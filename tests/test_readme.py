@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from antdiff import ops
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
@@ -41,6 +43,35 @@ def test_the_loop_of_the_readme_trains() -> None:
     after = denoising_losses(data, t, torch.ones(64)).mean().item()
     assert after < 0.8 * before  # a model that ignores its input stays at 1
     assert [tuple(J.shape) for J in names["J"]] == [(5, *p.shape) for p in model.parameters()]
+
+
+def test_the_loop_of_ops_alone_trains() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 32), nn.SiLU(), nn.Linear(32, 8))
+
+    def batch() -> tuple[Tensor, ...]:
+        t = torch.randint(0, 1000, (40,))
+        noise, alpha = torch.randn(40, 8), torch.cos(t / 1000 * torch.pi / 2)[:, None]
+        return alpha * torch.randn(40, 1) + (1 - alpha**2).sqrt() * noise, noise, t, t // 200
+
+    def model(noisy: Tensor, t: Tensor) -> Tensor:
+        return net(torch.cat([noisy, t[:, None] / 1000], dim=1))
+
+    def loss() -> float:
+        noisy, noise, t, _ = batch()
+        return (model(noisy, t) - noise).square().mean().item()
+
+    before = loss()
+    names = {
+        "torch": torch,
+        "ops": ops,
+        "model": model,
+        "params": list(net.parameters()),
+        "batches": [batch() for _ in range(200)],
+        "optimizer": torch.optim.Adam(net.parameters(), lr=3e-3),
+    }
+    exec(block("ops"), names)
+    assert loss() < 0.8 * before
 
 
 def test_the_two_commands_are_there() -> None:
