@@ -41,6 +41,12 @@ def test_names() -> None:
     assert balancing.get("linear") is Linear
     with pytest.raises(ValueError, match=r"name must be one of pcgrad, nash.*got 'ucw'"):
         balancing.get("ucw")
+    for name in balancing.__all__:  # what is said to be exported is, and every method is exported
+        getattr(balancing, name)
+    assert {balancing.get(name).__name__ for name in balancing.names()} < set(balancing.__all__)
+    assert all(balancing.get(name).name == name for name in balancing.names())
+    with pytest.raises(AttributeError, match="has no attribute 'UCW'"):
+        balancing.UCW  # noqa: B018
 
 
 @pytest.mark.parametrize("name", balancing.names())
@@ -328,7 +334,7 @@ PLAIN = [name for name in LOSS_METHODS if isinstance(balancing.get(name)(2), bal
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_empty_clusters_and_resumed_runs(name: str) -> None:
-    options = {"dwa": {"period": 2}, "stch": {"warmup": 3}}.get(name, {})
+    options = {"dwa": {"epoch": 2}, "stch": {"warmup": 1, "epoch": 2}}.get(name, {})
     steps = 0.1 + torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
     steps[2, 1] = 0  # an empty cluster
     method = make(name, 3, **options)
@@ -356,7 +362,7 @@ def test_rescaled_losses_give_the_same_step(name: str) -> None:
     if method.about.invariant:
         factors.append(torch.tensor([1e-3, 1.0, 1e3]))
     steps = (0.1 + torch.rand(6, 3, generator=torch.Generator().manual_seed(1))).double()
-    options = {"dwa": {"period": 2}, "stch": {"warmup": 3}}.get(name, {})
+    options = {"dwa": {"epoch": 2}, "stch": {"warmup": 1, "epoch": 2}}.get(name, {})
     for factor in factors:
         shares = []
         for scale in (torch.ones(3), factor):
@@ -381,8 +387,8 @@ def test_random_loss_weighting() -> None:
 
 
 def test_dynamic_weight_average() -> None:
-    """Liu et al., eq. 5: K softmax(r / T) with r the ratio of the last two periods' means."""
-    method = balancing.DynamicWeightAverage(2, temperature=2.0, period=2)
+    """Liu et al., eq. 5: K softmax(r / T) with r the ratio of the last two epochs' means."""
+    method = balancing.DynamicWeightAverage(2, temperature=2.0, epoch=2)
     for losses in ([4.0, 2.0], [2.0, 2.0], [1.0, 2.0]):
         method.loss(torch.tensor(losses))
         assert method.weights(torch.ones(2)).tolist() == [1, 1]
@@ -411,7 +417,7 @@ def test_imtl_l() -> None:
         optimizer.step()
     torch.testing.assert_close((method.weights(losses) * losses)[:2], torch.full((2,), 3.0), rtol=1e-3, atol=0)
     method.reset()
-    assert not method.log_scale.any()
+    assert not method.log_variance.any()
     with pytest.raises(ValueError, match="k must be at least 1"):
         balancing.IMTLL(0)
 
@@ -441,14 +447,16 @@ def test_famo_is_the_published_update() -> None:
 
 
 def test_smooth_tchebycheff() -> None:
-    method = balancing.SmoothTchebycheff(2, mu=0.5, warmup=2)
-    for losses in ([1.0, 4.0], [3.0, 8.0]):  # means 2, 6
+    method = balancing.SmoothTchebycheff(2, mu=0.5, warmup=1, epoch=2)
+    for losses in ([9.0, 9.0], [7.0, 7.0], [1.0, 4.0], [3.0, 8.0]):  # means of the second epoch: 2, 6
+        torch.testing.assert_close(method.weights(torch.tensor(losses)), 0.5 / torch.tensor(losses))
         method.loss(torch.tensor(losses))
     losses = torch.tensor([1.0, 6.0], dtype=torch.float64, requires_grad=True)
     smooth_maximum = 0.5 * torch.logsumexp((losses / torch.tensor([2.0, 6.0])).log() / 0.5, 0)
     (want,) = torch.autograd.grad(smooth_maximum, losses)
     torch.testing.assert_close(method.weights(losses), want)
-    torch.testing.assert_close(balancing.SmoothTchebycheff(2).weights(losses), 0.5 / losses.detach())
+    method.loss(losses)
+    torch.testing.assert_close(method.weights(losses), want)  # the mean stays
 
 
 def test_linear() -> None:

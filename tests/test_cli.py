@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from antdiff import balancing
 from antdiff.cli import Schedule, main
 from antdiff.diffusion import SCHEDULES
 from antdiff.train.config import TrainConfig
@@ -57,7 +58,7 @@ def test_train_resume_sample_and_cluster(
     assert np.array_equal(pixels[4:68:8, 4:68:8], images[0, :, :, 0])
 
     capsys.readouterr()
-    assert main(["cluster", "--run", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
+    assert main(["cluster", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
     assert "4 clusters of 1000 timesteps" in capsys.readouterr().out
     assert main(["cluster", "--by", "c.json", "-k", "4"]) == 0
     assert Path("c.png").stat().st_size > 1000
@@ -102,9 +103,42 @@ def test_a_run_that_stops_early_says_how_to_go_on(
     monkeypatch.setattr("antdiff.train.run.execute", lambda *_, **__: None)
     assert main(["train", "--out", str(tmp_path / "r")]) == 130
     assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt  # while the run is measured
+
+    monkeypatch.setattr("antdiff.train.run.execute", interrupted)
+    assert main(["train", "--out", str(tmp_path / "s")]) == 130
+    assert f"antdiff train --resume {tmp_path / 's'}" in capsys.readouterr().err
+    monkeypatch.setattr("antdiff.train.compare.execute", interrupted)
+    assert main(["compare", "--out", str(tmp_path / "c")]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
     assert main(["train", "--out", str(tmp_path / "r")]) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_help_and_mistyped_names_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from antdiff.cli import main\n"
+        "for args in ([], ['train', '--help'], ['compare', '--help'], ['train', '--method', 'pcgard']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit as exit: print(exit.code)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "0", "2"]
+    assert done.stdout.endswith("False\n")
+    assert "aligned_mtl" in done.stdout
+    assert "'imtl_l', 'famo', 'stch'" in done.stderr
+
+
+def test_compare_all_is_every_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("antdiff.train.compare.compare", lambda config, methods, *_, **__: asked.extend(methods))
+    assert main(["compare", "--methods", "all", "--out", str(tmp_path)]) == 130
+    assert asked == ["vanilla", *balancing.names()]
 
 
 def test_help_needs_no_diffusers_and_a_missing_package_names_the_extra() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from antdiff.train.config import Companion, Method, TrainConfig, resumed
+from antdiff.train.config import METHODS, PATCH_LR, Companion, TrainConfig, resumed
 
 COMPARE_STEPS = 800
+Compared = Literal[(*METHODS, "all")]  # type: ignore[valid-type]
 Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test holds them together
 
 
@@ -62,7 +63,7 @@ def _run(argv: list[str]) -> int:
     @app.command
     def compare(
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
-        methods: tuple[Method, ...] = ("vanilla", "sum", "uw", "pcgrad", "nash"),
+        methods: tuple[Compared, ...] = ("vanilla", "linear", "uw", "pcgrad", "nash"),
         companions: tuple[Companion, ...] = (),
         seeds: tuple[int, ...] = (0, 1, 2),
         out: Path = Path("runs/compare"),
@@ -73,18 +74,19 @@ def _run(argv: list[str]) -> int:
 
         Args:
             config: the settings of every run; method and seed are replaced.
-            methods: what to compare; vanilla (uniform t) and sum (stratified t) are always among them.
-            companions: which of curriculum, routing and experts to add, each with vanilla.
+            methods: what to compare, or all; vanilla (uniform t) and linear (stratified t) are always among them.
+            companions: which to add, each with vanilla; patch (a DiT's) with a quarter of the steps on top, beside a
+                run that goes on as long without it.
             seeds: training seeds.
             out: folder of the comparison; one run folder a method and seed in it.
         """
-        return _compare(config, methods, companions, seeds, out)
+        return _compare(config, METHODS if "all" in methods else methods, companions, seeds, out)
 
     @app.command
     def patch(
         run: tyro.conf.Positional[Path],
         steps: int = 400,
-        lr: float = 1e-4,
+        lr: float = PATCH_LR,
         device: str = "auto",
         out: Path | None = None,
     ) -> int:
@@ -128,7 +130,7 @@ def _run(argv: list[str]) -> int:
 
     @app.command
     def cluster(
-        run: Path | None = None,
+        run: tyro.conf.Positional[Path | None] = None,
         schedule: Schedule = "cosine",
         T: int = 1000,
         by: str = "log-snr",
@@ -182,9 +184,12 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
     else:
         extend_run(run, saved, config.steps)
     print(f"run folder {run}", flush=True)
-    results = execute(config, run, data=data)
+    try:
+        results = execute(config, run, data=data)
+    except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
+        results = None
     if results is None:
-        print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+        print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
     print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
     return 0
@@ -207,11 +212,14 @@ def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> 
 
 
 def _compare(
-    config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], seeds: Sequence[int], out: Path
+    config: TrainConfig, methods: Sequence[str], companions: Sequence[Companion], seeds: Sequence[int], out: Path
 ) -> int:
     from antdiff.train.compare import compare
 
-    results = compare(config, methods, seeds, out, companions=companions)
+    try:
+        results = compare(config, methods, seeds, out, companions=companions)
+    except KeyboardInterrupt:
+        results = None
     if results is None:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

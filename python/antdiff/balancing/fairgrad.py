@@ -25,7 +25,8 @@ class FairGrad(GramBalancer):
         solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
         when="between NashMTL (alpha = 1) and MGDA (large alpha)",
         conflict_free=True,
-        published="Published code hands the equation to a least-squares solver, which may stop early.",
+        published="alpha = 2 is that of the authors' scripts (their parser's default is 1). "
+        "Published code hands the equation to a least-squares solver, which may stop early.",
     )
 
     def __init__(

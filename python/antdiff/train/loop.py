@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, ops
 from antdiff.companions import RestrictedTimesteps
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
 from antdiff.train.log import Meter, MetricLog
+from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 
 
@@ -49,7 +51,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
     from tqdm import tqdm
 
     # ---- the usual parts -----------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     schedule = noise_schedule()
     model = make_model(config, data.shape, run, seed=rng["weights"].initial_seed()).to(device)
     # An expert is trained every N-th step: its average reaches back as many steps of its own.
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema ** (1 / max(1, config.experts))))
+    ema = AveragedModel(model, multi_avg_fn=moving_average(config.ema ** (1 / max(1, config.experts))))
     if (prompts := prompts_of(model)) is not None:
         prompts.generator = rng["prompts"]
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
@@ -71,7 +73,10 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
     # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
     gradients = ClusterGradients(model, K, route="split" if config.patch else "auto")
-    balancer = make_balancer(config, K, optimizer, rng["balancing"])
+    epoch = math.ceil(len(data.train) / config.batch_size)
+    balancer = make_balancer(config.method, K, optimizer, generator=rng["balancing"], epoch=epoch)
+    # The weights of a "sum" method add K gradients up: 1/K keeps the learning rate's meaning.
+    scale = 1 / K if balancer.scale == "sum" else 1.0
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
     share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
@@ -99,21 +104,25 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
             xt = schedule.add_noise(x0, noise, t)
 
-            if balancer.needs == "gram":
-                # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
-                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
-                # 3a. Their K x K inner products are all that a balancing method looks at.
-                G = ops.gram(J)
-                w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
-                # 4a. Every p.grad becomes the weighted sum of its K gradients.
-                ops.combine(w, J, out=gradients.grads())
-                losses, counts = gradients.losses, gradients.counts
-            else:
-                # 2b. K losses from one forward, one backward of what the method makes of them.
+            if balancer.needs == "losses":
+                # 2a. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
                 (balancer.loss(losses, counts) + model.auxiliary_loss()).backward()
-                G, w = None, balancer.weights(losses) / K
+                G, w = None, balancer.weights(losses) * scale
+            else:
+                # 2b. K cluster gradients for about one backward: J, a list of [K, *shape].
+                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
+                losses, counts = gradients.losses, gradients.counts
+                # 3b. Their K x K inner products are all that a balancing method looks at (but for GradDrop).
+                G = ops.gram(J)
+                if balancer.needs == "gram":
+                    # 4b. Every p.grad becomes the weighted sum of its K gradients.
+                    w = balancer.weights(G) * scale
+                    ops.combine(w, J, out=gradients.grads())
+                else:  # GradDrop chooses for each parameter: there are no weights to log
+                    write_direction(balancer.direction(J), scale, out=gradients.grads())
+                    w = torch.full_like(losses, torch.nan)
 
             # 5. Nothing else changes.
             optimizer.step()
@@ -173,41 +182,15 @@ class Batches:
         self.left = state["left"]
 
 
-class BatchMean:
-    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
+    """What AveragedModel does after n updates: an exponential moving average whose decay grows to `decay`."""
 
-    needs, scale = "losses", "sum"
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, n: torch.Tensor | int) -> None:
+        done = int(n)  # AveragedModel has read it already: this waits for nothing
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
 
-    def loss(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """losses [K] and counts [K] -> the mean over the batch."""
-        return (losses * counts).sum() / counts.sum()
-
-    def weights(self, losses: torch.Tensor) -> torch.Tensor:
-        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
-        return torch.ones_like(losses)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Any:
-    """The balancing method the settings name; its own parameters, if it has any, join the optimizer."""
-    if config.method == "vanilla":
-        return BatchMean()
-    method = balancing.get("linear" if config.method == "sum" else config.method)
-    if method.needs == "gram":
-        # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
-        options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
-        return method(nonfinite="poison", **options)
-    balancer = method(k)
-    if hasattr(balancer, "param_groups"):
-        balancer.to(generator.device)
-        for group in balancer.param_groups():
-            optimizer.add_param_group(group)
-    return balancer
+    return update
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,13 +20,13 @@ from antdiff import TimestepClusters
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from antdiff.train.companions import BASE, Experts, make_model
-from antdiff.train.config import TrainConfig
+from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.train.models import Denoiser, draw_samples, noise_schedule
-from antdiff.train.plots import LABELS, save_curves, save_grid
+from antdiff.train.plots import save_curves, save_grid
 
 GRID_IMAGES = 60
 
@@ -58,6 +58,7 @@ def start_run(config: TrainConfig, run: Path) -> None:
     if (run / "config.json").exists():
         raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
+    require_rows(clusters.k, config.batch_size)  # a file of clusters has a k of its own
     run.mkdir(parents=True, exist_ok=True)
     clusters.save(run / "clusters.json")
     write_atomically(run / "config.json", config.to_json().encode())
@@ -175,7 +176,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
     model.save(run / "model")
     rows = read_csv(run / "metrics.csv")
     if rows:
-        title = f"{data.name}, {config.label(LABELS)}, {config.timestep_sampling} timesteps, seed {config.seed}"
+        title = f"{data.name}, {config.label}, {config.timestep_sampling} timesteps, seed {config.seed}"
         save_curves(rows, intervals(clusters), title, run / "curves.png")
     return results
 
@@ -217,6 +218,6 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     lines += [
         "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them,",
         "not an FID. It depends on the number of images (for held-out images, theirs): compare it between runs.",
-        "Precision and recall, higher is better. Measured with the averaged (EMA) weights, which lag in a short run.",
+        "Precision and recall, higher is better. Measured with the averaged (EMA) weights.",
     ]
     return "\n".join(lines)
