@@ -9,10 +9,10 @@ import cvxpy as cp
 import pytest
 import torch
 from devices import DEVICES, HAS_CUDA
-from grams import KINDS, examples, gram, rows
-from hypothesis import given, settings
+from grams import KINDS, STATIONARY, condition, dependent, examples, gram, rows, unit_rows, worst_condition
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tolerances import CONIC_SOLVER, SPECTRAL, active_set
+from tolerances import CAGRAD_SEARCH, CONIC_SOLVER, FAIRGRAD_RESIDUAL, aligned, equal_cosines, minimiser, nash
 from torch import Tensor
 
 from antdiff import ops
@@ -31,34 +31,50 @@ FIXED = {
     "imtl_g": [0.0767, 1.0, 1.0],
     "config": [0.1588, 2.0706, 2.0706],
 }
-# Grams on which a change of the last bit can change the result: eigenvalues at the threshold of zero, or no solution.
-JUMPS = {
-    "aligned_mtl": ("scaled",),
-    "imtl_g": ("opposed",),
-    "config": ("opposed",),
-    "fairgrad": ("opposed", "deficient"),
-}
 
 
 def direction(J: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, None] * J).sum(0)
 
 
-def condition(J: Tensor) -> float:
-    """Of the correlation matrix on its range; 1 without rows."""
-    unit = J[J.norm(dim=1) > 0]
-    if not len(unit):
-        return 1.0
-    values = torch.linalg.svdvals(unit / unit.norm(dim=1, keepdim=True))
-    return float(values[0] / values[values > 1e-7].min()) ** 2
+def tolerance(method: Method, J: Tensor, w: Tensor) -> float:
+    """Of a direction with weights about ``w``, relative to its longest term (see :func:`assert_same_direction`)."""
+    k = len(J)
+    if method == "aligned_mtl":
+        return aligned(k, condition(J))
+    if method in ("imtl_g", "config"):
+        d = direction(J, w)
+        # IMTL-G divides by the sum of the weights, ConFIG multiplies by the sum of projections: either may cancel.
+        cancelled = w if method == "imtl_g" else J @ d
+        terms = float(cancelled.abs().sum() / cancelled.sum().abs()) if w.any() else 1.0
+        return equal_cosines(k, condition(unit_rows(J)), dependent=dependent(J)) * terms
+    search = {"cagrad": CAGRAD_SEARCH, "fairgrad": 2 * 2 * FAIRGRAD_RESIDUAL}.get(method, 0.0)  # alpha = 2, both sides
+    return minimiser(k, worst_condition(J)) + search
 
 
-def assert_same_direction(J: Tensor, got: Tensor, want: Tensor, tolerance: float, floor: float = 0.0) -> None:
-    """The difference of two directions, relative to the longest term that either is the sum of; ``floor`` = 1 counts
-    the terms of the mean among them."""
-    terms = torch.stack([got, want, torch.full_like(got, floor / len(J))]).abs() * J.norm(dim=1)
+def assert_same_direction(method: Method, J: Tensor, got: Tensor, want: Tensor) -> None:
+    """The difference of two directions, relative to the longest term that either is the sum of. Terms of the mean count
+    among them for the methods that start from it; for Aligned-MTL, the length that its direction has if nothing in the
+    mean cancels."""
+    terms = (torch.stack([got, want]).abs() * J.norm(dim=1)).max()
+    if method in ("upgrad", "dualproj", "cagrad", "aligned_mtl"):
+        least = J.norm(dim=1).max() ** 2 if method != "aligned_mtl" else spectrum(J)[0].min()
+        terms = torch.maximum(terms, least.sqrt() / len(J))
     assert got.isfinite().all()
-    assert direction(J, got - want).norm() <= tolerance * terms.max()
+    assert direction(J, got - want).norm() <= tolerance(method, J, want) * terms
+
+
+def spectrum(J: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of J J^T that are not zero, and all over Aligned-MTL's threshold of zero."""
+    values = torch.linalg.svdvals(J) ** 2
+    threshold = torch.finfo(J.dtype).eps * max(1, int((J.norm(dim=1) > 0).sum())) * values.max()
+    return values[values >= threshold], values / threshold if threshold > 0 else values
+
+
+def assume_rank_is_clear(method: Method, J: Tensor) -> None:
+    """Aligned-MTL jumps where an eigenvalue crosses the threshold: within rounding of it no two computations agree."""
+    ratios = spectrum(J)[1]
+    assume(method != "aligned_mtl" or not ((ratios > 1 / 8) & (ratios < 8)).any())
 
 
 @pytest.mark.sanitize
@@ -76,14 +92,12 @@ def test_fixed_values(device: str, method: Method) -> None:
     kind=st.sampled_from(KINDS), k=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS)
 )
 def test_matches_the_twin(kind: str, k: int, seed: int, method: Method) -> None:
-    if kind in JUMPS.get(method, ()) or (method == "cagrad" and kind == "scaled"):  # the twin's range of nu ends
-        return
+    assume(not (method == "cagrad" and kind == "scaled"))  # the twin's range of nu ends
+    assume(not (method == "fairgrad" and kind in STATIONARY))  # there is no solution, and the twin has no ridge
     J = rows(kind, k, 12, seed)
-    tolerance = SPECTRAL if method in ("aligned_mtl", "imtl_g", "config") else active_set(k)
-    if method == "fairgrad":
-        tolerance = 1e-9  # the twin stops where halving a step no longer lowers the objective
+    assume_rank_is_clear(method, J)
     mine, twin = (module.gram_weights(gram(J), method) for module in (ops, reference))
-    assert_same_direction(J, mine, twin, tolerance * condition(J), floor=float(method != "fairgrad"))
+    assert_same_direction(method, J, mine, twin)
 
 
 # ---- cvxpy: the problems as the papers state them, on the gradients --------------------------------------------------
@@ -181,7 +195,7 @@ def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None
 @given(J=examples())
 def test_optimality_conditions(J: Tensor) -> None:
     G, norms, k = gram(J), J.norm(dim=1), len(J)
-    e = active_set(k)
+    e = minimiser(k, worst_condition(J))
     mean = torch.full((k,), 1 / k, dtype=torch.float64)
     for method in ("upgrad", "dualproj"):
         w = ops.gram_weights(G, method)
@@ -194,69 +208,68 @@ def test_optimality_conditions(J: Tensor) -> None:
             assert (slack[used].abs() <= e * terms[used]).all(), "what was added is perpendicular"
     a = ops.gram_weights(G, "mgda")
     if (norms > 0).any():
-        torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
+        torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=minimiser(k, 1), atol=0)
         least, products = a @ G @ a, G @ a
         assert (a >= 0).all()
         assert (products[norms > 0] >= least - e * (norms[norms > 0] * (a * norms).sum())).all()
+    e += CAGRAD_SEARCH
     for c in (0.0, 0.5, 2.0):
         x = ops.gram_weights(G, "cagrad", parameter=c) - torch.where(norms > 0, mean, 0.0)
         g0, d = direction(J, mean), direction(J, x)
+        terms = ((x + mean) * norms).sum()
         assert (x >= 0).all()
-        assert d.norm() <= c * g0.norm() + 1e-6 * norms.max() / k, "the ball"
-        worst = (J @ (g0 + d))[norms > 0]
-        used = x[norms > 0] * norms[norms > 0] > 1e-9 * norms.max()
+        assert d.norm() <= c * g0.norm() + e * terms, "the ball"
+        worst, scale = (J @ (g0 + d))[norms > 0], e * norms[norms > 0] * terms
+        used = x[norms > 0] > 0
         if used.any():
-            terms = norms[norms > 0] * ((x + mean) * norms).sum()
-            assert (worst - 1e-6 * terms)[used].max() <= (worst + 1e-6 * terms).min(), "only the worst-off are helped"
+            assert (worst - scale)[used].max() <= (worst + scale).min(), "only the worst-off are helped"
 
 
 @settings(max_examples=100, deadline=None)
 @given(J=examples())
 def test_equal_cosines_and_projections(J: Tensor) -> None:
-    J = J[:, : J.shape[1]]
-    if torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-4) < len(J):
-        return
+    assume(len(J) == len(unit_rows(J)) and not dependent(J))
     norms = J.norm(dim=1)
+    e = equal_cosines(len(J), condition(unit_rows(J)), dependent=False)
     for method in ("imtl_g", "config"):
         w = ops.gram_weights(gram(J), method)
         d = direction(J, w)
-        projections = J @ d / norms
-        assert (projections - projections.mean()).abs().max() <= SPECTRAL * 1e4 * (w.abs() * norms).max()
+        cosines = J @ d / norms
+        assert (cosines - cosines.mean()).abs().max() <= e * (w.abs() * norms).max()
         if method == "imtl_g":
-            assert abs(float(w.sum()) - 1) <= 1e-9 * float(w.abs().sum())
+            assert abs(float(w.sum()) - 1) <= e * float(w.abs().sum())
         else:
-            assert abs(float(d @ d - (J @ d).sum())) <= 1e-6 * float(d.norm() * norms.sum())
+            # |d| is the sum of the projections: relative to what is summed
+            assert abs(float(d @ d - (J @ d).sum())) <= e * float((w.abs() * norms).sum() * norms.sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(J=examples(), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS))
 def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Method) -> None:
-    if (
-        torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-6)
-        < (J.norm(dim=1) > 0).sum()
-    ):
-        tolerance = 1e-5 if method in ("upgrad", "dualproj", "mgda", "cagrad") else math.inf
-    else:
-        tolerance = 1e-6
+    """Also where weights are not unique or hardly determined: the direction is."""
+    assume_rank_is_clear(method, J)
     p = torch.randperm(len(J), generator=torch.Generator().manual_seed(seed))
-    if (
-        method in ("aligned_mtl", "fairgrad")
-        and J.any()
-        and J.norm(dim=1).max() > 1e3 * J.norm(dim=1)[J.norm(dim=1) > 0].min()
-    ):
-        tolerance = math.inf  # the least eigenvalue of such a G is at the threshold
     weights, permuted = ops.gram_weights(gram(J), method), ops.gram_weights(gram(J[p]), method)
-    terms = (weights.abs() * J.norm(dim=1)).max()
-    assert permuted.isfinite().all()
-    assert direction(J, weights - permuted[p.argsort()]).norm() <= tolerance * terms or terms == 0
+    assert_same_direction(method, J, permuted[p.argsort()], weights)
+
+
+def test_opposed_gradients_have_no_equal_projections() -> None:
+    """Where 1 is perpendicular to the range of the correlations, rounding must not be blown up into a direction,
+    however small the least eigenvalue."""
+    for angle in (1.0, 1e-2, 1e-4):
+        half = torch.tensor([[1.0, 0, 0], [1.0, angle, 0], [1.0, angle, angle]], dtype=torch.float64)
+        J = torch.cat([half, -half]) * torch.tensor([[1.45], [0.95], [3.03], [1.45], [0.95], [3.03]]).double()
+        for module in (ops, reference):
+            for method in ("imtl_g", "config"):
+                assert not module.gram_weights(gram(J), method).any()
 
 
 def test_fairgrad_with_alpha_one_is_nash() -> None:
     for kind in ("random", "conflicting", "duplicates", "scaled", "zeros"):
-        G = gram(rows(kind, 6))
-        torch.testing.assert_close(
-            ops.gram_weights(G, "fairgrad", parameter=1.0), ops.nash_weights(G), rtol=1e-9, atol=0
-        )
+        J = rows(kind, 6)
+        rtol = FAIRGRAD_RESIDUAL + nash(worst_condition(J))
+        w = ops.gram_weights(gram(J), "fairgrad", parameter=1.0)
+        torch.testing.assert_close(w, ops.nash_weights(gram(J)), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 2.0, 8.0])
@@ -264,7 +277,7 @@ def test_fairgrad_solves_its_equation(alpha: float) -> None:
     for kind in ("random", "conflicting", "scaled", "duplicates"):
         G = gram(rows(kind, 6, 20))
         w = ops.gram_weights(G, "fairgrad", parameter=alpha)
-        assert ((G @ w - w ** (-1 / alpha)).abs() <= 1e-9 * (G.abs() @ w)).all(), kind
+        assert ((G @ w - w ** (-1 / alpha)).abs() <= 2 * FAIRGRAD_RESIDUAL * (G.abs() @ w)).all(), kind
 
 
 def test_cagrad_between_the_mean_and_the_dual_cone() -> None:

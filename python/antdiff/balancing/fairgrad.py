@@ -14,7 +14,9 @@ class FairGrad(GramBalancer):
     """Weights w > 0 with ``(G w)_i = w_i^(-1/alpha)``, exactly; they scale as ``|J|^(-2 alpha / (1 + alpha))``.
 
     Args:
-        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least.
+        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least. The weights span more decades the
+            larger it is: from 8 on, and with gradients whose lengths span more than 60 / alpha decades, the iteration
+            may end before the solution.
         update_every, nonfinite: see :class:`GramBalancer`.
     """
 

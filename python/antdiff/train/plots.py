@@ -101,8 +101,8 @@ def save_comparison(
     results: Mapping[str, Sequence[Mapping[str, Any]]], intervals: Sequence[tuple[int, int]], title: str, path: Path
 ) -> None:
     """A line a row of `results`: FD, and the held-out loss of each cluster relative to vanilla's; every training seed,
-    their mean and standard deviation. The relative losses are linear up to 5 % and logarithmic beyond, so that a method
-    that fails does not hide the others."""
+    their mean (a bar) and standard deviation. The relative losses are linear up to 5 % and logarithmic beyond, so that
+    a method that fails does not hide the others."""
     losses = {name: np.array([cell["held_out_losses"] for cell in cells]) for name, cells in results.items()}
     reference = losses["vanilla"].mean(0)  # [K], of [seeds, K]
     columns = [[np.array([cell["fd"]["mean"] for cell in cells]) for cells in results.values()]]
@@ -117,10 +117,12 @@ def save_comparison(
         ax.axvline(column[0].mean(), color="black", linewidth=0.8, alpha=0.5)
         ax.set_yticks(range(len(results)), list(results) if ax is axes[0] else [])
         ax.set_ylim(len(results) - 0.5, -0.5)
-    axes[0].set_title(f"FD ({next(iter(results.values()))[0]['data']}-CNN)", fontsize=9)
-    axes[0].set_xscale("log")
-    for ax, (start, stop) in zip(axes[1:], intervals, strict=True):
+    axes[0].set(title=f"FD ({next(iter(results.values()))[0]['data']}-CNN)", xlim=(0, None))
+    for ax, column, (start, stop) in zip(axes[1:], columns[1:], intervals, strict=True):
+        low, high = 1.3 * min(-5.0, *map(np.min, column)), 1.3 * max(5.0, *map(np.max, column))
         ax.set_xscale("symlog", linthresh=5)
-        ax.set_title(f"t {start}..{stop - 1}: loss, %", fontsize=9)
-    sheet.suptitle(title, fontsize=10)
+        ax.set_xticks([tick for tick in (-50, -5, 5, 50, 500) if low < tick < high])
+        ax.xaxis.set_major_formatter("{x:+g}")
+        ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, %", xlim=(low, high))
+    sheet.suptitle(title)
     sheet.savefig(path)
