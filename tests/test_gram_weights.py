@@ -12,7 +12,17 @@ from devices import DEVICES, HAS_CUDA
 from grams import KINDS, STATIONARY, condition, dependent, examples, gram, rows, unit_rows, worst_condition
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tolerances import CAGRAD_SEARCH, CONIC_SOLVER, FAIRGRAD_RESIDUAL, aligned, equal_cosines, minimiser, nash
+from tolerances import (
+    CAGRAD_SEARCH,
+    CONIC_SOLVER,
+    FAIRGRAD_RESIDUAL,
+    aligned,
+    equal_cosines,
+    minimiser,
+    nash,
+    projected,
+    vanishing,
+)
 from torch import Tensor
 
 from antdiff import ops
@@ -147,15 +157,16 @@ def test_cvxpy_finds_the_same_direction(method: Method, kind: str, k: int) -> No
 
 
 # The peer's options, and how far it is from its own optimum: its projections onto the dual cone add 1e-4 to a scaled
-# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual.
+# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual. The spectral
+# ones are exact: roundings times condition numbers of some hundreds.
 TORCHJD = {
     "upgrad": ("UPGrad", {}, 1e-3),
     "dualproj": ("DualProj", {}, 1e-3),
-    "aligned_mtl": ("AlignedMTL", {}, 1e-9),
+    "aligned_mtl": ("AlignedMTL", {}, 1e-12),
     "mgda": ("MGDA", {"epsilon": 1e-9, "max_iters": 5000}, 1e-2),
     "cagrad": ("CAGrad", {"c": 0.5}, 1e-2),
-    "imtl_g": ("IMTLG", {}, 1e-9),
-    "config": ("ConFIG", {}, 1e-9),
+    "imtl_g": ("IMTLG", {}, 1e-12),
+    "config": ("ConFIG", {}, 1e-12),
     "fairgrad": ("FairGrad", {"alpha": 2.0}, 1e-3),
 }
 
@@ -184,7 +195,7 @@ def test_torchjd_finds_the_same_direction(method: Method, kind: str, k: int) -> 
 def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None:
     J = CONFLICT * 1e-6
     right = torch.tensor(FIXED[method], dtype=torch.float64) * 1e-6
-    torch.testing.assert_close(direction(J, ops.gram_weights(gram(J), method)), right, rtol=0, atol=1e-10)
+    torch.testing.assert_close(direction(J, ops.gram_weights(gram(J), method)), right, rtol=0, atol=5e-5 * 1e-6)
     assert (peer(method)(J) - right).norm() > 0.1 * right.norm()
 
 
@@ -283,11 +294,12 @@ def test_fairgrad_solves_its_equation(alpha: float) -> None:
 def test_cagrad_between_the_mean_and_the_dual_cone() -> None:
     J = rows("conflicting", 5)
     G, mean = gram(J), torch.full((5,), 0.2, dtype=torch.float64)
-    torch.testing.assert_close(ops.gram_weights(G, "cagrad", parameter=0.0), mean)
-    assert (J @ direction(J, ops.gram_weights(G, "cagrad", parameter=1.5)) >= -1e-9).all()
+    assert torch.equal(ops.gram_weights(G, "cagrad", parameter=0.0), mean)
+    w = ops.gram_weights(G, "cagrad", parameter=1.5)
+    assert (J @ direction(J, w) >= -minimiser(5, worst_condition(J)) * J.norm(dim=1) * (w * J.norm(dim=1)).sum()).all()
     opposed = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
     w = ops.gram_weights(gram(opposed), "cagrad", parameter=5.0)  # |J^T x| stays below c |g_0|: the limit
-    assert direction(opposed, w).abs().max() <= 1e-12
+    assert direction(opposed, w).norm() <= minimiser(2, worst_condition(opposed)) * (w * opposed.norm(dim=1)).max()
 
 
 # ---- GradVac ---------------------------------------------------------------------------------------------------------
@@ -300,7 +312,7 @@ def test_gradvac_is_pcgrad_where_targets_are_zero(J: Tensor, seed: int) -> None:
     weights, targets = ops.gradvac_weights(G, torch.zeros_like(G), beta=0.0, generator=g.manual_seed(seed))
     want = ops.pcgrad_weights(G, generator=g.manual_seed(seed))
     assert (targets == 0).all()
-    assert direction(J, weights - want).norm() <= 1e-6 * J.norm(dim=1).sum()
+    assert direction(J, weights - want).norm() <= vanishing(len(J)) * J.norm(dim=1).sum()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -316,8 +328,8 @@ def test_gradvac_matches_its_twin_over_steps(device: str, kind: str, k: int) -> 
             weights, targets = module.gradvac_weights(G, targets, beta=0.3, generator=generator)
         states.append((weights, targets))
     (mine, my_targets), (twin, twin_targets) = states
-    torch.testing.assert_close(mine, twin, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(my_targets, twin_targets, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(mine, twin, rtol=projected(k), atol=projected(k))
+    torch.testing.assert_close(my_targets, twin_targets, rtol=projected(k), atol=projected(k))
     assert k == 1 or kind == "zeros" or (my_targets != 0).any()
 
 

@@ -95,8 +95,8 @@ def minimiser(k: int, condition: float) -> float:
 CAGRAD_SEARCH = 2e-13
 
 
-# |(G w)_i w_i^(1/alpha) - 1| at which FairGrad's iteration stops. The Hessian of its objective in relative steps of w is
-# at least 1/alpha, so the weights are off by at most alpha times that.
+# |(G w)_i w_i^(1/alpha) - 1| at which FairGrad's iteration stops. The Hessian of its objective in relative steps of w
+# is at least 1/alpha, so the weights are off by at most alpha times that.
 FAIRGRAD_RESIDUAL = 1e-12
 
 
@@ -111,6 +111,26 @@ def equal_cosines(k: int, condition: float, *, dependent: bool) -> float:
     Where rows depend on each other, rounding tilts that range, and a pseudo-inverse takes the condition's square."""
     return 32 * k * UNIT_ROUNDOFF[torch.float64] * (condition**2 if dependent else condition)
 
+
+def power(log: float) -> float:
+    """x^e relative to itself, for |log x^e| up to ``log``: a rounding of the exponent moves it by log u, on both sides,
+    and each side takes a few roundings more."""
+    return (2 * log + 16) * UNIT_ROUNDOFF[torch.float64]
+
+
+def vanishing(k: int) -> float:
+    """GradVac's direction relative to sum_i |g_i|: it knows |p_i|^2 to 128 k u of the terms it is the difference of,
+    and lets be what is below; so each p_i may keep the root of that."""
+    return (128 * k * UNIT_ROUNDOFF[torch.float64]) ** 0.5
+
+
+# K shares made of logarithms of losses up to 1e20, whose logarithm of 46 is right to 46 u; ten of these meet in a mean,
+# a softmax and a quotient.
+LOG_SHARES = 10 * 46 * UNIT_ROUNDOFF[torch.float64]
+
+# A scalar that Adam has brought to rest in float32: its steps vanish with the gradient, whose own roundings, some u
+# relative to its terms, are what is left.
+ADAM_AT_REST = 16 * UNIT_ROUNDOFF[torch.float32]
 
 # Clarabel's gap and feasibility tolerances of 1e-8 move a minimiser by their square root, and a few times that.
 CONIC_SOLVER = 5e-4
