@@ -46,7 +46,7 @@ def table() -> str:
             f"`{name}`", about.title, NEEDS[method.needs], about.solves, "same direction" if about.invariant else "-",
             "yes" if about.conflict_free else "-", method.scale, cost.get(name, "with P"), about.paper, about.when,
         )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     lines += ["", "Where the runs of the literature differ (`get(name)(**published(name))` has the options):", ""]
     for name in balancing.names():
         about = balancing.get(name).about
