@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from antdiff.gradients.broadcast import own_rows
 from antdiff.gradients.grouping import GroupingError, Rows
 from antdiff.gradients.rules import CROSS_SAMPLE, RULES
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sink, Sinks
 from antdiff.gradients.slices import by_slices
 
 Write = Callable[..., None]
@@ -135,17 +135,19 @@ class GroupedMode(TorchFunctionMode):
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
 
-    def tap(self, out: Tensor, write: Write, *saved: Tensor) -> Tensor:
-        """``out``; and when its gradient arrives, ``write(gradient, *saved)``."""
+    def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
+        """``out``; and when its gradient arrives, ``write(rows, sinks, gradient, *saved)``, with a sink for each of
+        ``users``, the shared tensors behind ``out``; None where one needs no gradient."""
         if not torch.is_grad_enabled():
             return out
-        return _Tap.apply(out, _ANCHOR, partial(self._write, write), *(x.detach() for x in saved))  # type: ignore
+        sinks = tuple(self.sink_of(x) for x in users)
+        return _Tap.apply(out, _ANCHOR, partial(self._write, write, sinks), *(x.detach() for x in saved))  # type: ignore
 
-    def leaf(self, x: Tensor, write: Write) -> Tensor:
-        """The values of ``x``, and when their gradient arrives, ``write(gradient)``."""
+    def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
+        """The values of ``x``, and when their gradient arrives, ``write(rows, [sink of user], gradient)``."""
         if not torch.is_grad_enabled():
             return x.detach()
-        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write))  # type: ignore
+        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write, (self.sink(user),)))  # type: ignore
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class GroupedMode(TorchFunctionMode):
             GroupingError: a parameter received a gradient past the rules, so its K gradients are unknown.
         """
         if id(per_sample) in self._shared:  # depends on no data
-            per_sample = self.leaf(per_sample, partial(own_rows, self.rows, self.sink(per_sample)))
+            per_sample = self.leaf(per_sample, own_rows, per_sample)
         edge = get_gradient_edge(per_sample)
         for sink in self._roots:
             sink.tensor.grad = None
@@ -198,7 +200,7 @@ class GroupedMode(TorchFunctionMode):
             if grads is not None:
                 sink.add_all(grads)
 
-    def _write(self, write: Write, grad: Tensor, *saved: Tensor) -> None:
+    def _write(self, write: Write, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
         if not self._in_backward:
             raise GroupingError(
                 "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows "
@@ -208,9 +210,9 @@ class GroupedMode(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    write(grad, *saved)
+                    write(self.rows, sinks, grad, *saved)
             else:
-                write(grad, *saved)
+                write(self.rows, sinks, grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,21 +28,26 @@ class Sink:
             self._rows = torch.empty((self._k, *x.shape), dtype=x.dtype, device=x.device)
         return self._rows
 
-    def add_product(self, i: int, left: Tensor, right: Tensor) -> None:
-        """Row i += ``left @ right``, written straight into it where the dtypes agree."""
-        row = self.rows[i]
-        if not (left.dtype == right.dtype == row.dtype):
-            self.add(i, left @ right if left.shape[1] else None)
-        elif not self.fresh:
-            row.addmm_(left, right)
-        elif left.shape[1]:
-            torch.mm(left, right, out=row)
-        else:
-            row.zero_()
+    def add_products(self, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Row i += ``left_i [m, n] @ right_i``, written straight into it where the dtypes agree."""
+        for row, (left, right) in zip(self.rows, factors, strict=True):
+            if not (left.dtype == right.dtype == row.dtype):
+                self._add(row, left @ right if left.shape[1] else None)
+            elif not self.fresh:
+                row.addmm_(left, right)
+            elif left.shape[1]:
+                torch.mm(left, right, out=row)
+            else:
+                row.zero_()
+        self.fresh = False
 
-    def add(self, i: int, grad: Tensor | None) -> None:
-        """Row i += grad, None for a cluster without samples."""
-        row = self.rows[i]
+    def add_rows(self, grads: Iterable[Tensor | None]) -> None:
+        """Row i += ``grads_i``, None for a cluster without samples."""
+        for row, grad in zip(self.rows, grads, strict=True):
+            self._add(row, grad)
+        self.fresh = False
+
+    def _add(self, row: Tensor, grad: Tensor | None) -> None:
         if grad is None:
             if self.fresh:
                 row.zero_()
@@ -50,7 +57,7 @@ class Sink:
             row.add_(grad.view(row.shape))
 
     def add_all(self, grads: Tensor) -> None:
-        """All rows += grads ``[k, ...]``, of as many numbers; ends a write."""
+        """All rows += grads ``[k, ...]``, of as many numbers."""
         rows = self.rows
         if self.fresh:
             rows.copy_(grads.view(rows.shape))
@@ -63,6 +70,9 @@ class Sink:
         if self.fresh:
             self.rows.zero_()
             self.fresh = False
+
+
+Sinks = Sequence[Sink | None]
 
 
 class Jacobian:
