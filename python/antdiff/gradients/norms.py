@@ -146,10 +146,10 @@ def instance_norm(
 
 def _scale_grads(normalized: Op, last: int | None, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
-    terms_of = (lambda: _float(grad) * normalized(x), lambda: _float(grad))
-    for sink, terms in zip(sinks, terms_of, strict=True):
+    weight, bias = sinks
+    for sink, inner in ((weight, True), (bias, False)):
         if sink is not None:
-            each = terms()
+            each = _float(grad) * normalized(x) if inner else _float(grad)
             sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
             sink.add_all(rows.sums(sums))
 
