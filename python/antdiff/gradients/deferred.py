@@ -28,6 +28,10 @@ class Recipe(NamedTuple):
     grad: Tensor
     saved: tuple[Tensor, ...]
 
+    def price(self) -> int:
+        """Bytes that stay."""
+        return sum(x.nbytes for x in (self.grad, *self.saved))
+
 
 class GramMode(GroupedMode):
     """Records one forward; :meth:`backward` leaves the Gram matrix, :meth:`combine` the combined gradient.
@@ -76,27 +80,23 @@ class GramMode(GroupedMode):
                 "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
             )
         write(self.rows, sinks, grad, *saved)
-        price = sum(x.nbytes for x in (grad, *saved))
-        derived = set(self._derived)
+        recipe = Recipe(write, sinks, grad, saved)
+        price = recipe.price()
+        for sink in mine:
+            self._uses[sink] = self._uses.get(sink, 0) - 1
         for sink in dict.fromkeys(mine):
-            self._keeps.setdefault(sink, sink.rows.nbytes <= price)
-            self._uses[sink] = self._uses.get(sink, 0) - sum(s is sink for s in mine)
-            if self._uses[sink] <= 0 and sink not in derived and not (self._keeps[sink] and derived):
-                self._fold(sink)
+            if not self._keeps.setdefault(sink, sink.rows.nbytes <= price) and self._uses[sink] <= 0:
+                self.gram += ops.gram([sink.rows])
+                self._folded.add(sink)
+                sink.drop()
         later = [None if s is None or self._keeps[s] else s for s in sinks]
         if any(s is not None for s in later):
-            self._recipes.append(Recipe(write, later, grad, saved))
+            self._recipes.append(recipe._replace(sinks=later))
 
     def _finish(self) -> None:
-        for sink in self._roots:
-            if not sink.fresh and sink not in self._folded:
-                self._fold(sink)
-
-    def _fold(self, sink: Sink) -> None:
-        self._folded.add(sink)
-        self.gram += ops.gram([sink.rows])
-        if not self._keeps.get(sink, True):
-            sink.drop()
+        left = [s for s in self._roots if not s.fresh and s not in self._folded]
+        if left:
+            self.gram += ops.gram([s.rows for s in left])
 
     def combine(self, weights: Tensor) -> None:
         """``p.grad = sum_k weights_k J_k`` for every parameter; frees what was kept.
@@ -105,14 +105,16 @@ class GramMode(GroupedMode):
             weights: ``[k]``.
         """
         once = Rows(torch.zeros_like(self.rows.cluster), [self.rows.B], None)
-        kept = [s for s in self._roots if self._keeps.get(s, False)]
-        again = {s: Sink(s.name, s.tensor, 1) for s in self._roots if not self._keeps.get(s, False)}
+        kept, again = [], {}
         for s in self._roots:
-            s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)
-        for s, total in again.items():
-            total.write_to(s.tensor.grad)
+            grad = s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)
+            if self._keeps.get(s, False):
+                kept.append((s.rows, grad))
+            else:
+                again[s] = Sink(s.name, s.tensor, 1, grad[None])
         with torch.no_grad():
-            ops.combine(weights, [s.rows for s in kept], out=[s.tensor.grad for s in kept])
+            if kept:
+                ops.combine(weights, [rows for rows, _ in kept], out=[grad for _, grad in kept])
             for write, sinks, grad, saved in self._recipes:
                 factors = weights.to(grad.dtype)[self.rows.row_cluster(self.rows.repeats(grad))]
                 scaled = grad * factors.view(-1, *[1] * (grad.dim() - 1))

@@ -74,10 +74,6 @@ class Sink:
         else:
             self.add_all(grads)
 
-    def write_to(self, total: Tensor) -> None:
-        """The only row is to be ``total [*shape]``."""
-        self._rows = total[None]
-
     def drop(self) -> None:
         self._rows = None
 
