@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antdiff.gradients.grouping import GroupingError, Rows
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sinks
 from antdiff.gradients.slices import still
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ def group_norm(
     R, C, *space = x.shape
     n = torch.Size(space).numel()
     out, mean, rstd = torch.native_group_norm(x, still(weight), still(bias), R, C, n, num_groups, eps)
-    write = partial(_group_norm_grads, mode.rows, mode.sink_of(weight), mode.sink_of(bias))
-    return mode.tap(out, write, x, mean, rstd)
+    return mode.tap(out, _group_norm_grads, (weight, bias), x, mean, rstd)
 
 
-def _group_norm_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> None:
+def _group_norm_grads(rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """One pass over the tensors, as in the fused kernel: the sums of grad and of grad * x over each channel of each
     sample give the gradients of scale and shift with the statistics of the forward."""
+    weight, bias = sinks
     R, C = x.shape[:2]
     g = _float(grad)
     shift = g.reshape(R, C, -1).sum(2)  # [R, C]
@@ -74,13 +72,14 @@ def layer_norm(
         return NotImplemented
     x = _norm_input(mode.check(input, weight, bias))  # [R, ..., *normalized_shape]
     out, mean, rstd = torch.native_layer_norm(x, normalized_shape, still(weight), still(bias), eps)
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_layer_norm_grads, mode.rows, w, b), *((x, mean, rstd) if w else ()))
+    saved = (x, mean, rstd) if mode.trains(weight) else ()
+    return mode.tap(out, _layer_norm_grads, (weight, bias), *saved)
 
 
 def _layer_norm_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
+    rows: Rows, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
 ) -> None:
+    weight, bias = sinks
     last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
     if bias is not None:
         bias.add_all(rows.sums(grad.reshape(-1, last)))
@@ -96,9 +95,7 @@ def rms_norm(
     x = mode.check(input, weight)
     out = func(x, normalized_shape, still(weight), eps)
     normalized = partial(func, normalized_shape=normalized_shape, eps=eps)
-    return mode.tap(
-        out, partial(_scale_grads, mode.rows, mode.sink(weight), None, normalized, len(normalized_shape)), x
-    )
+    return mode.tap(out, partial(_scale_grads, normalized, len(normalized_shape)), (weight, None), x)
 
 
 def batch_norm(
@@ -120,8 +117,7 @@ def batch_norm(
     x = mode.check(input, weight, bias)
     out = F.batch_norm(x, running_mean, running_var, still(weight), still(bias), False, momentum, eps)
     normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
 
 
 def instance_norm(
@@ -145,17 +141,15 @@ def instance_norm(
     normalized = partial(
         F.instance_norm, running_mean=stats[0], running_var=stats[1], use_input_stats=use_input_stats, eps=eps
     )
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
 
 
-def _scale_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, normalized: Op, last: int | None, grad: Tensor, x: Tensor
-) -> None:
+def _scale_grads(normalized: Op, last: int | None, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
-    for sink, terms in ((weight, lambda: _float(grad) * normalized(x)), (bias, lambda: _float(grad))):
+    weight, bias = sinks
+    for sink, inner in ((weight, True), (bias, False)):
         if sink is not None:
-            each = terms()
+            each = _float(grad) * normalized(x) if inner else _float(grad)
             sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
             sink.add_all(rows.sums(sums))
 
