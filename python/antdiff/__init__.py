@@ -28,6 +28,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # On first use: importing torch takes a second, which the help of the command line and its errors do without.
     if name not in __all__:

@@ -93,6 +93,10 @@ _BASES = ("base.About", "base.Balancer", "base.GramBalancer", "base.LossBalancer
 _HOMES = {home.partition(".")[2]: home for home in (*_METHODS.values(), *_BASES)}
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

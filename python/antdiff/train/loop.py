@@ -104,25 +104,25 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
             xt = schedule.add_noise(x0, noise, t)
 
-            if balancer.needs == "losses":
-                # 2a. K losses from one forward, one backward of what the method makes of them.
+            if balancer.needs != "losses":
+                # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
+                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
+                losses, counts = gradients.losses, gradients.counts
+                # 3a. Their K x K inner products are all that a balancing method looks at.
+                G = ops.gram(J)
+                if balancer.needs == "gram":
+                    # 4a. Every p.grad becomes the weighted sum of its K gradients.
+                    w = balancer.weights(G) * scale
+                    ops.combine(w, J, out=gradients.grads())
+                else:  # but for GradDrop, which chooses for each parameter: there are no weights to log
+                    write_direction(balancer.direction(J), scale, out=gradients.grads())
+                    w = torch.full_like(losses, torch.nan)
+            else:
+                # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
                 (balancer.loss(losses, counts) + model.auxiliary_loss()).backward()
                 G, w = None, balancer.weights(losses) * scale
-            else:
-                # 2b. K cluster gradients for about one backward: J, a list of [K, *shape].
-                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
-                losses, counts = gradients.losses, gradients.counts
-                # 3b. Their K x K inner products are all that a balancing method looks at (but for GradDrop).
-                G = ops.gram(J)
-                if balancer.needs == "gram":
-                    # 4b. Every p.grad becomes the weighted sum of its K gradients.
-                    w = balancer.weights(G) * scale
-                    ops.combine(w, J, out=gradients.grads())
-                else:  # GradDrop chooses for each parameter: there are no weights to log
-                    write_direction(balancer.direction(J), scale, out=gradients.grads())
-                    w = torch.full_like(losses, torch.nan)
 
             # 5. Nothing else changes.
             optimizer.step()
