@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,15 @@ def worst(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
         assert gap[norm == 0].eq(0).all(), "an empty cluster has a gradient"
         error = max(error, float((gap / norm.clamp(min=1e-3 * largest)).max()))
     return error
+
+
+def peak(step: Callable[[], Any]) -> int:
+    """Bytes of tensors at most alive at once in ``step``, of those it makes, by torch's allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

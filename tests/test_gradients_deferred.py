@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from gradient_cases import (
     cluster_ids,
     denoising,
     diffusion_batch,
+    peak,
     spread,
 )
 from torch import Tensor, nn
@@ -95,15 +95,6 @@ def test_a_parameter_inside_a_reentrant_checkpoint_and_outside() -> None:
     cg = ClusterGradients(model, K, "grouped")
     with pytest.raises(GroupingError, match=r"a\.weight is used inside a checkpoint and again elsewhere"):
         cg.gram(lambda x: model(x).square().mean(1), (x,), cluster_ids())
-
-
-def peak(step: Callable[[], Any]) -> int:
-    """Bytes of tensors at most alive at once in ``step``, of those it makes, by torch's allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes))
 
 
 def test_memory_is_that_of_a_plain_step_and_one_parameter() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,15 +87,15 @@ class Rows:
             )
         return m
 
-    def pieces(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """For each cluster its rows of every ``[R, ...]``."""
         grouped = []
         for x in tensors:
             m = self.repeats(x)
             if self.order is not None:
                 x = x.index_select(0, self._row_order(m))
-            grouped.append((x, m))
-        return [tuple(x[start * m : stop * m] for x, m in grouped) for start, stop in self.slices()]
+            grouped.append(x.split([m * size for size in self.sizes]))
+        return zip(*grouped, strict=True)
 
     def row_cluster(self, m: int) -> Tensor:
         """int64 ``[m B]``: the cluster of each row."""

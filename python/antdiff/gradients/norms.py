@@ -42,20 +42,25 @@ def group_norm(
 
 
 def _group_norm_grads(rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """One pass over the tensors, as in the fused kernel: the sums of grad and of grad * x over each channel of each
-    sample give the gradients of scale and shift with the statistics of the forward."""
+    """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels."""
     weight, bias = sinks
     R, C = x.shape[:2]
-    g = _float(grad)
-    shift = g.reshape(R, C, -1).sum(2)  # [R, C]
-    if bias is not None:
-        bias.add_all(rows.sums(shift))
-    if weight is not None:
+    if x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
+        # The fused kernel sums over samples for each channel; to it the channels of all samples are those of one.
+        one = (x.new_ones(R * C), 1, R * C, x[0, 0].numel(), mean.numel(), [False, True, True])
+        _, scale, shift = torch.ops.aten.native_group_norm_backward.default(
+            *(y.reshape(1, R * C, -1) for y in (grad, x)), mean.view(1, -1), rstd.view(1, -1), *one
+        )
+    else:
+        g = _float(grad)
+        shift = g.reshape(R, C, -1).sum(2)  # [R, C]
         dot = (g * _float(x)).reshape(R, C, -1).sum(2)  # [R, C]
         mean, rstd = _float(mean)[..., None], _float(rstd)[..., None]  # [R, groups, 1]
         per_group = (R, mean.shape[1], C // mean.shape[1])
         scale = (dot.view(per_group) - mean * shift.view(per_group)) * rstd
-        weight.add_all(rows.sums(scale.view(R, C)))
+    for sink, each in ((weight, scale), (bias, shift)):
+        if sink is not None:
+            sink.add_all(rows.sums(each.view(R, C)))
 
 
 def layer_norm(

@@ -30,31 +30,30 @@ class Sink:
 
     def add_products(self, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Row i += ``left_i [m, n] @ right_i``, written straight into it where the dtypes agree."""
-        for row, (left, right) in zip(self.rows, factors, strict=True):
+        for row, (left, right) in zip(self.rows.unbind(), factors, strict=True):
             if not (left.dtype == right.dtype == row.dtype):
-                self._add(row, left @ right if left.shape[1] else None)
+                product = left @ right
+                row.copy_(product) if self.fresh else row.add_(product)
             elif not self.fresh:
                 row.addmm_(left, right)
-            elif left.shape[1]:
-                torch.mm(left, right, out=row)
             else:
-                row.zero_()
+                torch.mm(left, right, out=row)  # zero where the cluster is empty
         self.fresh = False
 
     def add_rows(self, grads: Iterable[Tensor | None]) -> None:
         """Row i += ``grads_i``, None for a cluster without samples."""
-        for row, grad in zip(self.rows, grads, strict=True):
-            self._add(row, grad)
+        to, given, missed = [], [], []
+        for row, grad in zip(self.rows.unbind(), grads, strict=True):
+            if grad is None:
+                missed.append(row)
+            else:
+                to.append(row)
+                given.append(grad.view(row.shape))
+        if to:
+            (torch._foreach_copy_ if self.fresh else torch._foreach_add_)(to, given)
+        if missed and self.fresh:
+            torch._foreach_zero_(missed)
         self.fresh = False
-
-    def _add(self, row: Tensor, grad: Tensor | None) -> None:
-        if grad is None:
-            if self.fresh:
-                row.zero_()
-        elif self.fresh:
-            row.copy_(grad.view(row.shape))
-        else:
-            row.add_(grad.view(row.shape))
 
     def add_all(self, grads: Tensor) -> None:
         """All rows += grads ``[k, ...]``, of as many numbers."""
