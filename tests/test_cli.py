@@ -80,6 +80,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
         (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
+        (["train", "--wandb", "project"], "wandb is not installed: pip install wandb"),
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
         (["cluster", "-k", "2000"], "k must be at most T"),
@@ -89,6 +90,7 @@ def test_mistakes_end_in_one_line(
     args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(args) == 1
     error = capsys.readouterr().err
     assert error.startswith("antdiff: error: ")

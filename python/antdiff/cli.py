@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,7 @@ def _run(argv: list[str]) -> int:
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008  (frozen)
         out: Path | None = None,
         resume: Path | None = None,
+        wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
 
@@ -56,8 +58,9 @@ def _run(argv: list[str]) -> int:
             config: the settings.
             out: run folder; the default is the first free runs/<data>-<method>-<number>.
             resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
+            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
         """
-        return _train(config, out, resume)
+        return _train(config, out, resume, wandb)
 
     @app.command
     def compare(
@@ -163,7 +166,7 @@ def _run(argv: list[str]) -> int:
     return status
 
 
-def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
     if resume is not None:
         if out is not None:
             raise ValueError(
@@ -173,16 +176,20 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
         saved = TrainConfig.load(run / "config.json")
         config = resumed(config, saved)
     from antdiff.train.data import load_data
+    from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
     data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
+    if wandb is not None:
+        import_wandb()  # nor does a missing package
     if resume is None:
         run = out or _free_folder(config)
         start_run(config, run)
     else:
         extend_run(run, saved, config.steps)
     print(f"run folder {run}", flush=True)
-    results = execute(config, run, data=data)
+    loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None else []
+    results = execute(config, run, data=data, loggers=loggers)
     if results is None:
         print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130

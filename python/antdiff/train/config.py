@@ -91,6 +91,10 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last two are kept."""
 
+    grid_every: int = 200
+    """Steps between two grids of samples in samples/, always from the same noise; each costs about two training steps.
+    0: none."""
+
     eval_samples: int = 1500
     """Images drawn for each of the quality metrics' sampling seeds."""
 
@@ -107,8 +111,9 @@ class TrainConfig:
         for name in ("k", "image_size", "batch_size", "log_every", "checkpoint_every", "eval_seeds", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0; got {self.steps}")
+        for name in ("steps", "grid_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.eval_samples < 10:
             raise ValueError(
                 f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"
