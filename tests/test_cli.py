@@ -42,6 +42,10 @@ def test_train_resume_sample_and_cluster(
     assert "runs/digits-pcgrad-0/samples.png" in out
     run = Path("runs/digits-pcgrad-0")
 
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {run}/report.html\n"
+    assert "digits, PCGrad" in (run / "report.html").read_text()
+
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
     assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4

@@ -143,6 +143,7 @@ def test_scale_does_not_matter_and_poison_stays_visible() -> None:
     row = telemetry.read()
     assert np.isnan(row["grad_norm_0"])
     assert np.isnan(row["update_norm"])
+    assert np.isnan(row["conflict_rate"])
     assert row["loss"] == 1
 
 

@@ -259,8 +259,8 @@ def test_grids_over_time_disturb_nothing(digits: ImageData, tmp_path: Path) -> N
     )
     with Image.open(grids[-1]) as grid:
         pixels = np.asarray(grid)
-    assert pixels.shape == (2 * 34 + 2, 8 * 34 + 2)
-    assert np.array_equal(pixels[2:34:4, 2:34:4], to_uint8(images)[0, 0].numpy())
+    assert pixels.shape == (2 * 42 + 2, 8 * 42 + 2)
+    assert np.array_equal(pixels[2:42:5, 2:42:5], to_uint8(images)[0, 0].numpy())
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------

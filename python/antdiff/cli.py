@@ -1,4 +1,4 @@
-"""The ``antdiff`` command: train, compare, patch, sample, cluster, info. Each imports what it needs when it runs."""
+"""The ``antdiff`` command: train, compare, patch, sample, cluster, report, info. Each imports what it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
@@ -153,6 +153,19 @@ def _run(argv: list[str]) -> int:
         return _cluster(run, schedule, T, by, k, save, plot)
 
     @app.command
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Make one HTML file of a run, finished or not, or of a comparison. It opens from the disk, without a network.
+
+        Args:
+            run: run folder, or the folder of antdiff compare.
+            out: file to write; the default is RUN/report.html.
+        """
+        from antdiff.train.report import write_report
+
+        print(f"wrote {write_report(run, out)}")
+        return 0
+
+    @app.command
     def info() -> int:
         """Show versions, how the extension was built, what will be used and what is missing."""
         from antdiff.info import report
@@ -194,6 +207,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
     print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
+    print(f"all of it on one page: antdiff report {run}")
     return 0
 
 

@@ -117,7 +117,8 @@ class Telemetry:
         cosines = G / (norms[:, :, None] * norms[:, None, :])  # [S, K, K]; NaN where either gradient is missing
         i, j = torch.triu_indices(self.k, self.k, 1)  # [K (K - 1) / 2] each
         pairs = there[:, i] & there[:, j]  # [S, pairs]
-        conflicts = (pairs & (G[:, i, j] < 0)).sum(1).double() / pairs.sum(1)  # [S]; NaN without a pair
+        negative = (G[:, i, j] < 0) + 0 * G[:, i, j]  # [S, pairs] 0 or 1; NaN stays NaN
+        conflicts = torch.where(pairs, negative, 0).sum(1) / pairs.sum(1)  # [S]; NaN without a pair
         update = torch.einsum("si,sij,sj->s", weights, G, weights).clamp(min=0).sqrt()  # [S]; rounding may pass below 0
         row: dict[str, Tensor] = {"loss": (mean[drawn] * self.share[drawn]).sum() / self.share[drawn].sum()}
         row |= _numbered("loss", mean)

@@ -66,7 +66,7 @@ def save_progress_grid(
     model.train(was_training)
     path = run / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    save_grid(to_uint8(images), path, columns=8, side=32, gap=2)
+    save_grid(to_uint8(images), path, columns=8, side=40, gap=2)
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
