@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tolerances
 import torch
+from devices import HAS_CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from antdiff import ops
@@ -224,6 +225,30 @@ def test_a_step_traces_whole_and_replays() -> None:
         plain.add(losses, counts, weights, G)
         compiled(losses, counts, weights, G)
     assert traced.read() == plain.read()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_CUDA, reason="no GPU here; the GPU gate runs this")
+def test_a_captured_step_records_each_replay_and_waits_for_none() -> None:
+    plain, replayed = Telemetry(K, window=4), Telemetry(K, window=4, device="cuda")
+    taken = [(losses, counts, weights, J @ J.T) for losses, counts, weights, J in steps(4)]
+    slots = [x.cuda() for x in taken[0]]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replayed.add(*slots)  # warm-up
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    replayed.read()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.add(*slots)
+    replayed.load_state_dict(Telemetry(K, window=4).state_dict())
+    for step in taken:
+        for slot, x in zip(slots, step, strict=True):
+            slot.copy_(x)
+        graph.replay()
+        plain.add(*step)
+    assert replayed.read() == plain.read()
 
 
 # ---- going on ----------------------------------------------------------------------------------------------------
