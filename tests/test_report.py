@@ -228,11 +228,17 @@ def test_pictures_of_the_analysis_come_with_their_captions(tmp_path: Path) -> No
     )
     (folder / "transfer.json").write_text(json.dumps({"captions": {"transfer": "Specialists."}}))
     (folder / "broken.json").write_text("{")
+    for name in ("conflict", "by_step"):
+        (folder / "conflict").mkdir(exist_ok=True)
+        save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), folder / "conflict" / f"{name}.png")
+    (folder / "conflict" / "summary.json").write_text(json.dumps({"captions": {"conflict.png": "Pairs."}}))
     report = Page(write_report(run))
     check(report)
     alts = [picture["alt"] for picture in report.all("img")]
-    assert alts[-4:] == ["Cosines <of> all pairs.", "By distance.", "other", "Specialists."]
+    other, by_step = (f"Figure of antdiff analyze: {name}" for name in ("other", "conflict: by step"))
+    assert alts[-6:] == ["Cosines <of> all pairs.", "By distance.", by_step, "Pairs.", other, "Specialists."]
     assert "affinity gap By distance." in report.text
+    assert "conflict Pairs." in report.text
 
 
 def test_a_comparison(tmp_path: Path) -> None:

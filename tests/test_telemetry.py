@@ -17,6 +17,7 @@ import torch
 from devices import HAS_CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import antdiff
 from antdiff import ops
 from antdiff.analysis import Telemetry
 from antdiff.train.log import MetricLog, WandbLogger, cosine_matrix, import_wandb, read_csv
@@ -352,6 +353,28 @@ def test_a_missing_wandb_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ---- documentation -----------------------------------------------------------------------------------------------
+
+
+def test_the_loop_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    model = torch.nn.Linear(3, 1)
+    clusters = antdiff.TimestepClusters.uniform(1000, 5)
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(0, 1000, (100, 20), generator=generator)
+    names: dict[str, Any] = {
+        "ops": ops,
+        "clusters": clusters,
+        "device": "cpu",
+        "cg": antdiff.ClusterGradients(model, 5),
+        "loss_fn": lambda x0, t: (model(x0)[:, 0] - t / 1000).square(),
+        "balancer": antdiff.balancing.PCGrad(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "batches": [(torch.rand(20, 3, generator=generator), row, clusters.cluster_of(row)) for row in t],
+    }
+    exec(code, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["50", "100"]
+    assert "'update_norm'" in lines[0]
 
 
 def test_the_docs_explain_every_column(tmp_path: Path) -> None:

@@ -276,10 +276,14 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def analysis(run: Run) -> list[str]:
     """The pictures that `antdiff analyze` has left, with their captions."""
-    figures = []
-    for path in sorted((run.folder / "analysis").glob("*.png")):
-        caption, title = caption_of(path), path.stem.replace("_", " ").replace("-", " ")
-        figures.append(figure(title, image(path, caption or title), caption, kind="wide"))
+    figures, folder = [], run.folder / "analysis"
+    for path in sorted(folder.rglob("*.png")):
+        *above, name = path.relative_to(folder).with_suffix("").parts
+        title = ": ".join([*above, name] if above[-1:] != [name] else above).replace("_", " ").replace("-", " ")
+        caption = caption_of(path)
+        figures.append(
+            figure(title, image(path, caption or f"Figure of antdiff analyze: {title}"), caption, kind="wide")
+        )
     if not figures:
         told = "measures task affinity, transfer and conflict on a run's checkpoints; its figures appear here."
         return [f"<p>None yet. <code>antdiff analyze</code> {told}</p>"]
