@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from antdiff.train.config import TrainConfig
-from antdiff.train.log import cosine_matrix
 from antdiff.train.plots import LABELS, smooth
 from antdiff.train.report import svg
 from antdiff.train.report.folder import CLOSING, Run, caption_of
@@ -19,6 +18,7 @@ from antdiff.train.report.svg import Line, number
 
 GRIDS = 12  # of samples over time, at most
 TIME_BINS, MOST_PAIRS = 48, 21  # columns of the picture of cosines over time, and rows
+MOST_ROWS = 1000  # of metrics.csv in a curve: of a longer run, means over neighbours
 KINDS = ("fd", "precision", "recall")
 
 
@@ -31,7 +31,7 @@ def headline(run: Run) -> str:
         for kind, name in zip(KINDS, (f"FD ({run.results['data']}-CNN)", "precision", "recall"), strict=True):
             better = "lower is better" if kind == "fd" else "higher is better"
             aside = f"held-out images {number(floor[kind])}, noise {number(noise[kind])}; {better}"
-            mean, _, spread = svg.with_spread(**run.results[kind]).partition(" ")
+            mean, _, spread = _spread(run.results[kind]).partition(" ")
             shown.append((name, mean, spread, aside))
         shares = [stop - start for start, stop in run.results["intervals"]]
         held_out = float(np.average(run.results["held_out_losses"], weights=shares))
@@ -47,6 +47,10 @@ def headline(run: Run) -> str:
         for name, value, spread, aside in shown
     )
     return f"<dl class='numbers'>{''.join(items)}</dl>" if shown else "<p>Nothing has been measured yet.</p>"
+
+
+def _spread(found: Mapping[str, float]) -> str:
+    return svg.with_spread(found["mean"], found["sd"])
 
 
 def quality(run: Run) -> list[str]:
@@ -86,7 +90,7 @@ def quality(run: Run) -> list[str]:
         picture = image(run.folder / "samples.png", "Grid of images drawn from the finished run")
         means = "Images from the averaged network, not chosen, first sampling seed."
         figures.append(figure("Samples", picture, means, "how often a kind comes up, or whether one was memorised."))
-    measures = [(f"this run, {told}", *(svg.with_spread(**results[kind]) for kind in KINDS))]
+    measures = [(f"this run, {told}", *(_spread(results[kind]) for kind in KINDS))]
     measures += [(anchor, *(number(found[kind]) for kind in KINDS)) for anchor, found in results["anchors"].items()]
     late = results["step"] != run.step
     note = [f"<p>Measured at step {results['step']:,}; the run has gone on since.</p>"] if late else []
@@ -216,16 +220,16 @@ def gradients(run: Run) -> list[str]:
 
 
 def _cosines(run: Run) -> list[str]:
-    matrices = np.stack([cosine_matrix(row) for row in run.rows])  # [rows, K, K]
-    k = matrices.shape[1]
+    k, steps = len(run.intervals), run.column("step")
     pairs = sorted(((i, j) for i in range(k) for j in range(i + 1, k)), key=lambda pair: (pair[1] - pair[0], pair))
-    steps = run.column("step")
-    over_time = np.array([svg.thinned(steps, matrices[:, i, j], TIME_BINS)[1] for i, j in pairs])  # [pairs, bins]
+    columns = [run.column(f"cosine_{i}_{j}") for i, j in pairs]  # each [rows]
+    over_time = np.array([svg.thinned(steps, column, TIME_BINS)[1] for column in columns])  # [pairs, bins]
     names, told = [f"{i} and {j}" for i, j in pairs], "for each pair over the steps, neighbours on top"
     if not np.isfinite(over_time).any():
         return []
-    mean = _mean(matrices)  # [K, K]
-    np.fill_diagonal(mean, np.nan)
+    mean = np.full((k, k), np.nan)  # [K, K]
+    for (i, j), column in zip(pairs, columns, strict=True):
+        mean[i, j] = mean[j, i] = _mean(column)
     if len(pairs) > MOST_PAIRS:
         gaps = np.array([j - i for i, j in pairs])
         over_time = np.array([_mean(over_time[gaps == gap]) for gap in range(1, k)])  # [K - 1, bins]
@@ -322,5 +326,5 @@ def _per_cluster(run: Run, column: str) -> list[Line]:
 
 
 def _line(run: Run, label: str, column: str, cluster: int | None = None) -> Line:
-    raw = run.column(column)
-    return Line(label, run.column("step"), smooth(raw), cluster, raw)
+    steps, raw = svg.thinned(run.column("step"), run.column(column), MOST_ROWS)
+    return Line(label, steps, smooth(raw), cluster, raw)
