@@ -201,17 +201,13 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "_to_copy", "equal"}  # host needs the value or a copy
-
-
 def test_a_step_is_four_kernels_and_none_of_them_waits() -> None:
     telemetry = Telemetry(K, window=3)
     for losses, counts, weights, J in steps(5):
         G = ops.gram(J)
         with Operations() as seen:
             telemetry.add(losses, counts, weights, G)
-        assert seen.names == ["cat", "remainder", "index_copy_", "add_"]
-        assert not WAITS & set(seen.names)
+        assert seen.names == ["cat", "remainder", "index_copy_", "add_"]  # no copy to the host, no number asked for
     with Operations() as seen:
         telemetry.read()
     assert "_local_scalar_dense" in seen.names  # so the counting above would have seen a wait

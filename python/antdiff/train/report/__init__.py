@@ -79,7 +79,8 @@ def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
     head = f"<h1>{escape(name)}</h1><p class='lead'>A comparison of {len(runs)} runs, {done} of them measured</p>"
     parts = []
     if (folder / "table.txt").exists():
-        parts.append(wide("", f"<pre>{escape((folder / 'table.txt').read_text())}</pre>", "Comparison"))
+        text = (folder / "table.txt").read_text(encoding="utf-8")
+        parts.append(wide("", f"<pre>{escape(text)}</pre>", "Comparison"))
     else:
         parts.append("<p>Not all runs are done: the same <code>antdiff compare</code> goes on with them.</p>")
     means = "The table as a picture, with every training seed and its spread."

@@ -13,12 +13,8 @@ from antdiff.train.report import svg
 
 def section(name: str, title: str, parts: Iterable[str]) -> tuple[str, str, str]:
     """Its anchor, its title, and its HTML."""
-    body = "".join(parts)
-    return (
-        name,
-        title,
-        f"<section id='{name}' aria-labelledby='h-{name}'><h2 id='h-{name}'>{title}</h2>{body}</section>",
-    )
+    head = f"<section id='{name}' aria-labelledby='h-{name}'><h2 id='h-{name}'>{title}</h2>"
+    return name, title, f"{head}{''.join(parts)}</section>"
 
 
 def figure(title: str, picture: str, means: str = "", means_not: str = "", *, kind: str = "") -> str:
@@ -77,7 +73,7 @@ def wide(title: str, content: str, label: str) -> str:
 def document(title: str, head: str, sections: Sequence[tuple[str, str, str]], k: int, source: str) -> str:
     """The file: style, head, links to the sections, the sections."""
     links = "".join(f"<a href='#{name}'>{title}</a>" for name, title, _ in sections)
-    style = files("antdiff.train.report").joinpath("style.css").read_text()
+    style = files("antdiff.train.report").joinpath("style.css").read_text(encoding="utf-8")
     light, dark = (_colours(colours) for colours in svg.cluster_colours(k))
     style += f"{light}@media (prefers-color-scheme: dark) {{ {dark} }}@media print {{ {light} }}"
     hatches = "".join(
