@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 
 from antdiff.train.checkpoint import write_atomically
-from antdiff.train.plots import LABELS
 from antdiff.train.report import sections
 from antdiff.train.report.folder import Run
 from antdiff.train.report.page import document, figure, grid, image, section, table, wide
@@ -45,7 +44,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def run_page(run: Run) -> str:
     """The whole HTML document."""
     config = run.config
-    lead = f"{Path(config.data).name}, {config.label(LABELS)}, {config.timestep_sampling} timesteps, seed {config.seed}"
+    lead = f"{Path(config.data).name}, {run.method}, {config.timestep_sampling} timesteps, seed {config.seed}"
     status, bad = run.status
     head = (
         f"<h1>{escape(run.folder.resolve().name)}</h1><p class='lead'>{escape(lead)}</p>"
@@ -72,7 +71,7 @@ def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
     for run in runs:
         fd = number(run.results["fd"]["mean"]) if run.results is not None else "-"
         config, (status, _) = run.config, run.status
-        method = config.label(LABELS), config.timestep_sampling, str(config.seed)
+        method = run.method, config.timestep_sampling, str(config.seed)
         rows.append((run.folder.name, *method, status, fd))
     done = sum(run.results is not None for run in runs)
     name = folder.resolve().name

@@ -13,6 +13,7 @@ from antdiff import TimestepClusters
 from antdiff.info import collect
 from antdiff.train.config import TrainConfig
 from antdiff.train.log import read_csv
+from antdiff.train.plots import LABELS
 from antdiff.train.run import intervals
 
 CLOSING = 0.1  # of the rows: what "at the end" is a mean over
@@ -51,6 +52,11 @@ class Run:
     @property
     def step(self) -> int:
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def method(self) -> str:
+        """The balancing method and the companions, as titles call them."""
+        return self.config.label(LABELS)
 
     @property
     def labels(self) -> list[str]:

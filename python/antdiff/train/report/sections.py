@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from antdiff.train.config import TrainConfig
-from antdiff.train.plots import LABELS, smooth
+from antdiff.train.plots import smooth
 from antdiff.train.report import svg
 from antdiff.train.report.folder import CLOSING, Run, caption_of
 from antdiff.train.report.page import figure, grid, image, table
@@ -132,7 +132,11 @@ def losses_and_weights(run: Run) -> list[str]:
     """What each cluster has learnt, and what the method makes of it."""
     if run.silent:
         return [run.silent]
-    chosen = "" if run.config.method not in ("vanilla", "sum") else " This method chooses nothing: they are all 1/K."
+    chosen = (
+        ""
+        if run.config.method not in ("vanilla", "sum", "linear")
+        else " This method chooses nothing: they are all 1/K."
+    )
     figures = [
         figure(
             "Training loss",
@@ -176,10 +180,9 @@ def gradients(run: Run) -> list[str]:
     """Lengths, conflicts and cosines, where the method takes cluster gradients."""
     if run.silent:
         return [run.silent]
-    if not np.isfinite(run.column("update_norm")).any():
-        method = escape(LABELS.get(run.config.method, run.config.method))
+    if not any(np.isfinite(run.column(f"grad_norm_{i}")).any() for i in range(len(run.intervals))):
         told = "so their lengths, cosines and conflicts are not known; <code>antdiff analyze</code> measures them."
-        return [f"<p>This run's method, {method}, takes no cluster gradients, {told}</p>"]
+        return [f"<p>This run's method, {escape(run.method)}, takes no cluster gradients, {told}</p>"]
     figures = [
         figure(
             "Gradient norm",
