@@ -149,6 +149,15 @@ def test_scale_does_not_matter_and_poison_stays_visible() -> None:
     assert row["loss"] == 1
 
 
+def test_a_method_without_weights_has_everything_else() -> None:
+    """As one that chooses for each parameter: NaN weights reach nothing but themselves and the update."""
+    telemetry = Telemetry(2, window=1)
+    gram = torch.tensor([[4.0, -3.0], [-3.0, 9.0]], dtype=torch.float64)
+    telemetry.add(torch.ones(2), torch.ones(2), torch.full((2,), torch.nan), gram)
+    row = telemetry.read()
+    assert {key for key, value in row.items() if np.isnan(value)} == {"weight_0", "weight_1", "update_norm"}
+
+
 def test_a_late_reading_covers_the_last_steps_of_the_window() -> None:
     late, punctual = Telemetry(K, window=3), Telemetry(K, window=3)
     taken = list(steps(8))

@@ -132,11 +132,8 @@ def losses_and_weights(run: Run) -> list[str]:
     """What each cluster has learnt, and what the method makes of it."""
     if run.silent:
         return [run.silent]
-    chosen = (
-        ""
-        if run.config.method not in ("vanilla", "sum", "linear")
-        else " This method chooses nothing: they are all 1/K."
-    )
+    plain = run.config.method in ("vanilla", "sum", "linear")
+    chosen = " This method chooses nothing: they are all 1/K." if plain else ""
     figures = [
         figure(
             "Training loss",
