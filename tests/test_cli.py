@@ -43,6 +43,10 @@ def test_train_resume_sample_and_cluster(
     assert "runs/digits-pcgrad-0/samples.png" in out
     run = Path("runs/digits-pcgrad-0")
 
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {run}/report.html\n"
+    assert "digits, PCGrad" in (run / "report.html").read_text()
+
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
     assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4
@@ -81,6 +85,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
         (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
+        (["train", "--wandb", "project"], "wandb is not installed: pip install wandb"),
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
         (["cluster", "-k", "2000"], "k must be at most T"),
@@ -90,6 +95,7 @@ def test_mistakes_end_in_one_line(
     args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(args) == 1
     error = capsys.readouterr().err
     assert error.startswith("antdiff: error: ")

@@ -1,10 +1,11 @@
-"""The ``antdiff`` command: train, compare, patch, sample, cluster, info. Each imports what it needs when it runs."""
+"""The ``antdiff`` command: train, compare, patch, sample, cluster, report, info. Each imports what it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ def _run(argv: list[str]) -> int:
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008  (frozen)
         out: Path | None = None,
         resume: Path | None = None,
+        wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
 
@@ -57,8 +59,9 @@ def _run(argv: list[str]) -> int:
             config: the settings.
             out: run folder; the default is the first free runs/<data>-<method>-<number>.
             resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
+            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
         """
-        return _train(config, out, resume)
+        return _train(config, out, resume, wandb)
 
     @app.command
     def compare(
@@ -152,6 +155,19 @@ def _run(argv: list[str]) -> int:
         return _cluster(run, schedule, T, by, k, save, plot)
 
     @app.command
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Make one HTML file of a run, finished or not, or of a comparison. It opens from the disk, without a network.
+
+        Args:
+            run: run folder, or the folder of antdiff compare.
+            out: file to write; the default is RUN/report.html.
+        """
+        from antdiff.train.report import write_report
+
+        print(f"wrote {write_report(run, out)}")
+        return 0
+
+    @app.command
     def info() -> int:
         """Show versions, how the extension was built, what will be used and what is missing."""
         from antdiff.info import report
@@ -165,7 +181,7 @@ def _run(argv: list[str]) -> int:
     return status
 
 
-def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
     if resume is not None:
         if out is not None:
             raise ValueError(
@@ -175,23 +191,28 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
         saved = TrainConfig.load(run / "config.json")
         config = resumed(config, saved)
     from antdiff.train.data import load_data
+    from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
     data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
+    if wandb is not None:
+        import_wandb()  # nor does a missing package
     if resume is None:
         run = out or _free_folder(config)
         start_run(config, run)
     else:
         extend_run(run, saved, config.steps)
     print(f"run folder {run}", flush=True)
+    loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None else []
     try:
-        results = execute(config, run, data=data)
+        results = execute(config, run, data=data, loggers=loggers)
     except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
         results = None
     if results is None:
         print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
     print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
+    print(f"all of it on one page: antdiff report {run}")
     return 0
 
 

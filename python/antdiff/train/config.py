@@ -98,6 +98,10 @@ class TrainConfig:
     checkpoint_every: int = 200
     """Steps between two checkpoints; the last two are kept."""
 
+    grid_every: int = 200
+    """Steps between two grids of samples in samples/, always from the same noise; each costs about two training steps.
+    0: none."""
+
     eval_samples: int = 1500
     """Images drawn for each of the quality metrics' sampling seeds."""
 
@@ -115,8 +119,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         require_rows(self.k, self.batch_size)
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0; got {self.steps}")
+        for name in ("steps", "grid_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.eval_samples < 10:
             raise ValueError(
                 f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,16 @@ import numpy as np
 import torch
 
 from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, ops
+from antdiff.analysis import Telemetry
 from antdiff.companions import RestrictedTimesteps
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
-from antdiff.train.log import Meter, MetricLog
+from antdiff.train.log import Logger, MetricLog
 from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.plots import save_progress_grid
 
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
@@ -38,11 +40,13 @@ class DivergenceError(RuntimeError):
     """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
 
 
-def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
+def train(
+    config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True, loggers: Sequence[Logger] = ()
+) -> bool:
     """Train into the folder `run`, going on from its last checkpoint if it has one. Its clusters.json is there already.
 
-    Leaves metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
-    current step finish and a checkpoint be written; the second one acts at once.
+    Leaves metrics.csv, TensorBoard events, sample grids and checkpoints there; `loggers` get the rows too. SIGINT
+    (Ctrl-C) and SIGTERM let the current step finish and a checkpoint be written; the second one acts at once.
 
     Returns:
         True when all of config.steps are done, False when a signal stopped the run.
@@ -79,13 +83,12 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     scale = 1 / K if balancer.scale == "sum" else 1.0
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
-    share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
     importance = cluster_weights(timesteps, device)
-    meter = Meter(K, device)
+    telemetry = Telemetry(K, window=config.log_every, share=clusters.sizes / clusters.T, device=device)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
-             "balancer": balancer, "meter": meter}  # fmt: skip
+             "balancer": balancer, "telemetry": telemetry}  # fmt: skip
     start = restore(run, parts, rng)
-    log = MetricLog(run, start=start)
+    log = MetricLog(run, start=start, also=loggers)
     stack = ExitStack()
     stack.callback(log.close)
     stop = stack.enter_context(stop_requests())
@@ -131,19 +134,21 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             unweighted = losses.detach() / drawn  # [K]
             if curriculum is not None:
                 curriculum.update((unweighted * counts).sum() / counts.sum())
-            meter.add(unweighted, counts, w, G)
+            telemetry.add(unweighted, counts, w, G)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
-                row = meter.read(share)
-                check_finite(row["loss"], step, run)
+                row = telemetry.read()
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
-                log.write(step, row)
+                log.log(step, row)
+                check_finite(row["loss"], step, run)  # after the row, which shows where it happened
                 each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
                 save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+            if config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+                save_progress_grid(ema.module, schedule, data.shape, run, step, config.sample_steps, device)
             if stop.is_set():
                 return step == config.steps
     return True

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from antdiff.train.data import to_uint8
+from antdiff.train.models import draw_samples
+
 if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+PROGRESS_IMAGES = 16
 
 # One hue from light to dark in the order of the noise: the clusters are ordered, so their colours are too.
 CLUSTER_COLOURS = "viridis"
@@ -34,6 +40,29 @@ def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int 
         )
         sheet[top : top + height, left : left + width] = image
     Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+
+
+def save_progress_grid(
+    model: torch.nn.Module,
+    schedule: DDPMScheduler,
+    shape: tuple[int, int, int],
+    run: Path,
+    step: int,
+    sample_steps: int,
+    device: torch.device,
+) -> None:
+    """16 samples of `model` after `step` steps as ``<run>/samples/step-<step>.png``.
+
+    They start from the same noise at every step and in every run, of a generator that is nobody else's, so that grids
+    can be compared and training does not notice. `model` is left in the mode it was in.
+    """
+    was_training = model.training
+    generator = torch.Generator(device).manual_seed(0)
+    images = draw_samples(model, schedule, PROGRESS_IMAGES, shape, steps=sample_steps, generator=generator)
+    model.train(was_training)
+    path = run / "samples" / f"step-{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_grid(to_uint8(images), path, columns=8, side=40, gap=2)
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:

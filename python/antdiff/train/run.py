@@ -1,6 +1,6 @@
 """A run folder from the first step to the closing table: train, load, measure, picture.
 
-config.json  clusters.json  metrics.csv  tensorboard/  checkpoints/     while it trains
+config.json  clusters.json  environment.json  metrics.csv  tensorboard/  samples/  checkpoints/     while it trains
 results.json  samples.png  curves.png  model/                           when it is done
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff.diffusion import log_snr
+from antdiff.info import collect
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from antdiff.train.companions import BASE, Experts, make_model
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.data import ImageData, load_data, to_uint8
-from antdiff.train.log import read_csv
+from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.train.models import Denoiser, draw_samples, noise_schedule
@@ -108,12 +110,18 @@ def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
 
 
 def execute(
-    config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
+    config: TrainConfig,
+    run: Path,
+    *,
+    data: ImageData | None = None,
+    progress: bool = True,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any] | None:
     """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
-        if not train(config, data, run, progress=progress):
+        write_atomically(run / "environment.json", (json.dumps(collect()[0], indent=2) + "\n").encode())
+        if not train(config, data, run, progress=progress, loggers=loggers):
             return None
         return evaluate(config, data, run, progress=progress)
 
