@@ -132,7 +132,7 @@ def losses_and_weights(run: Run) -> list[str]:
     """What each cluster has learnt, and what the method makes of it."""
     if run.silent:
         return [run.silent]
-    plain = run.config.method in ("vanilla", "sum", "linear")
+    plain = run.config.method in ("vanilla", "linear")
     chosen = " This method chooses nothing: they are all 1/K." if plain else ""
     figures = [
         figure(
