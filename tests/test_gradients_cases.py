@@ -199,6 +199,8 @@ def test_j_is_made_once_and_written_in_place(route: Route) -> None:
     cg.J[0].fill_(torch.nan)
     second = cg.compute(denoising(model), batch, cluster)
     assert [j.data_ptr() for j in second] == first
+    n = sum(p.numel() for p in model.parameters())
+    assert f"J holds {K * n * 8 / 2**20:.1f} MiB" in cg.explain()
     assert worst(second, by_hand(model, denoising(model)(*batch), cluster)) < EXACT
 
 

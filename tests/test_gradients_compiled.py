@@ -10,10 +10,15 @@ import pytest
 import torch
 from gradient_cases import (
     LAYERS,
+    Attention,
     B,
+    Convolutions,
     DiT,
     K,
+    Products,
+    Tables,
     Tied,
+    WeightNorm,
     by_hand,
     cluster_ids,
     denoising,
@@ -164,6 +169,25 @@ def test_equal_counts_compile_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     cg.compute(squares(model), (x,), torch.arange(8) // 4)
     assert compiled.programs == 2
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "make", [Tied, WeightNorm, Convolutions, Products, Tables, Attention], ids=lambda m: m.__name__
+)
+def test_counts_that_keep_changing_share_a_program(make: Callable[[], nn.Module]) -> None:
+    """After k exact programs one for any sizes, k = 2; "eager" runs the traced rules as they are."""
+    model, x = double(make), sequences()
+    cg = ClusterGradients(model, 2, "grouped", compile={"backend": "eager"})
+    for size in (10, 9, 12, 10, 11, 8):
+        cluster = (torch.arange(B) >= size).long()
+        J = cg.compute(squares(model), (x,), cluster)
+        assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
+    assert cg._network.compiled.programs == 3
+    cluster = (torch.arange(B) >= 3).long()  # a larger room
+    cg.compute(squares(model), (x,), cluster)
+    cg.compute(squares(model), (x,), 1 - cluster)
+    assert cg._network.compiled.programs == 4
 
 
 def test_frozen_parameters_and_another_batch_are_seen() -> None:

@@ -134,15 +134,6 @@ def test_j_in_bfloat16_is_j_rounded(route: Route) -> None:
         torch.testing.assert_close(b.float(), a, rtol=2.0**-8, atol=1e-6 * float(a.abs().max()))
 
 
-def test_the_buffers_are_made_once() -> None:
-    model, batch = dit(torch.float32), diffusion_batch(dtype=torch.float32)
-    cg = ClusterGradients(model, K, "grouped")
-    first = [x.data_ptr() for x in cg.compute(denoising(model), batch, cluster_ids()) if x is not None]
-    assert first == [x.data_ptr() for x in cg.compute(denoising(model), batch, cluster_ids()) if x is not None]
-    n = sum(p.numel() for p in model.parameters())
-    assert f"J holds {K * n * 4 / 2**20:.1f} MiB" in cg.explain()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_mm_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

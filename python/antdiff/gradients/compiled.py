@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from antdiff.gradients.grouped import LEAK, SECOND_ORDER, GroupedMode, Write, no_autocast, own_tensors, pull_back
-from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.grouping import GroupingError, PaddedRows, Rows
 from antdiff.gradients.sinks import Collected, Sink
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -27,7 +27,9 @@ LossFn = Callable[..., Tensor]
 
 class CompiledLoss:
     """Compiles loss functions for the grouped route. The graphs are those of Dynamo's cache, one for each set of
-    guards; of each there is one program for every tuple of cluster sizes.
+    guards. Of each there are at most k programs for k different tuples of cluster sizes, as stratified sampling of
+    any batch size has them; for further tuples one in which every cluster has the same room, for each room that is
+    asked for. Its weight gradients cost more: clusters are filled up with zeros.
 
     Args:
         backend: of torch.compile.
@@ -68,13 +70,18 @@ class CompiledLoss:
             rows, leaves = self._now
             values = [*(leaves.get(id(x), x) for x in inputs), rows.cluster]
             trained = tuple(id(x) in leaves for x in inputs)
-            key = (tuple(rows.sizes), trained, torch.is_grad_enabled())
+            key: tuple[Any, ...] = (tuple(rows.sizes), trained, torch.is_grad_enabled())
+            if key not in programs and len(programs) >= rows.k:
+                step = -(-rows.B // (4 * rows.k))  # a quarter of a mean cluster: few rooms, and few zeros
+                room = -(-max(rows.sizes) // step) * step
+                key = (room, *key[1:])
+                values += PaddedRows.fill(rows, room)
             if key not in programs:
                 self.programs += 1
                 own = {id(x): "" for x in own_tensors(self.model)}
                 own.update((id(x), name) for name, x in self.model.named_parameters())
                 names = {i: own[id(x)] for i, x in enumerate(inputs) if id(x) in own}
-                traced = partial(_traced, graph, rows.sizes, names, trained, self.separable)
+                traced = partial(_traced, graph, len(inputs), rows.sizes, names, trained, self.separable)
                 n_outputs = len(graph.graph.output_node().args[0])  # type: ignore[arg-type]
                 programs[key] = self._inner(_single_call(traced, len(values), n_outputs), values)
             return programs[key](*values)
@@ -100,6 +107,7 @@ def compiler_of(
 
 def _traced(
     graph: fx.GraphModule,
+    n_inputs: int,
     sizes: list[int],
     names: dict[int, str],
     trained: tuple[bool, ...],
@@ -111,13 +119,15 @@ def _traced(
     Args:
         names: of the inputs that are the model's own tensors; those that are
         trained: come as their leaves.
+        values: the inputs; the cluster of each sample; for further tuples of sizes, how clusters are filled up.
     """
-    *inputs, cluster = values
+    inputs, (cluster, *padding) = list(values[:n_inputs]), values[n_inputs:]
+    rows = PaddedRows(cluster, len(sizes), *padding) if padding else Rows(cluster, sizes, None)
     leaves = {i: inputs[i] for i in names if trained[i]}
     for i, leaf in leaves.items():
         inputs[i] = _Parameter.apply(leaf, names[i])  # type: ignore[no-untyped-call]
     shared = {i: inputs[i] for i in names}
-    with TracedMode(graph, Rows(cluster, sizes, None), names, shared, leaves, separable):
+    with TracedMode(graph, rows, names, shared, leaves, separable):
         return graph(*inputs)
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Op = Callable[..., Any]
 
 # Types of devices where torch's grouped_mm takes the K products of a linear layer's weight gradient, in one launch
-# (bfloat16, sizes a multiple of 8). On a CPU it is the same K products and a copy: 0.6 to 1.04 times the speed of mm with
-# `out=`, the more rows the closer. On a GPU nobody has measured it; the result is the same.
+# (bfloat16, sizes a multiple of 8). On a CPU it is the same K products and a copy: 0.6 to 1.04 times the speed of mm
+# with `out=`, the more rows the closer. On a GPU nobody has measured it; the result is the same.
 GROUPED_MM: frozenset[str] = frozenset()
 
 
@@ -74,12 +74,13 @@ def _linear_grads(transposed: bool, rows: Rows, sinks: Sinks, grad: Tensor, x: T
     weight, bias = sinks
     if weight is not None:
         assert x is not None
-        left, right = (x, grad) if transposed else (grad, x)
         if x.device.type in GROUPED_MM and rows.order is None:
+            left, right = (x, grad) if transposed else (grad, x)
             stops = torch.tensor([stop for _, stop in rows.slices()], device=x.device) * rows.repeats(x)
             weight.add_all(F.grouped_mm(left.t(), right, offs=stops.to(torch.int32)))
         else:
-            weight.add_products((a.t(), b) for a, b in rows.pieces(left, right))
+            pieces = rows.pieces(grad, x)
+            weight.add_products((v.t(), g) if transposed else (g.t(), v) for g, v in pieces)
     if bias is not None:
         bias.add_all(rows.sums(grad))
 

@@ -115,7 +115,10 @@ def _compiled(
     torch.autograd.backward((per_sample,), (_each_factor(per_sample, rows, scale, mean),))
     leaks = [s.name for s in sinks if s.tensor.grad is not None]
     if leaks:
-        raise GroupingError(f"{', '.join(leaks)} {LEAK}")
+        raise GroupingError(
+            f"{', '.join(leaks)} {LEAK} Or Dynamo has given up on compiling loss_fn, after too many different batches: "
+            "see torch._dynamo.config.recompile_limit."
+        )
     for sink, leaf in zip(sinks, leaves, strict=True):
         grad, leaf.grad = leaf.grad, None
         sink.take(grad)
