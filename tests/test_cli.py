@@ -45,7 +45,7 @@ def test_train_resume_sample_and_cluster(
 
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"wrote {run}/report.html\n"
-    assert "digits, PCGrad" in (run / "report.html").read_text()
+    assert "digits, pcgrad" in (run / "report.html").read_text()
 
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()

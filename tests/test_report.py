@@ -138,7 +138,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     check(report)
     assert [name for name in report.ids if name in SECTIONS] == SECTIONS
     for told in (
-        "my run", "digits, PCGrad, stratified-weighted timesteps, seed 0", "finished: 60 of 60 steps",
+        "my run", "digits, pcgrad, stratified-weighted timesteps, seed 0", "finished: 60 of 60 steps",
         "FD (digits-CNN)", "2.28 ± 0.49", "0.707 ± 0.006", "held-out images 0.606, noise 74.1",
         "per-pixel Gaussian 42.8 0.123 0.837", "2 sampling seeds of 12 images", "torch 2.13",
     ):  # fmt: skip
@@ -249,7 +249,7 @@ def test_a_comparison(tmp_path: Path) -> None:
     check(report)
     assert "A comparison of 3 runs, 2 of them measured" in report.text
     assert "Not all runs are done" in report.text
-    assert "uw-seed0 UW stratified-weighted 0 unfinished: 20 of 60 steps -" in report.text
+    assert "uw-seed0 uw stratified-weighted 0 unfinished: 20 of 60 steps -" in report.text
     (tmp_path / "c" / "table.txt").write_text("vanilla < pcgrad")
     save_grid(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "c" / "comparison.png")
     report = Page(write_report(tmp_path / "c", tmp_path / "elsewhere" / "c.html"))

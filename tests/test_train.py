@@ -52,7 +52,7 @@ def last_state(run: Path) -> dict[str, Any]:
 def same(a: Any, b: Any) -> bool:
     """Bit for bit the same nested state, NaN (what was not measured) included."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+        return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
