@@ -134,7 +134,8 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
-                save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+                state = snapshot(step, parts, rng)
+                save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
             if stop.is_set():
                 return step == config.steps
     return True
