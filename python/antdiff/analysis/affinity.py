@@ -171,7 +171,7 @@ def task_affinity(
         TypeError, ValueError: an argument that does not fit (the message says which, and the remedy), memory that does
             not suffice, or a folder with the state of another computation.
     """
-    levels = named_log_snr(log_snr) if isinstance(log_snr, str) else _levels(log_snr)
+    levels = levels_of(log_snr)
     grid = _grid(timesteps, len(levels))
     samples = _samples(data)
     generator = generator or torch.Generator().manual_seed(0)
@@ -320,7 +320,10 @@ def _average(
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _levels(log_snr: object) -> Tensor:
+def levels_of(log_snr: object) -> Tensor:
+    """Log-SNR float64 [T] on the CPU, of a named schedule or as given; a TypeError for anything else."""
+    if isinstance(log_snr, str):
+        return named_log_snr(log_snr)
     if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point() or log_snr.dim() != 1 or not len(log_snr):
         came = f"{log_snr.dtype} {list(log_snr.shape)}" if isinstance(log_snr, Tensor) else type(log_snr).__name__
         raise TypeError(f"log_snr must be the name of a schedule or a float tensor [T]; got {came}.")

@@ -21,7 +21,7 @@ def raw_cosine(G: Tensor) -> Tensor:
     """
     n = len(G) // 2
     M = (G[:n, :n] + G[:n, n:] + G[n:, :n] + G[n:, n:]) / 4  # [n, n]
-    return _normalised(M)
+    return normalised(M)
 
 
 def corrected_cosine(G: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def corrected_cosine(G: Tensor) -> Tensor:
     tell the gradient from zero. The diagonal is 1; elsewhere an estimate may leave [-1, 1].
     """
     n = len(G) // 2
-    return _normalised((G[:n, n:] + G[n:, :n]) / 2)
+    return normalised((G[:n, n:] + G[n:, :n]) / 2)
 
 
 def split_half_products(G: Tensor) -> Tensor:
@@ -46,12 +46,13 @@ def split_half_cosine(G: Tensor) -> Tensor:
     return split_half_products(G) / norm[:n] / norm[n:]
 
 
-def _normalised(M: Tensor) -> Tensor:
-    """M_ij / sqrt(M_ii M_jj), in [n, n]; exactly symmetric with diagonal 1; NaN where M_ii or M_jj is not positive."""
-    scale = torch.where(M.diagonal() > 0, M.diagonal(), torch.nan).rsqrt()  # [n]
-    cosine = M * scale[:, None] * scale
-    cosine = (cosine + cosine.T) / 2
-    cosine.diagonal()[~scale.isnan()] = 1
+def normalised(M: Tensor) -> Tensor:
+    """``M_ij / sqrt(M_ii M_jj)`` ``[..., n, n]``: symmetric, diagonal 1; NaN where M_ii or M_jj is not positive."""
+    diagonal = M.diagonal(0, -2, -1)  # [..., n]
+    scale = torch.where(diagonal > 0, diagonal, torch.nan).rsqrt()
+    cosine = M * scale[..., None] * scale[..., None, :]
+    cosine = (cosine + cosine.mT) / 2
+    cosine.diagonal(0, -2, -1)[~scale.isnan()] = 1
     return cosine
 
 
@@ -120,7 +121,7 @@ def interpolate(affinity: Tensor, timesteps: Tensor, T: int) -> Tensor:
     full = (1 - share.T) * rows[:, left] + share.T * rows[:, right]  # [T, T]
     if not bool((full.diagonal() > 0).all()):
         raise ValueError("affinity between neighbouring timesteps must be above -1; it is not. Take more images.")
-    return _normalised((full + full.T) / 2)
+    return normalised((full + full.T) / 2)
 
 
 def _without_nan(affinity: Tensor) -> Tensor:
