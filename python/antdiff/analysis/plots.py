@@ -70,12 +70,12 @@ def save_heat_map(
                 ax.plot(*_square(start - 0.5, stop - 0.5), color=colour, linewidth=width, clip_on=False, zorder=4)
         ax.set_title(f"{name}\nmean affinity within clusters {within(affinity, clusters):.3f}", fontsize=9)
         ax.set_xlabel("timestep t")
-        ticks = [int(t) for t in np.linspace(0, T - 1, 5).round()]
+        ticks = [t * T // 4 for t in range(4)] + [T - 1]
         ax.set_xticks(ticks)
         ax.set_yticks(ticks)
     axes[0].set_ylabel("timestep s")
     levels = axes[-1].secondary_yaxis("right")
-    levels.set_yticks(ticks, [f"{float(log_snr[t]):.1f}" for t in ticks], fontsize=8)
+    levels.set_yticks(ticks, [f"{round(float(log_snr[t]), 1) + 0.0}" for t in ticks], fontsize=8)
     levels.set_ylabel("log-SNR of s", fontsize=9)
     bar = sheet.colorbar(image, ax=axes, shrink=0.75, pad=0.02, label="task affinity (cosine of gradients)")
     bar.ax.tick_params(labelsize=8)
@@ -111,19 +111,18 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
     """Affinity of every pair against its gap in t and in log-SNR, with medians of twelve bins of equal count."""
     sheet, axes = _figure(9.2, 3.7, columns=2)
     positions = {"t": found.timesteps, "log_snr": found.log_snr[found.timesteps]}
-    labels = {"t": "gap |s - t| in timesteps", "log_snr": "gap in log-SNR (nats)"}
+    labels = {"t": "gap |s - t| in timesteps", "log_snr": "gap in log-SNR (natural logarithm)"}
     i, j = np.triu_indices(len(found.timesteps), 1)
     for ax, (name, position) in zip(axes, positions.items(), strict=True):
         gaps = (position[i] - position[j]).abs().double().numpy()
-        for values, text, place in ((found.affinity, "noise-corrected", 0), (found.raw, "not corrected", 1)):
-            y = values[i, j].numpy()
-            if place == 0:
-                ax.plot(gaps, y, ".", color="#999999", markersize=2, alpha=0.35, linewidth=0, rasterized=True, zorder=1)
-            x, low, middle, high = _binned(gaps, y)
-            ax.plot(x, middle, color=COLOURS[place], marker=MARKERS[place], markersize=4.5, linewidth=1.4, zorder=4,
-                    linestyle="-" if place == 0 else "--", label=f"median, {text}")  # fmt: skip
-            if place == 0:
-                ax.fill_between(x, low, high, color=COLOURS[0], alpha=0.18, linewidth=0, label="quartiles")
+        y = found.affinity[i, j].numpy()
+        ax.plot(gaps, y, ".", color="#999999", markersize=2, alpha=0.3, linewidth=0, rasterized=True, zorder=1)
+        x, low, middle, high = _binned(gaps, y)
+        ax.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, zorder=2, label="quartiles")
+        ax.plot(x, middle, "-", color=COLOURS[0], marker=MARKERS[0], markersize=4.5, zorder=4, label="median")
+        x, _, middle, _ = _binned(gaps, found.raw[i, j].numpy())
+        ax.plot(x, middle, linestyle="none", marker=MARKERS[1], markersize=8, markerfacecolor="none",
+                markeredgecolor=COLOURS[1], zorder=3, label="median without noise correction")  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.7, linestyle=":")
         value = correlations[name]
         ax.set_title(f"Spearman {value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]", fontsize=9)

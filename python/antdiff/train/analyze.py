@@ -171,7 +171,7 @@ def _draw(
     save_heat_map(
         full, loaded.log_snr, clusterings,
         caption(f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: the "
-                f"{next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero; beyond it gradients "
+                f"{next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
                 "conflict. t = 0 is the least noise.", 148),
         out / "affinity.png",
     )  # fmt: skip

@@ -148,6 +148,7 @@ class _Trial:
 
     def write(self, path: Path, found: dict[str, Any]) -> dict[str, Any]:
         samples, sample_steps = self.sampling
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, {**found, "samples": samples, "sample_steps": sample_steps})
         return found
 
