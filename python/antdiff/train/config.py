@@ -70,6 +70,10 @@ class TrainConfig:
     """Interval experts (MEME): so many networks; the noisier the interval, the more attention and the less convolution.
     Each step trains one of them, in turn, on timesteps of its own: method is vanilla. 0: one network."""
 
+    specialist: int | None = None
+    """Train on the timesteps of this cluster alone (0: least noise), uniformly drawn: what antdiff analyze transfer
+    compares a run with. Method is vanilla."""
+
     patch: str = ""
     """The run whose DiT this run patches with a mixture of prompts (DMP). Set by antdiff patch."""
 
@@ -96,7 +100,10 @@ class TrainConfig:
     """Steps between two rows of metrics.csv; each row is the mean over them."""
 
     checkpoint_every: int = 200
-    """Steps between two checkpoints; the last two are kept."""
+    """Steps between two checkpoints."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept, the newest ones. antdiff analyze averages over them."""
 
     grid_every: int = 200
     """Steps between two grids of samples in samples/, always from the same noise; each costs about two training steps.
@@ -136,8 +143,12 @@ class TrainConfig:
             raise ValueError(f"patience must be at least 0; got {self.patience}")
         if self.curriculum and self.patience == 0:  # settled here, so that a run resumed with more steps keeps it
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
+        if self.keep_checkpoints < 2:
+            raise ValueError(f"keep_checkpoints must be at least 2, one in reserve; got {self.keep_checkpoints}")
         if self.experts:
             self._check_experts()
+        if self.specialist is not None and (self.method != "vanilla" or self.companions):
+            raise ValueError("a specialist is trained with method vanilla and no companion: give --method vanilla")
 
     def _check_experts(self) -> None:
         if not 2 <= self.experts <= 100:

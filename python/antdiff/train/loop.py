@@ -146,7 +146,8 @@ def train(
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
-                save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+                state = snapshot(step, parts, rng)
+                save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
             if config.grid_every and (step % config.grid_every == 0 or step == config.steps):
                 save_progress_grid(ema.module, schedule, data.shape, run, step, config.sample_steps, device)
             if stop.is_set():

@@ -61,6 +61,8 @@ def start_run(config: TrainConfig, run: Path) -> None:
         raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
     require_rows(clusters.k, config.batch_size)  # a file of clusters has a k of its own
+    if config.specialist is not None and not 0 <= config.specialist < clusters.k:
+        raise ValueError(f"specialist must be a cluster, one of 0 .. {clusters.k - 1}; got {config.specialist}")
     run.mkdir(parents=True, exist_ok=True)
     clusters.save(run / "clusters.json")
     write_atomically(run / "config.json", config.to_json().encode())
