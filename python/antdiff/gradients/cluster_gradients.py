@@ -48,15 +48,15 @@ class ClusterGradients:
 
     The routes:
 
-    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. The random
-      numbers of dropout are those of a plain step. K x P numbers more memory than a plain step; where parameters are
-      computed from parameters (weight normalisation), up to as much again.
+    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. Eager or
+      compiled. The random numbers of dropout are those of a plain step. K x P numbers more memory than a plain step;
+      where parameters are computed from parameters (weight normalisation), up to as much again.
     - ``"split"``: one forward and backward for each cluster's slice of the batch. Any network with independent samples,
       compiled ones too; less memory than a plain step. As fast as ``grouped`` where a slice fills the device.
     - ``"loop"``: one forward, K backwards, (1 + 2K)/3 of a plain step. For networks that mix samples (BatchNorm).
     - ``"auto"``: at the first :meth:`compute`, runs ``grouped`` on at most two samples a cluster and compares it with
-      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or is
-      compiled, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
+      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or
+      does not compile, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
 
     Args:
         model: the network, not wrapped in DistributedDataParallel or FSDP.
