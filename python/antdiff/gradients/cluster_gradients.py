@@ -153,7 +153,7 @@ class ClusterGradients:
             GroupingError: the route cannot tell the clusters' gradients apart in this network. J is then undefined.
         """
         rows = Rows.of(cluster, self.k, counts)
-        self._sums = None
+        self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
         self._report(sums, rows.counts)
@@ -230,7 +230,7 @@ class ClusterGradients:
             GroupingError: as for :meth:`compute`; and a parameter used inside a re-entrant checkpoint and elsewhere.
         """
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
-        self._sums = None
+        self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         route = "grouped" if rows.B == 0 else self._settled(loss_fn, batch, rows)
         if route != "grouped" or self._network.compiled is not None:
@@ -238,12 +238,13 @@ class ClusterGradients:
                 f"gram() needs the grouped route in eager mode; use compute() and ops.gram(J). {self.explain()}"
             )
         sinks = [Sink(name, p, self.k) for name, p in self._jacobian.named if p.requires_grad]
-        self._gram = GramMode(self.model, rows, sinks, self._network.separable)
+        mode = GramMode(self.model, rows, sinks, self._network.separable)
         sums = rows.cluster.new_zeros(self.k, dtype=torch.float32)
         if rows.B:
-            sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, scale=self.scale, mode=self._gram)
+            sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, scale=self.scale, mode=mode)
         self._report(sums, rows.counts)
-        return self._gram.gram
+        self._gram = mode
+        return mode.gram
 
     def combine(self, weights: Tensor) -> None:
         """After :meth:`gram`: ``p.grad = sum_i weights_i J_i`` for every trainable parameter, once.
