@@ -223,6 +223,8 @@ def case(net: str, K: int, B: int, args: argparse.Namespace) -> list[Result]:
     for key, build in steps(net, K, B, args).items():
         try:
             step = build()
+            if args.compile:
+                step()  # compilers need memory of their own
             memory[key] = peak(step, args.device)
             candidates[key] = step
         except Exception as error:  # a peer that cannot do this network

@@ -48,15 +48,15 @@ class ClusterGradients:
 
     The routes:
 
-    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. The random
-      numbers of dropout are those of a plain step. K x P numbers more memory than a plain step; where parameters are
-      computed from parameters (weight normalisation), up to as much again.
+    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. Eager or
+      compiled. The random numbers of dropout are those of a plain step. K x P numbers more memory than a plain step;
+      where parameters are computed from parameters (weight normalisation), up to as much again.
     - ``"split"``: one forward and backward for each cluster's slice of the batch. Any network with independent samples,
       compiled ones too; less memory than a plain step. As fast as ``grouped`` where a slice fills the device.
     - ``"loop"``: one forward, K backwards, (1 + 2K)/3 of a plain step. For networks that mix samples (BatchNorm).
     - ``"auto"``: at the first :meth:`compute`, runs ``grouped`` on at most two samples a cluster and compares it with
-      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or is
-      compiled, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
+      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or
+      does not compile, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
 
     Args:
         model: the network, not wrapped in DistributedDataParallel or FSDP.
@@ -153,7 +153,7 @@ class ClusterGradients:
             GroupingError: the route cannot tell the clusters' gradients apart in this network. J is then undefined.
         """
         rows = Rows.of(cluster, self.k, counts)
-        self._sums = None
+        self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
         self._report(sums, rows.counts)
@@ -230,7 +230,7 @@ class ClusterGradients:
             GroupingError: as for :meth:`compute`; and a parameter used inside a re-entrant checkpoint and elsewhere.
         """
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
-        self._sums = None
+        self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         route = "grouped" if rows.B == 0 else self._settled(loss_fn, batch, rows)
         if route != "grouped" or self._network.compiled is not None:
@@ -238,12 +238,13 @@ class ClusterGradients:
                 f"gram() needs the grouped route in eager mode; use compute() and ops.gram(J). {self.explain()}"
             )
         sinks = [Sink(name, p, self.k) for name, p in self._jacobian.named if p.requires_grad]
-        self._gram = GramMode(self.model, rows, sinks, self._network.separable)
+        mode = GramMode(self.model, rows, sinks, self._network.separable)
         sums = rows.cluster.new_zeros(self.k, dtype=torch.float32)
         if rows.B:
-            sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, scale=self.scale, mode=self._gram)
+            sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, scale=self.scale, mode=mode)
         self._report(sums, rows.counts)
-        return self._gram.gram
+        self._gram = mode
+        return mode.gram
 
     def combine(self, weights: Tensor) -> None:
         """After :meth:`gram`: ``p.grad = sum_i weights_i J_i`` for every trainable parameter, once.

@@ -94,7 +94,7 @@ class Rows:
             m = self.repeats(x)
             if self.order is not None:
                 x = x.index_select(0, self._row_order(m))
-            grouped.append(x.split([m * size for size in self.sizes]))
+            grouped.append(x.split_with_sizes([m * size for size in self.sizes]))
         return zip(*grouped, strict=True)
 
     def row_cluster(self, m: int) -> Tensor:

@@ -42,23 +42,16 @@ def group_norm(
 
 
 def _group_norm_grads(rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels."""
-    weight, bias = sinks
+    """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels. The fused
+    kernel sums over samples for each channel; to it the channels of all samples are those of one."""
     R, C = x.shape[:2]
-    if x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
-        # The fused kernel sums over samples for each channel; to it the channels of all samples are those of one.
-        one = (x.new_ones(R * C), 1, R * C, x[0, 0].numel(), mean.numel(), [False, True, True])
-        _, scale, shift = torch.ops.aten.native_group_norm_backward.default(
-            *(y.reshape(1, R * C, -1) for y in (grad, x)), mean.view(1, -1), rstd.view(1, -1), *one
-        )
-    else:
-        g = _float(grad)
-        shift = g.reshape(R, C, -1).sum(2)  # [R, C]
-        dot = (g * _float(x)).reshape(R, C, -1).sum(2)  # [R, C]
-        mean, rstd = _float(mean)[..., None], _float(rstd)[..., None]  # [R, groups, 1]
-        per_group = (R, mean.shape[1], C // mean.shape[1])
-        scale = (dot.view(per_group) - mean * shift.view(per_group)) * rstd
-    for sink, each in ((weight, scale), (bias, shift)):
+    g, x = (_float(y).reshape(1, R * C, -1) for y in (grad, x))
+    mean, rstd = (_float(y).view(1, -1) for y in (mean, rstd))  # [1, R groups]
+    shape = (1, R * C, x.shape[2], mean.shape[1])
+    _, scale, shift = torch.ops.aten.native_group_norm_backward.default(
+        g, x, mean, rstd, x.new_ones(R * C), *shape, [False, True, True]
+    )
+    for sink, each in zip(sinks, (scale, shift), strict=True):
         if sink is not None:
             sink.add_all(rows.sums(each.view(R, C)))
 
