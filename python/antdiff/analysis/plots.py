@@ -242,11 +242,19 @@ def save_transfer(
     names = [f"{start}..{stop - 1}" for start, stop in intervals]
     for ax, gaps, relative in ((axes[0], losses, True), (axes[1], quality, False)):
         for place, gap in enumerate(gaps):
-            x = np.arange(len(intervals)) + (place - (len(gaps) - 1) / 2) * 0.22
+            x = np.arange(len(intervals)) + (place - (len(gaps) - 1) / 2) * 0.28
             scale = 100 if relative else 1
             values = (gap.specialist / gap.joint - 1) if relative else gap.specialist - gap.joint  # [S, K]
             for seed in values.numpy() * scale:
-                ax.plot(x, seed, linestyle="none", marker=MARKERS[place], markersize=3, color=COLOURS[place], alpha=0.4)
+                ax.plot(
+                    x + 0.08,
+                    seed,
+                    linestyle="none",
+                    marker=MARKERS[place],
+                    markersize=3,
+                    color=COLOURS[place],
+                    alpha=0.6,
+                )
             mean, low, high = gap.relative if relative else gap.gap
             half = torch.nan_to_num((high - low) / 2) * scale
             ax.errorbar(x, mean * scale, half, linestyle="none", marker=MARKERS[place], markersize=6.5, capsize=4,
@@ -257,9 +265,7 @@ def save_transfer(
         bottom, top = ax.get_ylim()
         ax.axhspan(min(bottom, 0.0), 0, color="#eeeeee", zorder=0)
         ax.set_ylim(bottom, top)
-        ax.annotate(
-            "negative transfer", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="#555555"
-        )
+        ax.annotate("negative transfer", (0.01, 0.02), xycoords="axes fraction", ha="left", fontsize=8, color="#555555")
     axes[0].set_ylabel("NTG, % of the joint model's loss")
     axes[0].set_title("held-out denoising loss on the interval", fontsize=9)
     axes[1].set_ylabel(f"NTG, {metric}")
