@@ -179,41 +179,45 @@ def save_layers(
 
 
 def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, text: str, path: Path) -> None:
-    """The matrix of the last checkpoint with its intervals, and the share of conflicting pairs over checkpoints."""
+    """Cosines of the clusters' expected gradients, and the share of conflicting pairs, over the checkpoints."""
     sheet, (left, right) = _figure(9.4, 4.1, columns=2)
-    last = found[max(found)]
-    mean, low, high = last.expected()
-    k = clusters.k
+    steps, k = sorted(found), clusters.k
     names = [f"{start}..{stop - 1}" for start, stop in pairwise(clusters.bounds)]
+    mean = torch.stack([found[step].expected().mean for step in steps]).nanmean(0)  # [K, K]
+    if len(steps) > 1:
+        spread = torch.stack([found[step].expected().mean for step in steps]).std(0)
+    else:
+        spread = (found[steps[0]].expected().high - mean).nan_to_num(0)
     floor = min(0.0, float(mean.nan_to_num(0).min()))
     image = left.imshow(mean.numpy(), cmap="viridis", vmin=floor, vmax=1, origin="lower")
-    bright = (mean.numpy() - floor) / (1 - floor) > 0.55
     for i in range(k):
         for j in range(k):
             if i == j or k > 8:
                 continue
-            text = f"{float(mean[i, j]):+.2f}" + (f"\n±{float(high[i, j] - low[i, j]) / 2:.2f}" if k <= 6 else "")
-            left.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if bright[i, j] else "white")
+            value = f"{float(mean[i, j]):+.2f}" + (f"\n±{float(spread[i, j]):.2f}" if k <= 6 else "")
+            colour = "black" if float(mean[i, j]) - floor > 0.55 * (1 - floor) else "white"
+            left.text(j, i, value, ha="center", va="center", fontsize=8, color=colour)
     left.set_xticks(range(k), names, rotation=35, ha="right", fontsize=8)
     left.set_yticks(range(k), names, fontsize=8)
     left.spines[:].set_visible(False)
     left.set(xlabel="timesteps of the cluster", ylabel="timesteps of the cluster")
-    left.set_title(f"cosine of expected gradients, step {max(found)}", fontsize=9)
+    many = f"mean ± SD of {len(steps)} checkpoints" if len(steps) > 1 else "± 95 % interval"
+    left.set_title(f"cosine of expected gradients, {many}", fontsize=9)
     bar = sheet.colorbar(image, ax=left, shrink=0.85)
     bar.ax.tick_params(labelsize=8)
 
-    steps = sorted(found)
     shares = [found[step].share() for step in steps]
-    _errorbar(right, steps, shares, 0, "pairs of a batch")
+    _errorbar(right, steps, shares, 0, "pairs in a batch, noise and all")
     pairs = max(1, k * (k - 1) // 2)
     expected = [found[step].conflicting_pairs() / pairs for step in steps]
     right.plot(steps, expected, color=COLOURS[1], marker=MARKERS[1], linestyle="--", linewidth=1.2, markersize=5,
                label="pairs of expected gradients, beyond noise")  # fmt: skip
-    right.set_ylim(0, max(0.55, *(float(share.high) if share.high.isfinite() else 0.0 for share in shares)))
+    top = max([0.5, *expected, *(float(share.high.nan_to_num(0)) for share in shares)])
+    right.set_ylim(0, 1.25 * top)
     right.axhline(0.5, color="black", linewidth=0.7, linestyle=":")
     right.set(xlabel="training step of the checkpoint", ylabel="share of pairs that conflict")
     right.set_title("negative inner products of cluster gradients", fontsize=9)
-    right.legend(fontsize=8, frameon=False)
+    right.legend(fontsize=8, frameon=False, loc="upper left")
     if len(steps) == 1:
         right.set_xticks(steps)
     _caption(sheet, text)
@@ -238,11 +242,19 @@ def save_transfer(
     names = [f"{start}..{stop - 1}" for start, stop in intervals]
     for ax, gaps, relative in ((axes[0], losses, True), (axes[1], quality, False)):
         for place, gap in enumerate(gaps):
-            x = np.arange(len(intervals)) + (place - (len(gaps) - 1) / 2) * 0.22
+            x = np.arange(len(intervals)) + (place - (len(gaps) - 1) / 2) * 0.28
             scale = 100 if relative else 1
             values = (gap.specialist / gap.joint - 1) if relative else gap.specialist - gap.joint  # [S, K]
             for seed in values.numpy() * scale:
-                ax.plot(x, seed, linestyle="none", marker=MARKERS[place], markersize=3, color=COLOURS[place], alpha=0.4)
+                ax.plot(
+                    x + 0.08,
+                    seed,
+                    linestyle="none",
+                    marker=MARKERS[place],
+                    markersize=3,
+                    color=COLOURS[place],
+                    alpha=0.6,
+                )
             mean, low, high = gap.relative if relative else gap.gap
             half = torch.nan_to_num((high - low) / 2) * scale
             ax.errorbar(x, mean * scale, half, linestyle="none", marker=MARKERS[place], markersize=6.5, capsize=4,
@@ -253,9 +265,7 @@ def save_transfer(
         bottom, top = ax.get_ylim()
         ax.axhspan(min(bottom, 0.0), 0, color="#eeeeee", zorder=0)
         ax.set_ylim(bottom, top)
-        ax.annotate(
-            "negative transfer", (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="#555555"
-        )
+        ax.annotate("negative transfer", (0.01, 0.02), xycoords="axes fraction", ha="left", fontsize=8, color="#555555")
     axes[0].set_ylabel("NTG, % of the joint model's loss")
     axes[0].set_title("held-out denoising loss on the interval", fontsize=9)
     axes[1].set_ylabel(f"NTG, {metric}")

@@ -172,7 +172,7 @@ def _draw(
         full, loaded.log_snr, clusterings,
         caption(f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: the "
                 f"{next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
-                "conflict. t = 0 is the least noise.", 148),
+                "conflict. t = 0 is the least noise.", 175),
         out / "affinity.png",
     )  # fmt: skip
     save_gaps(
@@ -242,10 +242,10 @@ def analyze_conflict(
     }  # fmt: skip
     save_conflict(
         found, chosen,
-        caption(f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. ± and bars: 95 % Student "
-                "intervals over repetitions, which draw other images, noise and timesteps; the network is one. Left: "
-                "noise-corrected, from different batches. Right: circles count every batch as it comes, noise and "
-                "all; squares only pairs whose expected gradients have an interval wholly below zero.", 140),
+        caption(f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from "
+                "products of different batches. Right: circles count every batch as it comes, with 95 % Student "
+                "intervals over repetitions (other images, noise and timesteps, one network); squares count pairs of "
+                "expected gradients whose interval is wholly below zero. Dotted: what noise alone gives.", 140),
         out / "conflict.png",
     )  # fmt: skip
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

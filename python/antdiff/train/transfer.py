@@ -228,14 +228,15 @@ def _report(
         "ntg_fd": {gap.budget: _gap_summary(gap) for gap in quality},
         "joint_fd": joint_fd[:, 0].tolist(),
     }  # fmt: skip
-    few = ", ".join(map(str, summary["specialist_steps"]["samples"]))
+    few = summary["specialist_steps"]["samples"]
+    fewer = " to ".join(map(str, sorted({min(few), max(few)})))
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
     made = f"{data.name}, {base.model}, joint model by {base.method}, {steps} steps, {seeds_text}"
     save_transfer(
         losses, quality, spans, f"FD ({data.name}-CNN)",
         caption(f"NTG = specialist minus joint model; below zero the specialist is better. {made}. Large: mean and "
                 "95 % Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint "
-                f"model, so more samples of the interval; equal samples: {few} steps.", 140),
+                f"model, so more samples of the interval; equal samples: {fewer} steps.", 140),
         out / "transfer.png",
     )  # fmt: skip
     _write(out / "summary.json", summary)
