@@ -164,34 +164,59 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
-    if resume is not None:
-        if out is not None:
-            raise ValueError(
-                f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
-            )
-        run = resume
-        saved = TrainConfig.load(run / "config.json")
-        config = resumed(config, saved)
-    from antdiff.train.data import load_data
+    if resume is not None and out is not None:
+        raise ValueError(
+            f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+        )
+    from antdiff.train.data import ImageData, load_data
+    from antdiff.train.distributed import restarted, team
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
-    data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
-    if resume is None:
-        run = out or _free_folder(config)
-        start_run(config, run)
-    else:
-        extend_run(run, saved, config.steps)
-    print(f"run folder {run}", flush=True)
-    results = execute(config, run, data=data)
-    if results is None:
-        print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
-        return 130
-    print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
+    data: ImageData | None = None
+
+    def folder() -> tuple[TrainConfig, Path]:
+        """The run's settings and its folder, made if it is new."""
+        nonlocal data
+        again = resume
+        if restarted() and again is None:  # torchrun repeats the command: go on with what it began
+            again = out if out is not None else _last_folder(config)
+            again = again if again is not None and (again / "config.json").exists() else None
+        if again is None:
+            data = load_data(
+                config.data, image_size=config.image_size
+            )  # first: a mistyped name leaves no folder behind
+            run = out or _free_folder(config)
+            start_run(config, run)
+            return config, run
+        saved = TrainConfig.load(again / "config.json")
+        settings = resumed(config, saved)
+        data = load_data(settings.data, image_size=settings.image_size)
+        extend_run(again, saved, settings.steps)
+        return settings, again
+
+    with team() as ranks:
+        config, run = ranks.agree(folder)
+        if ranks.leads:
+            print(f"run folder {run}", flush=True)
+        results = execute(config, run, data=data)
+        if results is None:
+            print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+            return 130
+    if results:
+        print(
+            f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
+        )
     return 0
 
 
 def _free_folder(config: TrainConfig) -> Path:
     return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
+
+
+def _last_folder(config: TrainConfig) -> Path | None:
+    free = _free_folder(config)
+    stem, _, number = free.name.rpartition("-")
+    return free.with_name(f"{stem}-{int(number) - 1}") if int(number) else None
 
 
 def _first_free(stem: Path) -> Path:

@@ -1,10 +1,11 @@
 """Training on several ranks: the single-process names, for a batch that is spread over torch.distributed's ranks."""
 
 from antdiff.distributed.balanced_backward import BalancedBackward
-from antdiff.distributed.cluster_gradients import ClusterGradients, Scheme
+from antdiff.distributed.cluster_gradients import ClusterGradients
 from antdiff.distributed.cost import Cost, cost_model
 from antdiff.distributed.losses import global_losses, reduce_gradients
 from antdiff.distributed.ranks import LostRankError, NonFiniteError
+from antdiff.distributed.schemes import Scheme
 from antdiff.distributed.timesteps import StratifiedTimesteps, contiguous_counts
 
 __all__ = [

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import antdiff.gradients
 from antdiff import ops
-from antdiff.distributed.cluster_gradients import ClusterGradients, Scheme
+from antdiff.distributed.cluster_gradients import ClusterGradients
 from antdiff.distributed.exchange import Counts
 from antdiff.distributed.losses import global_losses, reduce_gradients
 from antdiff.distributed.ranks import refuse_nonfinite, wait
+from antdiff.distributed.schemes import Scheme
 from antdiff.gradients.cluster_gradients import Scaler, loss_scale
 from antdiff.gradients.grouping import Rows, check_losses, cut
 from antdiff.gradients.routes import LossFn, Route

@@ -11,14 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from antdiff import gradients, ops
-from antdiff.distributed.cost import Cost, cost_model
-from antdiff.distributed.exchange import AllReduce, Counts, Exchange, Held, OneEach, ReduceScatter, Shards
+from antdiff.distributed.exchange import Counts, Exchange, Shards
 from antdiff.distributed.ranks import Ranks, Work, refuse_nonfinite, wait
+from antdiff.distributed.schemes import Scheme, choose
 from antdiff.gradients.cluster_gradients import Scaler, loss_scale
 from antdiff.gradients.grouping import Rows, check_losses, cut
 from antdiff.gradients.routes import LossFn, Route, refuse_batch_norm
-
-Scheme = Literal["auto", "reduce_scatter", "cluster", "all_reduce"]
 
 
 class ClusterGradients:
@@ -63,7 +61,7 @@ class ClusterGradients:
         J: as :meth:`compute` returns it.
         losses: ``[k]`` detached: mean per-sample loss of each cluster over all ranks (0 where empty); set by
             :meth:`gram`.
-        counts: float64 ``[k]``: samples of each cluster on all ranks.
+        counts: int64 ``[k]``: samples of each cluster on all ranks; set by :meth:`gram`.
         scale: see :class:`antdiff.ClusterGradients`.
 
     Raises:
@@ -99,6 +97,7 @@ class ClusterGradients:
         self._exchanges: dict[type[Exchange], Exchange] = {}
         self._chosen: tuple[type[Exchange], str] | None = None
         self._sums: Tensor | None = None  # float64 [k], of this rank's losses
+        self._total: Tensor | None = None  # float64 [k], samples on all ranks
         self._sound: Tensor | None = None  # bool [R], on the device: nothing unsound was met on these ranks so far
         self._partial: Tensor | None = None  # float64 [k], this rank's counts since the first accumulate
 
@@ -133,13 +132,12 @@ class ClusterGradients:
         if self.ranks.size == 1 and not self.is_sharded:
             mine = self.counts_here(counts)
             self.J = self.local.compute(loss_fn, batch, cluster, counts=mine, scaler=scaler)
-            self.counts, self.scale = self.local.counts.double(), self.local.scale
-            self._sums = self.local.losses.double() * self.counts
+            self.scale = self.local.scale
             return self.J
         rows, everywhere = self._rows(cluster, counts)
         rows, batch = rows.sort(batch)
         self.scale = loss_scale(scaler, cluster.device)
-        total, work = self._total(rows.counts, everywhere)
+        total, work = self._count(rows.counts, everywhere)
         exchange = self._exchange(everywhere)
         exchange.begin(everywhere)
         if self.route == "split":
@@ -161,7 +159,7 @@ class ClusterGradients:
             wait(work, "the sum of counts")
             self._send(exchange, J, rows.counts / total.clamp(min=1))
             self._sums = self.local.losses.double() * rows.counts
-        self.counts = total
+        self._total = total
         self.J = exchange.finish()
         return self.J
 
@@ -204,28 +202,28 @@ class ClusterGradients:
         """
         if not self.is_sharded:
             J = self.local.mean()
-            mine = self.local.counts.double()
             self.scale = self.local.scale
-            self._sums = self.local.losses.double() * mine
             if self.ranks.size == 1:
-                self.J, self.counts = J, mine
+                self.J = J
                 return self.J
-            self.counts, work = self._total(mine, None)
+            mine = self.local.counts.double()
+            self._sums = self.local.losses.double() * mine
+            self._total, work = self._count(mine, None)
             exchange = self._exchange(None)
             exchange.begin(None)
             wait(work, "the sum of counts")
-            self._send(exchange, J, mine / self.counts.clamp(min=1))
+            self._send(exchange, J, mine / self._total.clamp(min=1))
             self.J = exchange.finish()
             return self.J
         if self._partial is None:
             raise RuntimeError("mean() ends accumulate(); call accumulate(loss_fn, batch, cluster) first.")
-        self.counts, work = self._total(self._partial, None)
+        self._total, work = self._count(self._partial, None)
         self._partial = None
         wait(work, "the sum of counts")
         self.J = self._exchange(None).finish()
         for rows in self.J:
             assert rows is not None
-            rows.div_(self.counts.clamp(min=1).to(rows.dtype).view(self.k, *[1] * (rows.dim() - 1)))
+            rows.div_(self._total.clamp(min=1).to(rows.dtype).view(self.k, *[1] * (rows.dim() - 1)))
         return self.J
 
     # ---- what is done with them ----------------------------------------------------------------------------------
@@ -241,15 +239,19 @@ class ClusterGradients:
             LostRankError: another rank has died or hangs.
         """
         self._own(J)
+        if self.ranks.size == 1 and not self.is_sharded:
+            self.losses, self.counts = self.local.losses, self.local.counts
+            return ops.gram(list(J))
         assert self._sums is not None
+        assert self._total is not None
         k, split = self.k, self._splits()
         G = ops.gram(list(J))
         part = (G / self._replicas()).flatten() if split else G.new_zeros(0)
         total, sound = self.ranks.total(torch.cat([part, self._sums.to(G.device)]), self._sums.isfinite().all())
         G = total[: k * k].view(k, k) if split else G
-        self.losses = (total[-k:] / self.counts.to(G.device).clamp(min=1)).to(
-            torch.promote_types(self._dtype(), torch.float32)
-        )
+        self.counts = self._total.to(G.device, torch.int64)
+        losses = total[-k:] / self.counts.clamp(min=1)
+        self.losses = losses.to(torch.promote_types(self._dtype(), torch.float32))
         self._sound = sound if self._sound is None else self._sound & sound
         if self.nonfinite == "raise" and G.device.type == "cpu":
             self.check(G)
@@ -362,7 +364,7 @@ class ClusterGradients:
             )
         return counts[self.ranks.rank]  # type: ignore[return-value]
 
-    def _total(self, mine: Tensor, everywhere: Counts | None) -> tuple[Tensor, Work]:
+    def _count(self, mine: Tensor, everywhere: Counts | None) -> tuple[Tensor, Work]:
         """Samples of each cluster on all ranks, float64 [k], once the work is done."""
         if everywhere is not None:
             return torch.tensor(everywhere, dtype=torch.float64).sum(0).to(mine.device), None
@@ -372,7 +374,10 @@ class ClusterGradients:
     def _exchange(self, counts: Counts | None) -> Exchange:
         params = [p for p in self.model.parameters() if p.requires_grad]
         dtype = self._dtype()
-        self._chosen = self._choose(params, dtype, counts)
+        if self.is_sharded:
+            self._chosen = Shards, "rows are FSDP's own shards; K x K numbers are summed"
+        else:
+            self._chosen = choose(self.scheme, self.ranks.size, self.k, sum(p.numel() for p in params), dtype, counts)
         kind = self._chosen[0]
         known = self._exchanges.get(kind)
         stale = (
@@ -384,31 +389,6 @@ class ClusterGradients:
         if stale:
             self._exchanges[kind] = kind(self.ranks, params, self.k, dtype)
         return self._exchanges[kind]
-
-    def _choose(
-        self, params: list[nn.Parameter], dtype: torch.dtype, counts: Counts | None
-    ) -> tuple[type[Exchange], str]:
-        if self.is_sharded:
-            return Shards, "rows are FSDP's own shards; K x K numbers are summed"
-        if self.scheme == "cluster" and counts is None:
-            raise ValueError(
-                "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; see "
-                "antdiff.distributed.StratifiedTimesteps."
-            )
-        if self.scheme == "all_reduce":
-            return AllReduce, "scheme 'all_reduce': asked for"
-        costs = cost_model(
-            sum(p.numel() for p in params), self.k, self.ranks.size, itemsize=dtype.itemsize, counts=counts
-        )
-        scheme, why = self.scheme, "asked for"
-        if scheme == "auto":
-            scheme, why = _fastest(
-                {name: costs[name] for name in get_args(Scheme)[1:] if name != "cluster" or counts is not None}
-            )
-        kind: type[Exchange] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}[scheme]
-        if kind is Held and counts is not None and _one_each(counts, self.k):
-            kind = OneEach
-        return kind, f"scheme {scheme!r}: {why}, {costs[scheme].bytes / 1e6:.3g} MB sent a step and rank"
 
     def _dtype(self) -> torch.dtype:
         dtype = self.dtype
@@ -447,19 +427,3 @@ class ClusterGradients:
             raise ValueError(
                 "J must be what compute() or mean() returned last; other gradients are not summed over ranks."
             )
-
-
-def _one_each(counts: Counts, k: int) -> bool:
-    """Whether R = c k, and rank r holds the one cluster r // c."""
-    c, left = divmod(len(counts), k)
-    return (
-        not left
-        and all(n == 0 or i == r // c for r, row in enumerate(counts) for i, n in enumerate(row))
-        and all(row[r // c] for r, row in enumerate(counts))
-    )
-
-
-def _fastest(costs: dict[str, Cost]) -> tuple[Any, str]:
-    name = min(costs, key=lambda name: costs[name].seconds)
-    others = ", ".join(f"{other} {cost.seconds * 1e3:.3g} ms" for other, cost in costs.items() if other != name)
-    return name, f"{costs[name].seconds * 1e3:.3g} ms expected, against {others}"

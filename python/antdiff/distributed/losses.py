@@ -54,9 +54,19 @@ def global_losses(
     return (total[:k] / n).to(losses.dtype) + mine / n.to(losses.dtype), total[k:].to(counts.dtype)
 
 
-def reduce_gradients(params: nn.Module | Iterable[nn.Parameter], *, group: dist.ProcessGroup | None = None) -> None:
-    """Sums ``p.grad`` over the ranks, in one message a dtype; None counts as zero. Not for gradients that
-    DistributedDataParallel or FSDP has reduced.
+def reduce_gradients(
+    params: nn.Module | Iterable[nn.Parameter],
+    *,
+    group: dist.ProcessGroup | None = None,
+    skip_unused: bool = False,
+) -> None:
+    """Sums ``p.grad`` over the ranks, in one message a dtype. Not for gradients that DistributedDataParallel or FSDP
+    has reduced.
+
+    Args:
+        params: the parameters, or the module that has them, the same on every rank.
+        group: the ranks; default all.
+        skip_unused: a ``p.grad`` of None stays None, and must be so on every rank; else it counts as zero.
 
     Raises:
         LostRankError: another rank has died or hangs.
@@ -67,7 +77,7 @@ def reduce_gradients(params: nn.Module | Iterable[nn.Parameter], *, group: dist.
     params = params.parameters() if isinstance(params, nn.Module) else params
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for p in params:
-        if p.requires_grad:
+        if p.requires_grad and not (skip_unused and p.grad is None):
             by_dtype.setdefault(p.dtype, []).append(p)
     for group_ in by_dtype.values():
         bucket = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group_])

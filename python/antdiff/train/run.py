@@ -22,6 +22,7 @@ from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_ch
 from antdiff.train.companions import BASE, Experts, make_model
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
+from antdiff.train.distributed import Team
 from antdiff.train.log import read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
@@ -109,12 +110,17 @@ def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
 def execute(
     config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
 ) -> dict[str, Any] | None:
-    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
+    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results.
+
+    Of several ranks the first measures, and the others have done: their results are empty.
+    """
+    team = Team()
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
         if not train(config, data, run, progress=progress):
             return None
-        return evaluate(config, data, run, progress=progress)
+        team.part_ways()
+        return evaluate(config, data, run, progress=progress) if team.leads else {}
 
 
 def load_model(
