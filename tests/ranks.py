@@ -4,6 +4,8 @@ nothing waits for ever."""
 from __future__ import annotations
 
 import datetime
+import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 60.0  # seconds that a collective, and 4 x that a whole set of cases, may take on a busy machine
+TIMEOUT = 30.0  # seconds that a collective, and 4 x that a whole set of cases, may take on a busy machine
 
 Case = Callable[[int, int], Any]
 
 
 def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
-    import os
-
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -34,12 +34,12 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
     for case in cases:  # a case that fails on one rank may leave the others waiting: the first failure ends it
         try:
             results[case.__name__] = case(rank, world)
+            torch.save(results, f"{folder}/{rank}.pt")
         except Exception:
             results[case.__name__] = traceback.format_exc()
             results["failed"] = case.__name__
             torch.save(results, f"{folder}/{rank}.pt")
             os._exit(1)
-    torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -47,18 +47,19 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
 def run(world: int, cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     """What each case returned on each rank: a list of dicts by the cases' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.start_processes(
-        _main, args=(world, cases, str(folder)), nprocs=world, join=False, start_method="spawn"
-    )
-    assert context is not None
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_main, args=(rank, world, cases, str(folder))) for rank in range(world)]
+    deadline = time.monotonic() + 4 * TIMEOUT
     try:
-        context.join(timeout=4 * TIMEOUT)
-    except mp.ProcessExitedException:
-        pass
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
-        for process in context.processes:
+        for process in processes:
             if process.is_alive():
                 process.kill()
+                process.join()
     results = []
     for rank in range(world):
         path = folder / f"{rank}.pt"
@@ -66,5 +67,6 @@ def run(world: int, cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     broken = [(rank, r["failed"], r[r["failed"]]) for rank, r in enumerate(results) if "failed" in r]
     if broken:
         raise AssertionError("\n".join(f"rank {rank}, {name}:\n{text}" for rank, name, text in broken))
-    assert all(results), "a process died, or did not end in time, and left nothing"
+    done = [set(r) for r in results]
+    assert all(len(names) == len(cases) for names in done), f"a process died, or did not end in time, after {done}"
     return results

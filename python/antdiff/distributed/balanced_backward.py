@@ -115,30 +115,31 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
             wait(ranks.all_reduce(total), "the sum of counts")
         scale = loss_scale(self.scaler, cluster.device) * (ranks.size if cg.is_sharded else 1)
         factors = (self.weights * scale / total.clamp(min=1))[rows.cluster]  # [B]
-        sums = torch.zeros(self.k, dtype=torch.float64, device=cluster.device)
+        sums, dtype = torch.zeros(self.k, dtype=torch.float64, device=cluster.device), torch.float32
         with cg.unsynchronised():
             for start, stop, _ in self._pieces(rows):
                 per_sample = loss_fn(*cut(batch, rows.B, start, stop))
                 check_losses(per_sample, stop - start)
                 torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
+                dtype = torch.promote_types(per_sample.dtype, torch.float32)
                 values = per_sample.detach().double()
                 sums += torch.where(rows.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
         self._reduce()
         sums, sound = ranks.total(sums, sums.isfinite().all())
         if self.scaler is None and sums.device.type == "cpu":
             refuse_nonfinite(sound, sums)
-        return (sums / total.clamp(min=1)).float()
+        return (sums / total.clamp(min=1)).to(dtype)
 
     def _from_losses(
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
         rows = Rows.of(cluster, self.k, counts)
+        self._clear()  # before the forward, after which FSDP2 may show gathered parameters in place of its own
         with self.gradients.unsynchronised():
             per_sample = loss_fn(*batch)
             check_losses(per_sample, rows.B)
             losses, counts_ = ops.cluster_mean(per_sample, cluster, self.k)
             losses, counts_ = global_losses(losses, counts_, group=self.group, averaged=self.gradients.is_sharded)
-            self._clear()
             (self.balancer.loss(losses, counts_) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
         return losses.detach()

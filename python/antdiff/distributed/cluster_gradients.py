@@ -368,7 +368,7 @@ class ClusterGradients:
         """Samples of each cluster on all ranks, float64 [k], once the work is done."""
         if everywhere is not None:
             return torch.tensor(everywhere, dtype=torch.float64).sum(0).to(mine.device), None
-        total = mine.double()
+        total = mine.double().clone()
         return total, self.ranks.all_reduce(total) if self.ranks.size > 1 else None
 
     def _exchange(self, counts: Counts | None) -> Exchange:
@@ -377,7 +377,7 @@ class ClusterGradients:
         if self.is_sharded:
             self._chosen = Shards, "rows are FSDP's own shards; K x K numbers are summed"
         else:
-            self._chosen = choose(self.scheme, self.ranks.size, self.k, sum(p.numel() for p in params), dtype, counts)
+            self._chosen = choose(self.scheme, self.ranks, self.k, sum(p.numel() for p in params), dtype, counts)
         kind = self._chosen[0]
         known = self._exchanges.get(kind)
         stale = (

@@ -255,9 +255,9 @@ class OneEach(ReduceScatter):
     def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
         super().__init__(ranks, params, k, dtype)
         c = ranks.size // k
-        self.cluster, j = divmod(ranks.rank, c)
-        self.inside = ranks.subgroup([self.cluster * c + x for x in range(c)])
-        self.across = ranks.subgroup([x * c + j for x in range(k)])
+        self.cluster = ranks.rank // c
+        self.inside = ranks.mine_of([[m * c + x for x in range(c)] for m in range(k)])
+        self.across = ranks.mine_of([[m * c + x for m in range(k)] for x in range(c)])
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         if i == self.cluster:

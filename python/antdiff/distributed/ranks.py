@@ -48,12 +48,17 @@ class Ranks:
         self.size = dist.get_world_size(group) if on else 1
         self.gloo = on and dist.get_backend(group) == "gloo"
 
-    def subgroup(self, members: list[int]) -> Ranks:
-        """Some ranks of this group; only they have to call."""
-        whole = self.group if self.group is not None else dist.group.WORLD
-        assert whole is not None
-        ids = [dist.get_global_rank(whole, member) for member in members]
-        return Ranks(dist.new_group(ids, use_local_synchronization=True))
+    @property
+    def everyone(self) -> bool:
+        """Whether the group is all of torch.distributed's processes."""
+        return self.size == 1 or self.size == dist.get_world_size()
+
+    def mine_of(self, groups: list[list[int]]) -> Ranks:
+        """Of disjoint groups of ranks that cover all, the one that has this rank. Every process of the job has to call:
+        torch.distributed can let the members alone make a group, but deadlocks where they are in unequal numbers of
+        groups already."""
+        made = [dist.new_group(group) for group in groups]
+        return Ranks(next(g for g, group in zip(made, groups, strict=True) if self.rank in group))
 
     # ---- collectives: asynchronous, the result is there after wait() -------------------------------------------------
 

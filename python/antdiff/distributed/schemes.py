@@ -8,12 +8,13 @@ import torch
 
 from antdiff.distributed.cost import cost_model
 from antdiff.distributed.exchange import AllReduce, Counts, Exchange, Held, OneEach, ReduceScatter
+from antdiff.distributed.ranks import Ranks
 
 Scheme = Literal["auto", "reduce_scatter", "cluster", "all_reduce"]
 
 
 def choose(
-    scheme: Scheme, world_size: int, k: int, numel: int, dtype: torch.dtype, counts: Counts | None
+    scheme: Scheme, ranks: Ranks, k: int, numel: int, dtype: torch.dtype, counts: Counts | None
 ) -> tuple[type[Exchange], str]:
     """The exchange of a scheme, and why it is this one. Every rank comes to the same one.
 
@@ -25,7 +26,7 @@ def choose(
             "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; see "
             "antdiff.distributed.StratifiedTimesteps."
         )
-    costs = cost_model(numel, k, world_size, itemsize=dtype.itemsize, counts=counts)
+    costs = cost_model(numel, k, ranks.size, itemsize=dtype.itemsize, counts=counts)
     why = "asked for"
     if scheme == "auto":
         able: list[Scheme] = ["reduce_scatter", "all_reduce"]
@@ -36,7 +37,7 @@ def choose(
         why = f"{costs[scheme].seconds * 1e3:.3g} ms expected, against {others}"
     kinds: dict[str, type[Exchange]] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}
     kind = kinds[scheme]
-    if kind is Held and counts is not None and _one_each(counts, k):
+    if kind is Held and counts is not None and ranks.everyone and _one_each(counts, k):  # its groups are made by all
         kind = OneEach
     return kind, f"scheme {scheme!r} ({why}), which sends {costs[scheme].bytes / 1e6:.3g} MB a step and rank"
 

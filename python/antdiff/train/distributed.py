@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from antdiff.distributed import contiguous_counts
 from antdiff.distributed.ranks import Ranks, wait
@@ -91,7 +93,14 @@ def team() -> Iterator[Team]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    # torchrun keeps one store through all restarts, in which the new ranks would find the addresses of the dead ones
+    # (pytorch/pytorch#135712). On several nodes the count of restarts may differ between them: there torchrun itself
+    # has to be told to make a new store, by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Team()
     finally:
