@@ -478,7 +478,7 @@ def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
     return "nothing", ""
 
 
-CASES = [
+FOUR = [
     every_scheme_and_method,
     other_routes,
     wrapped,
@@ -487,4 +487,6 @@ CASES = [
     a_nan_on_rank_2,
     half_precision,
     bytes_on_the_wire,
+    sharded_checkpoint_save,
 ]
+TWO = [sharded_checkpoint_load, a_rank_that_dies]

@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
             results["failed"] = case.__name__
             torch.save(results, f"{folder}/{rank}.pt")
             os._exit(1)
-    dist.barrier()
-    dist.destroy_process_group()
+    with suppress(RuntimeError):  # a rank has been lost, as its case meant it
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-def run(world: int, cases: list[Case], folder: Path) -> list[dict[str, Any]]:
-    """What each case returned on each rank: a list of dicts by the cases' names."""
+def run(world: int, cases: list[Case], folder: Path, *, lost: int | None = None) -> list[dict[str, Any]]:
+    """What each case returned on each rank: a list of dicts by the cases' names. Rank ``lost`` dies in the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [context.Process(target=_main, args=(rank, world, cases, str(folder))) for rank in range(world)]
@@ -68,5 +70,7 @@ def run(world: int, cases: list[Case], folder: Path) -> list[dict[str, Any]]:
     if broken:
         raise AssertionError("\n".join(f"rank {rank}, {name}:\n{text}" for rank, name, text in broken))
     done = [set(r) for r in results]
-    assert all(len(names) == len(cases) for names in done), f"a process died, or did not end in time, after {done}"
+    assert all(len(names) == len(cases) - (rank == lost) for rank, names in enumerate(done)), (
+        f"a process died, or did not end in time, after {done}"
+    )
     return results

@@ -121,17 +121,18 @@ class AllReduce(Exchange):
 class ReduceScatter(Exchange):
     """Each row goes out while the next one is computed; J is this rank's S columns of it.
 
-    Two rows are in flight at most, so a rank holds K P / R numbers of J and not K P.
+    Two rows are in flight at most, so a rank holds K P / R numbers of J and not K P. The direction is gathered into the
+    buffer of the first row, which the next step overwrites: p.grad are views of it.
     """
+
+    in_flight = 2
 
     def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
         super().__init__(ranks, params, k, dtype)
         R = ranks.size
         self.S = -(-self.numel // R)
-        flat = torch.zeros(
-            3, R * self.S, dtype=dtype, device=self.device
-        )  # two rows in flight, the direction; zero tails
-        self.flats, self.grads = [flat[0], flat[1]], flat[2]
+        self.flats = [torch.zeros(R * self.S, dtype=dtype, device=self.device) for _ in range(self.in_flight)]
+        self.grads = self.flats[0]
         self.views = [_views(x, params) for x in self.flats]
         self.columns = torch.empty(k, self.S, dtype=dtype, device=self.device)
         self.J = [self.columns]
@@ -153,10 +154,11 @@ class ReduceScatter(Exchange):
     def combine(self, weights: Tensor) -> None:
         ops.combine(weights, self.columns, out=self._piece())
         self._gather()
+        self.grads[self.numel :].zero_()  # poisoned weights have made it NaN, and the next row keeps it
         _set_grads(self.params, _views(self.grads, self.params))
 
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.flats, self.grads, self.columns, *self.received.values()))
+        return sum(x.nbytes for x in (*self.flats, self.columns, *self.received.values()))
 
     def _send(self, i: int, b: int) -> Work:
         if not self.ranks.gloo:
@@ -252,12 +254,15 @@ class OneEach(ReduceScatter):
     exchanged with the ranks of the other clusters. As many bytes as :class:`Held`, but only a c-th of them, P / c,
     leave the group of neighbours, which is what counts where neighbours share a node."""
 
+    in_flight = 1
+
     def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
         super().__init__(ranks, params, k, dtype)
         c = ranks.size // k
         self.cluster = ranks.rank // c
         self.inside = ranks.mine_of([[m * c + x for x in range(c)] for m in range(k)])
         self.across = ranks.mine_of([[m * c + x for m in range(k)] for x in range(c)])
+        self.chunk = torch.empty(k * self.S if c > 1 else 0, dtype=dtype, device=self.device)
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         if i == self.cluster:
@@ -267,7 +272,7 @@ class OneEach(ReduceScatter):
         chunk = self.flats[0]
         c = self.inside.size
         if c > 1:
-            chunk = self.flats[1][: self.k * self.S]
+            chunk = self.chunk
             if self.inside.gloo:
                 arrived = self._buffer(0, self.flats[0].numel())
                 wait(self.inside.all_to_all(arrived, self.flats[0]), "the sum of a cluster's rows")
@@ -276,6 +281,9 @@ class OneEach(ReduceScatter):
                 wait(self.inside.reduce_scatter(chunk, self.flats[0]), "the sum of a cluster's rows")
         wait(self.across.all_to_all(self.columns.view(-1), chunk), "the exchange of rows")
         return self.J
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self.chunk.nbytes
 
     # Rank (cluster m, place j) ends with piece j K + m of the row: the pieces of its chunk j lie across the clusters.
 
