@@ -143,12 +143,15 @@ def test_every_method_trains_and_resumes_bit_for_bit(method: str, digits: ImageD
 
 
 def test_the_direction_of_a_method_without_weights_reaches_the_parameters() -> None:
-    grads = [torch.zeros(2), None, torch.zeros(3, dtype=torch.bfloat16)]
-    write_direction([torch.tensor([4.0, 8.0]), None, torch.ones(3)], 0.25, out=grads)
-    assert grads[0] is not None
-    assert grads[2] is not None
-    assert grads[0].tolist() == [1, 2]
-    assert grads[2].tolist() == [0.25] * 3
+    model = torch.nn.Module()
+    model.a, model.frozen = (torch.nn.Parameter(torch.zeros(2), requires_grad=on) for on in (True, False))
+    model.b = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    write_direction([torch.tensor([4.0, 8.0]), None, torch.ones(3)], 0.25, model)
+    assert model.a.grad is not None
+    assert model.b.grad is not None
+    assert model.frozen.grad is None
+    assert model.a.grad.tolist() == [1, 2]
+    assert model.b.grad.tolist() == [0.25] * 3
 
 
 def test_without_conflict_pcgrad_is_the_plain_mean(

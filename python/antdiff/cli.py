@@ -306,42 +306,68 @@ def _analyze_app() -> Any:
 
 
 def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
-    if resume is not None:
-        if out is not None:
-            raise ValueError(
-                f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
-            )
-        run = resume
-        saved = TrainConfig.load(run / "config.json")
-        config = resumed(config, saved)
-    from antdiff.train.data import load_data
+    if resume is not None and out is not None:
+        raise ValueError(
+            f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+        )
+    saved = TrainConfig.load(resume / "config.json") if resume is not None else None
+    if saved is not None:
+        resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
+    from antdiff.train.data import ImageData, load_data
+    from antdiff.train.distributed import restarted, team
     from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
-    data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
-    if wandb is not None:
-        import_wandb()  # nor does a missing package
-    if resume is None:
-        run = out or _free_folder(config)
-        start_run(config, run)
-    else:
-        extend_run(run, saved, config.steps)
-    print(f"run folder {run}", flush=True)
-    loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None else []
-    try:
-        results = execute(config, run, data=data, loggers=loggers)
-    except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
-        results = None
+    data: ImageData | None = None
+
+    def folder() -> tuple[TrainConfig, Path]:
+        """The run's settings and its folder, made if it is new."""
+        nonlocal data
+        again = resume
+        if restarted() and again is None:  # torchrun repeats the command: go on with what it began
+            again = out if out is not None else _last_folder(config)
+            again = again if again is not None and (again / "config.json").exists() else None
+        saved = None if again is None else TrainConfig.load(again / "config.json")
+        settings = config if saved is None else resumed(config, saved)
+        # A mistyped name of data, or a missing package, leaves no folder behind.
+        data = load_data(settings.data, image_size=settings.image_size)
+        if wandb is not None:
+            import_wandb()
+        if again is None or saved is None:
+            run = out or _free_folder(config)
+            start_run(config, run)
+            return config, run
+        extend_run(again, saved, settings.steps)
+        return settings, again
+
+    with team() as ranks:
+        config, run = ranks.agree(folder)
+        if ranks.leads:
+            print(f"run folder {run}", flush=True)
+        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.leads else []
+        try:
+            results = execute(config, run, data=data, loggers=loggers)
+        except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
+            results = None
     if results is None:
         print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
-    print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
-    print(f"all of it on one page: antdiff report {run}")
+    if results:  # of several ranks, the first has them
+        print(
+            f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
+        )
+        print(f"all of it on one page: antdiff report {run}")
     return 0
 
 
 def _free_folder(config: TrainConfig) -> Path:
     return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
+
+
+def _last_folder(config: TrainConfig) -> Path | None:
+    free = _free_folder(config)
+    stem, _, number = free.name.rpartition("-")
+    return free.with_name(f"{stem}-{int(number) - 1}") if int(number) else None
 
 
 def _first_free(stem: Path) -> Path:

@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, ops
+from antdiff import StratifiedTimesteps, TimestepClusters, ops
 from antdiff.analysis import Telemetry
 from antdiff.companions import RestrictedTimesteps
+from antdiff.distributed import ClusterGradients, global_losses, reduce_gradients
+from antdiff.gradients.routes import Route
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
+from antdiff.train.distributed import Team
 from antdiff.train.log import Logger, MetricLog
 from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
@@ -59,6 +62,8 @@ def train(
     from tqdm import tqdm
 
     # ---- the usual parts -----------------------------------------------------------------------------------------
+    team = Team()  # one process, or those that torchrun started: each takes its part of every batch
+    part = team.part(config.batch_size)  # a slice of its rows
     device = choose_device(config.device)
     rng = generators(config.seed, device)
     schedule = noise_schedule()
@@ -68,19 +73,22 @@ def train(
     if (prompts := prompts_of(model)) is not None:
         prompts.generator = rng["prompts"]
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
-    batches = Batches(data.train, config.batch_size, rng["data"])
+    B = config.batch_size
+    batches = Batches(data.train, B, rng["data"], part)
 
     # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
     clusters = TimestepClusters.load(run / "clusters.json")
     K = clusters.k
     timesteps = make_timesteps(config, clusters, model, device)
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
-    # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
-    gradients = ClusterGradients(model, K, route="split" if config.patch else "auto")
-    epoch = math.ceil(len(data.train) / config.batch_size)
+    epoch = math.ceil(len(data.train) / B)
     balancer = make_balancer(config.method, K, optimizer, generator=rng["balancing"], epoch=epoch)
     # The weights of a "sum" method add K gradients up: 1/K keeps the learning rate's meaning.
     scale = 1 / K if balancer.scale == "sum" else 1.0
+    # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
+    route: Route = "split" if config.patch or team.size > 1 else "auto"
+    # GradDrop looks at all of J, so every rank holds it.
+    gradients = ClusterGradients(model, K, route, scheme="all_reduce" if balancer.needs == "J" else "auto")
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
     importance = cluster_weights(timesteps, device)
@@ -88,43 +96,48 @@ def train(
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
              "balancer": balancer, "telemetry": telemetry}  # fmt: skip
     start = restore(run, parts, rng)
-    log = MetricLog(run, start=start, also=loggers)
     stack = ExitStack()
-    stack.callback(log.close)
+    if team.leads:
+        log = MetricLog(run, start=start, also=loggers)
+        stack.callback(log.close)
     stop = stack.enter_context(stop_requests())
     bar = stack.enter_context(
-        tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+        tqdm(total=config.steps, initial=start, unit="step", disable=not (progress and team.leads), dynamic_ncols=True)
     )
 
     with stack:
         model.train()
         for step in range(start + 1, config.steps + 1):
             # 1. A batch, noised to timesteps whose clusters are known.
-            x0 = batches.next(device)  # [B, C, H, W]
+            x0 = batches.next(device)  # [B, C, H, W]; of several ranks, each takes its part of what all draw alike
             drawn = next(importance)  # [K]
-            shares = timesteps.shares(len(x0)) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
-            t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
-            noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
+            shares = timesteps.shares(B) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
+            t, cluster, weight = timesteps.sample(B, device=device, generator=rng["timesteps"])  # each [B]
+            t, cluster, weight = t[part], cluster[part], weight[part]
+            noise = torch.randn((B, *x0.shape[1:]), generator=rng["noise"], device=device)[part]
             xt = schedule.add_noise(x0, noise, t)
 
             if balancer.needs != "losses":
                 # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
-                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
-                losses, counts = gradients.losses, gradients.counts
+                batch, shares = (xt, noise, t, weight), team.counts(shares)
+                J = gradients.compute(partial(sample_losses, model), batch, cluster, counts=shares)
                 # 3a. Their K x K inner products are all that a balancing method looks at.
-                G = ops.gram(J)
+                G = gradients.gram(J)
+                losses, counts = gradients.losses, gradients.counts
                 if balancer.needs == "gram":
                     # 4a. Every p.grad becomes the weighted sum of its K gradients.
                     w = balancer.weights(G) * scale
-                    ops.combine(w, J, out=gradients.grads())
+                    gradients.combine(w, J)
                 else:  # but for GradDrop, which chooses for each parameter: there are no weights to log
-                    write_direction(balancer.direction(J), scale, out=gradients.grads())
+                    write_direction(balancer.direction(J), scale, model)
                     w = torch.full_like(losses, torch.nan)
             else:
                 # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
-                (balancer.loss(losses, counts) + model.auxiliary_loss()).backward()
+                losses, counts = global_losses(losses, counts)
+                (balancer.loss(losses, counts) + model.auxiliary_loss() / team.size).backward()
+                reduce_gradients(model, skip_unused=True)
                 G, w = None, balancer.weights(losses) * scale
 
             # 5. Nothing else changes.
@@ -140,17 +153,20 @@ def train(
                 row = telemetry.read()
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
-                log.log(step, row)
+                if team.leads:
+                    log.log(step, row)
                 check_finite(row["loss"], step, run)  # after the row, which shows where it happened
                 each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
-            if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
+            stopping = team.any(stop.is_set(), device, now=step % config.log_every == 0)
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
-                state = snapshot(step, parts, rng)
-                save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
-            if config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+                if team.leads:
+                    state = snapshot(step, parts, rng)
+                    save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
+            if team.leads and config.grid_every and (step % config.grid_every == 0 or step == config.steps):
                 save_progress_grid(ema.module, schedule, data.shape, run, step, config.sample_steps, device)
-            if stop.is_set():
+            if stopping:
                 return step == config.steps
     return True
 
@@ -169,8 +185,11 @@ def sample_losses(
 class Batches:
     """Endless batches of float [B, C, H, W] in [-1, 1]: a fresh permutation an epoch, batches across its border."""
 
-    def __init__(self, images: torch.Tensor, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, images: torch.Tensor, batch_size: int, generator: torch.Generator, part: slice = slice(None)
+    ) -> None:
         self.images = images  # uint8 [N, C, H, W]
+        self.part = part  # of each batch that a rank takes
         self.batch_size = batch_size
         self.generator = generator
         self.left = torch.empty(0, dtype=torch.int64)  # what remains of the current epoch's permutation
@@ -179,7 +198,7 @@ class Batches:
         while len(self.left) < self.batch_size:
             self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
-        return to_unit(self.images[rows].to(device, non_blocking=True))
+        return to_unit(self.images[rows[self.part]].to(device, non_blocking=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"left": self.left}

@@ -52,8 +52,8 @@ def make_balancer(
     return balancer
 
 
-def write_direction(direction: Sequence[Tensor | None], scale: float, *, out: Sequence[Tensor | None]) -> None:
-    """What `ops.combine` is to K weights: each p.grad of `out` becomes `scale` times its part of `direction`."""
-    for grad, d in zip(out, direction, strict=True):
-        if grad is not None and d is not None:
-            torch.mul(d, scale, out=grad)
+def write_direction(direction: Sequence[Tensor | None], scale: float, model: torch.nn.Module) -> None:
+    """What `combine` is to K weights: p.grad of every trainable parameter becomes `scale` times its part."""
+    parts = [d for d in direction if d is not None]
+    for p, d in zip((p for p in model.parameters() if p.requires_grad), parts, strict=True):
+        p.grad = (d * scale).to(p.dtype)

@@ -24,6 +24,7 @@ from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_ch
 from antdiff.train.companions import BASE, Experts, make_model
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.data import ImageData, load_data, to_uint8
+from antdiff.train.distributed import Team
 from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
@@ -119,13 +120,19 @@ def execute(
     progress: bool = True,
     loggers: Sequence[Logger] = (),
 ) -> dict[str, Any] | None:
-    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results."""
+    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results.
+
+    Of several ranks the first measures, and the others have done: their results are empty.
+    """
+    team = Team()
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
-        write_atomically(run / "environment.json", (json.dumps(collect()[0], indent=2) + "\n").encode())
+        if team.leads:
+            write_atomically(run / "environment.json", (json.dumps(collect()[0], indent=2) + "\n").encode())
         if not train(config, data, run, progress=progress, loggers=loggers):
             return None
-        return evaluate(config, data, run, progress=progress)
+        team.part_ways()
+        return evaluate(config, data, run, progress=progress) if team.leads else {}
 
 
 def load_model(
