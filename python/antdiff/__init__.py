@@ -1,6 +1,6 @@
 """Train diffusion models as multi-task learners: cluster the timesteps, take one gradient a cluster, balance them."""
 
-from antdiff import balancing, diffusion, ops
+from antdiff import balancing, diffusion, distributed, ops
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.gradients import BalancedBackward, ClusterGradients
 
@@ -12,5 +12,6 @@ __all__ = [
     "UniformTimesteps",
     "balancing",
     "diffusion",
+    "distributed",
     "ops",
 ]

@@ -89,7 +89,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     if team.leads:
         log = MetricLog(run, start=start)
         stack.callback(log.close)
-    stop = stack.enter_context(stop_requests())
+    stop = stack.enter_context(stop_requests(patient=team.size > 1))
     bar = stack.enter_context(
         tqdm(total=config.steps, initial=start, unit="step", disable=not (progress and team.leads), dynamic_ncols=True)
     )
@@ -136,6 +136,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
                 row = meter.read(share)
+                gradients.check()  # names the rank
                 check_finite(row["loss"], step, run)
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
@@ -304,12 +305,13 @@ def check_finite(value: float, step: int, run: Path) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once."""
+def stop_requests(*, patient: bool = False) -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once, unless
+    `patient`: a rank gets two of them for one Ctrl-C, the terminal's and torchrun's."""
     requested = threading.Event()
 
     def on_signal(signum: int, frame: object) -> None:
-        if requested.is_set():
+        if requested.is_set() and not patient:
             raise KeyboardInterrupt
         requested.set()
 
