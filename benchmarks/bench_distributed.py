@@ -6,7 +6,7 @@ Each number of ranks is that many processes on this machine over gloo, on 127.0.
 process's TCP sockets have sent (tcpi_bytes_sent of TCP_INFO, summed over ranks), and what the loopback interface has
 (/proc/net/dev, everybody's, with TCP/IP headers: right only while nothing else uses it). The formula is
 ``antdiff.distributed.cost_model``'s. Batches are stratified and cut into contiguous chunks for ``cluster``, dealt out in
-turn for the others. ``ddp`` is DistributedDataParallel's ordinary step; ``fsdp`` one of ``fully_shard``,
+turn for the others. ``ddp`` is an ordinary step of DistributedDataParallel, ``fsdp`` one of ``fully_shard``,
 and ``fsdp, K rows`` ours on it (gloo's reduce_scatter sends as much as an all_reduce). Held are J, buffers and p.grad,
 with what gloo's all-to-all needs to receive into. Times are of processes that share cores and a loopback: they compare
 nothing but themselves.

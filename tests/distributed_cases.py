@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import socket
 import struct
@@ -463,6 +464,66 @@ def full_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value.full_tensor() if hasattr(value, "full_tensor") else value for s in states for value in s.values()]
 
 
+def the_documented_loops(rank: int, world: int) -> dict[str, Any]:
+    """The code of docs/distributed.md, block by block; weights at the end, and whether they moved."""
+    from torch.distributed.fsdp import fully_shard
+
+    clusters = antdiff.TimestepClusters.uniform(1000, 5)
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    ends: dict[str, Any] = {}
+    for name in ("ddp", "fsdp2", "own", "losses", "cluster"):
+        code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+        assert code
+        model = network(torch.float32)
+        start = [p.detach().clone() for p in model.parameters()]
+        generator = torch.Generator().manual_seed(rank)
+        loader = [torch.randn(10, WIDTH, generator=generator) for _ in range(3)]
+        sampler = distributed.StratifiedTimesteps(clusters)
+        t, cluster, weight = sampler.sample(10)
+        names: dict[str, Any] = {
+            "DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fully_shard,
+            "distributed": distributed, "balancing": balancing, "ops": ops, "model": model, "blocks": [model[0]],  # type: ignore[index]
+            "loader": loader, "sampler": sampler, "clusters": clusters, "K": 5, "x0": loader[0],
+            "t": t, "cluster": cluster, "weight": weight, "balancer": balancing.PCGrad(),
+        }  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def denoising_losses(x0: Tensor, t: Tensor, weight: Tensor, names: dict[str, Any] = names) -> Tensor:
+            return (names["model"](x0) - t[:, None] / 1000).square().mean(1) * weight
+
+        if name == "losses":
+            names |= {"balancer": balancing.UncertaintyWeighting(5), "noise": torch.zeros(10, 5), "xt": loader[0]}
+            names["model"] = Unconditional(model)
+        if name == "cluster":
+            names["backward"] = distributed.BalancedBackward(model, balancing.PCGrad(), 5)
+        if name == "fsdp2":  # the optimizer is made after sharding
+
+            class Optimizer:
+                def step(self, names: dict[str, Any] = names) -> None:
+                    torch.optim.SGD(names["model"].parameters(), lr=0.1).step()
+
+            names["optimizer"] = Optimizer()
+        else:
+            names["optimizer"] = optimizer
+        names["denoising_losses"] = denoising_losses
+        exec(code.group(1), names)
+        if name not in ("ddp", "fsdp2"):
+            optimizer.step()
+        end = full(model) if name == "fsdp2" else [p.detach() for p in model.parameters()]
+        ends[name] = end, all(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+    return ends
+
+
+class Unconditional(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
 def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
     """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
     x, y = samples(20)
@@ -489,4 +550,4 @@ FOUR = [
     bytes_on_the_wire,
     sharded_checkpoint_save,
 ]
-TWO = [sharded_checkpoint_load, a_rank_that_dies]
+TWO = [sharded_checkpoint_load, the_documented_loops, a_rank_that_dies]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -125,6 +127,12 @@ def test_a_sharded_checkpoint_goes_from_four_ranks_to_two(four: Results, two: Re
         assert len(state) == len(saved_state) == 12
 
 
+def test_the_documented_loops_train_all_ranks_alike(two: Results) -> None:
+    for name, (weights, moved) in two[0]["the_documented_loops"].items():
+        assert moved, name
+        assert all(map(torch.equal, weights, two[1]["the_documented_loops"][name][0])), name
+
+
 def test_a_lost_rank_is_an_error_with_a_name(two: Results) -> None:
     name, message = two[0]["a_rank_that_dies"]
     assert name == "LostRankError"
@@ -164,6 +172,11 @@ def test_costs_are_those_of_the_formulas() -> None:
 
 def costs_of_ddp(P: int, R: int) -> float:
     return distributed.cost_model(P, 5, R)["ddp"].bytes
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_code() -> None:
+    script = Path(__file__).resolve().parents[1] / "docs" / "distributed_table.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0, f"run {script}"
 
 
 def test_one_process_needs_no_torch_distributed() -> None:

@@ -25,6 +25,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(report())
         return 0
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
+            raise ValueError(
+                f"only antdiff train shares its work between ranks; run antdiff {argv[0]} without torchrun"
+            )
         return _run(argv)
     except KeyboardInterrupt:
         print("\nantdiff: stopped", file=sys.stderr)

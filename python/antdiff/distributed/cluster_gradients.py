@@ -80,16 +80,20 @@ class ClusterGradients:
         separable: Iterable[Callable[..., Any]] = (),
         nonfinite: Literal["raise", "poison"] = "raise",
     ) -> None:
+        if type(model).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                "model must be sharded by fully_shard (FSDP2); got FullyShardedDataParallel, which hides p.grad."
+            )
         if scheme not in get_args(Scheme):
             raise ValueError(f"scheme must be one of {', '.join(map(repr, get_args(Scheme)))}; got {scheme!r}.")
         self._wrapped = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self.model: nn.Module = model if self._wrapped is None else self._wrapped.module
+        self.ranks = Ranks(group)
         self._dtensors = [hasattr(p, "to_local") for p in self.model.parameters() if p.requires_grad]
         if self.is_sharded:
             self._check_sharded(route)
         self.local = gradients.ClusterGradients(self.model, k, route, dtype=dtype, separable=separable)
         self.k, self.route, self.scheme, self.dtype, self.nonfinite = k, route, scheme, dtype, nonfinite
-        self.ranks = Ranks(group)
         self.J: list[Tensor | None] | list[Tensor] = []
         self.losses: Tensor
         self.counts: Tensor
@@ -413,14 +417,23 @@ class ClusterGradients:
         return int(torch.Size(p.device_mesh.size(d) for d, x in enumerate(p.placements) if x.is_replicate()).numel())
 
     def _check_sharded(self, route: Route) -> None:
-        if not all(self._dtensors):
+        from torch.distributed.fsdp import FSDPModule
+
+        p: Any = next(p for p in self.model.parameters() if hasattr(p, "to_local"))
+        if not all(self._dtensors) or not isinstance(self.model, FSDPModule):
             raise ValueError(
                 "model must be sharded whole: call fully_shard(model) on the network itself, after its parts."
             )
-        if route != "split":
+        if sum(not x.is_replicate() for x in p.placements) != 1:
             raise ValueError(
-                f"route must be 'split' under FSDP2, which gathers weights in each forward; got {route!r}."
+                f"model must be sharded by fully_shard alone; got {p.placements}, as of tensor parallelism."
             )
+        if p.device_mesh.size() != self.ranks.size:
+            raise ValueError(
+                f"group must be the ranks of model's mesh, {p.device_mesh.size()}; got one of {self.ranks.size}."
+            )
+        if route != "split":
+            raise ValueError(f"route must be 'split' under FSDP2, which runs the network in step; got {route!r}.")
 
     def _own(self, J: Sequence[Any]) -> None:
         if J is not self.J:
