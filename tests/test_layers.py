@@ -19,7 +19,7 @@ PACKAGE = ROOT / "python" / "antdiff"
 
 # A package may import from packages of a lower rank, and from itself.
 RANK = {"ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3, "companions": 3,
-        "train": 4, "info": 4, "cli": 5, "__main__": 6}  # fmt: skip
+        "distributed": 3, "info": 3, "train": 4, "cli": 5, "__main__": 6}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 
@@ -51,7 +51,7 @@ def test_imports_run_leftwards_only() -> None:
             assert RANK.get(parts[1], 0) < RANK[mine], f"{path} imports {module}"
 
 
-@pytest.mark.parametrize("package", ["ops", "clustering", "gradients", "balancing", "diffusion"])
+@pytest.mark.parametrize("package", ["ops", "clustering", "gradients", "balancing", "diffusion", "distributed"])
 def test_light_packages_import_only_torch_and_numpy(package: str) -> None:
     for path in (PACKAGE / package).rglob("*.py"):
         for module in imports(path, top_level_only=True):

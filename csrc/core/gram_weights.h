@@ -117,25 +117,38 @@ ANTDIFF_HD_CALL void aligned_mtl(const NonZeroRows& r) {
   }
 }
 
-// The correlation matrix C [m, m], v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range of C. C is
-// destroyed; V [m, m] is workspace.
-ANTDIFF_HD_CALL void equalise(const NonZeroRows& r, double* C, double* V, double* v, double* p) {
+// The correlation matrix C [m, m], v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range of C; both are
+// 0 where 1 is perpendicular to it. C is destroyed; V [m, m] is workspace. Returns what is rounding in a sum of the
+// v_i, relative to its terms: that of C, times its condition.
+ANTDIFF_HD_CALL double equalise(const NonZeroRows& r, double* C, double* V, double* v, double* p) {
+  const double size = double(r.m);
   for (int64_t i = 0; i < r.m; ++i)
     for (int64_t j = 0; j < r.m; ++j)
       C[i * r.m + j] = i == j ? 1 : r.S[i * r.m + j] / sqrt(r.S[i * r.m + i] * r.S[j * r.m + j]);
   jacobi_eigen(C, V, r.m);
+  double least = size, square = 0;  // of the eigenvalues that are not zero; |p|^2
+  bool dependent = false;
   for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
   for (int64_t k = 0; k < r.m; ++k) {
     const double lambda = C[k * r.m + k];
+    if (!(lambda > kGramRounding * size)) {  // the trace is m, so m bounds the eigenvalues
+      dependent = true;
+      continue;
+    }
+    least = fmin(least, lambda);
     double sum = 0;
     for (int64_t i = 0; i < r.m; ++i) sum += V[i * r.m + k];
-    // The trace is m, so m bounds the eigenvalues; and 1 has length sqrt(m), so a smaller product with V_k is rounding.
-    if (!(lambda > kGramRounding * double(r.m)) || fabs(sum) <= kGramRounding * double(r.m)) continue;
+    square += sum * sum;
     for (int64_t i = 0; i < r.m; ++i) {
       v[i] += V[i * r.m + k] * sum / lambda;
       p[i] += V[i * r.m + k] * sum;
     }
   }
+  // Rounding tilts the range of C against its null space by as much as this, and 1 has length sqrt(m).
+  const double rounding = kGramRounding * size * size / least;
+  if (dependent && square <= rounding * rounding * size)
+    for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
+  return rounding;
 }
 
 // |g_i| relative to a common unit, at most 2.
@@ -147,7 +160,7 @@ ANTDIFF_HD double relative_norm(const NonZeroRows& r, double least, int64_t i) {
 // is none, and the weights are 0, where gradients oppose each other exactly.
 ANTDIFF_HD_CALL void imtl_g(const NonZeroRows& r) {
   double *C = r.work, *V = C + r.m * r.m, *v = V + r.m * r.m, *p = v + r.m;
-  equalise(r, C, V, v, p);
+  const double rounding = equalise(r, C, V, v, p);
   const double least = least_scale(r);
   double shortest = DBL_MAX, sum = 0, terms = 0;
   for (int64_t i = 0; i < r.m; ++i) shortest = fmin(shortest, relative_norm(r, least, i));
@@ -156,7 +169,7 @@ ANTDIFF_HD_CALL void imtl_g(const NonZeroRows& r) {
     sum += r.w[i];
     terms += fabs(r.w[i]);
   }
-  for (int64_t i = 0; i < r.m; ++i) r.w[i] = fabs(sum) > kGramRounding * double(r.m) * terms ? r.w[i] / sum : 0;
+  for (int64_t i = 0; i < r.m; ++i) r.w[i] = fabs(sum) > rounding * terms ? r.w[i] / sum : 0;
 }
 
 // ConFIG (Liu et al., ICLR 2025): the direction with equal cosines to all g_i, as long as the sum of their projections

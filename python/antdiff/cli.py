@@ -1,16 +1,18 @@
-"""The ``antdiff`` command: train, compare, patch, sample, cluster, analyze, info. Imports come when they are needed."""
+"""The ``antdiff`` command: train, compare, patch, sample, cluster, analyze, report, info. Each imports what it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from antdiff.train.config import Companion, Method, TrainConfig, resumed
+from antdiff.train.config import METHODS, PATCH_LR, Companion, TrainConfig, resumed
 
 COMPARE_STEPS = 800
+Compared = Literal[(*METHODS, "all")]  # type: ignore[valid-type]
 Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test holds them together
 
 
@@ -49,6 +51,7 @@ def _run(argv: list[str]) -> int:
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008  (frozen)
         out: Path | None = None,
         resume: Path | None = None,
+        wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
 
@@ -56,13 +59,14 @@ def _run(argv: list[str]) -> int:
             config: the settings.
             out: run folder; the default is the first free runs/<data>-<method>-<number>.
             resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
+            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
         """
-        return _train(config, out, resume)
+        return _train(config, out, resume, wandb)
 
     @app.command
     def compare(
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
-        methods: tuple[Method, ...] = ("vanilla", "sum", "uw", "pcgrad", "nash"),
+        methods: tuple[Compared, ...] = ("vanilla", "linear", "uw", "pcgrad", "nash"),
         companions: tuple[Companion, ...] = (),
         seeds: tuple[int, ...] = (0, 1, 2),
         out: Path = Path("runs/compare"),
@@ -73,18 +77,19 @@ def _run(argv: list[str]) -> int:
 
         Args:
             config: the settings of every run; method and seed are replaced.
-            methods: what to compare; vanilla (uniform t) and sum (stratified t) are always among them.
-            companions: which of curriculum, routing and experts to add, each with vanilla.
+            methods: what to compare, or all; vanilla (uniform t) and linear (stratified t) are always among them.
+            companions: which to add, each with vanilla; patch (a DiT's) with a quarter of the steps on top, beside a
+                run that goes on as long without it.
             seeds: training seeds.
             out: folder of the comparison; one run folder a method and seed in it.
         """
-        return _compare(config, methods, companions, seeds, out)
+        return _compare(config, METHODS if "all" in methods else methods, companions, seeds, out)
 
     @app.command
     def patch(
         run: tyro.conf.Positional[Path],
         steps: int = 400,
-        lr: float = 1e-4,
+        lr: float = PATCH_LR,
         device: str = "auto",
         out: Path | None = None,
     ) -> int:
@@ -128,7 +133,7 @@ def _run(argv: list[str]) -> int:
 
     @app.command
     def cluster(
-        run: Path | None = None,
+        run: tyro.conf.Positional[Path | None] = None,
         schedule: Schedule = "cosine",
         T: int = 1000,
         by: str = "log-snr",
@@ -148,6 +153,19 @@ def _run(argv: list[str]) -> int:
             plot: picture to write (log-SNR with the intervals shaded).
         """
         return _cluster(run, schedule, T, by, k, save, plot)
+
+    @app.command
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Make one HTML file of a run, finished or not, or of a comparison. It opens from the disk, without a network.
+
+        Args:
+            run: run folder, or the folder of antdiff compare.
+            out: file to write; the default is RUN/report.html.
+        """
+        from antdiff.train.report import write_report
+
+        print(f"wrote {write_report(run, out)}")
+        return 0
 
     @app.command
     def analyze() -> int:
@@ -287,35 +305,69 @@ def _analyze_app() -> Any:
     return app
 
 
-def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
-    if resume is not None:
-        if out is not None:
-            raise ValueError(
-                f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
-            )
-        run = resume
-        saved = TrainConfig.load(run / "config.json")
-        config = resumed(config, saved)
-    from antdiff.train.data import load_data
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
+    if resume is not None and out is not None:
+        raise ValueError(
+            f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+        )
+    saved = TrainConfig.load(resume / "config.json") if resume is not None else None
+    if saved is not None:
+        resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
+    from antdiff.train.data import ImageData, load_data
+    from antdiff.train.distributed import restarted, team
+    from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
-    data = load_data(config.data, image_size=config.image_size)  # first: a mistyped name leaves no folder behind
-    if resume is None:
-        run = out or _free_folder(config)
-        start_run(config, run)
-    else:
-        extend_run(run, saved, config.steps)
-    print(f"run folder {run}", flush=True)
-    results = execute(config, run, data=data)
+    data: ImageData | None = None
+
+    def folder() -> tuple[TrainConfig, Path]:
+        """The run's settings and its folder, made if it is new."""
+        nonlocal data
+        again = resume
+        if restarted() and again is None:  # torchrun repeats the command: go on with what it began
+            again = out if out is not None else _last_folder(config)
+            again = again if again is not None and (again / "config.json").exists() else None
+        saved = None if again is None else TrainConfig.load(again / "config.json")
+        settings = config if saved is None else resumed(config, saved)
+        # A mistyped name of data, or a missing package, leaves no folder behind.
+        data = load_data(settings.data, image_size=settings.image_size)
+        if wandb is not None:
+            import_wandb()
+        if again is None or saved is None:
+            run = out or _free_folder(config)
+            start_run(config, run)
+            return config, run
+        extend_run(again, saved, settings.steps)
+        return settings, again
+
+    with team() as ranks:
+        config, run = ranks.agree(folder)
+        if ranks.leads:
+            print(f"run folder {run}", flush=True)
+        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.leads else []
+        try:
+            results = execute(config, run, data=data, loggers=loggers)
+        except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
+            results = None
     if results is None:
-        print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+        print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
-    print(f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json")
+    if results:  # of several ranks, the first has them
+        print(
+            f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
+        )
+        print(f"all of it on one page: antdiff report {run}")
     return 0
 
 
 def _free_folder(config: TrainConfig) -> Path:
     return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
+
+
+def _last_folder(config: TrainConfig) -> Path | None:
+    free = _free_folder(config)
+    stem, _, number = free.name.rpartition("-")
+    return free.with_name(f"{stem}-{int(number) - 1}") if int(number) else None
 
 
 def _first_free(stem: Path) -> Path:
@@ -331,11 +383,14 @@ def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> 
 
 
 def _compare(
-    config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], seeds: Sequence[int], out: Path
+    config: TrainConfig, methods: Sequence[str], companions: Sequence[Companion], seeds: Sequence[int], out: Path
 ) -> int:
     from antdiff.train.compare import compare
 
-    results = compare(config, methods, seeds, out, companions=companions)
+    try:
+        results = compare(config, methods, seeds, out, companions=companions)
+    except KeyboardInterrupt:
+        results = None
     if results is None:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

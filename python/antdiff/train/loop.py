@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff import StratifiedTimesteps, TimestepClusters, ops
+from antdiff.analysis import Telemetry
 from antdiff.companions import RestrictedTimesteps
+from antdiff.distributed import ClusterGradients, global_losses, reduce_gradients
+from antdiff.gradients.routes import Route
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
-from antdiff.train.log import Meter, MetricLog
+from antdiff.train.distributed import Team
+from antdiff.train.log import Logger, MetricLog
+from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.plots import save_progress_grid
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 
 
@@ -36,11 +43,13 @@ class DivergenceError(RuntimeError):
     """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
 
 
-def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
+def train(
+    config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True, loggers: Sequence[Logger] = ()
+) -> bool:
     """Train into the folder `run`, going on from its last checkpoint if it has one. Its clusters.json is there already.
 
-    Leaves metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
-    current step finish and a checkpoint be written; the second one acts at once.
+    Leaves metrics.csv, TensorBoard events, sample grids and checkpoints there; `loggers` get the rows too. SIGINT
+    (Ctrl-C) and SIGTERM let the current step finish and a checkpoint be written; the second one acts at once.
 
     Returns:
         True when all of config.steps are done, False when a signal stopped the run.
@@ -49,71 +58,87 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
     from tqdm import tqdm
 
     # ---- the usual parts -----------------------------------------------------------------------------------------
+    team = Team()  # one process, or those that torchrun started: each takes its part of every batch
+    part = team.part(config.batch_size)  # a slice of its rows
     device = choose_device(config.device)
     rng = generators(config.seed, device)
     schedule = noise_schedule()
     model = make_model(config, data.shape, run, seed=rng["weights"].initial_seed()).to(device)
     # An expert is trained every N-th step: its average reaches back as many steps of its own.
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema ** (1 / max(1, config.experts))))
+    ema = AveragedModel(model, multi_avg_fn=moving_average(config.ema ** (1 / max(1, config.experts))))
     if (prompts := prompts_of(model)) is not None:
         prompts.generator = rng["prompts"]
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
-    batches = Batches(data.train, config.batch_size, rng["data"])
+    B = config.batch_size
+    batches = Batches(data.train, B, rng["data"], part)
 
     # ---- what antdiff adds: clusters of timesteps, a sampler of them, cluster gradients, a balancing method ------
     clusters = TimestepClusters.load(run / "clusters.json")
     K = clusters.k
     timesteps = make_timesteps(config, clusters, model, device)
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
+    epoch = math.ceil(len(data.train) / B)
+    balancer = make_balancer(config.method, K, optimizer, generator=rng["balancing"], epoch=epoch)
+    # The weights of a "sum" method add K gradients up: 1/K keeps the learning rate's meaning.
+    scale = 1 / K if balancer.scale == "sum" else 1.0
     # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
-    gradients = ClusterGradients(model, K, route="split" if config.patch else "auto")
-    balancer = make_balancer(config, K, optimizer, rng["balancing"])
+    route: Route = "split" if config.patch or team.size > 1 else "auto"
+    # GradDrop looks at all of J, so every rank holds it.
+    gradients = ClusterGradients(model, K, route, scheme="all_reduce" if balancer.needs == "J" else "auto")
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
-    share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
     importance = cluster_weights(timesteps, device)
-    meter = Meter(K, device)
+    telemetry = Telemetry(K, window=config.log_every, share=clusters.sizes / clusters.T, device=device)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
-             "balancer": balancer, "meter": meter}  # fmt: skip
+             "balancer": balancer, "telemetry": telemetry}  # fmt: skip
     start = restore(run, parts, rng)
-    log = MetricLog(run, start=start)
     stack = ExitStack()
-    stack.callback(log.close)
+    if team.leads:
+        log = MetricLog(run, start=start, also=loggers)
+        stack.callback(log.close)
     stop = stack.enter_context(stop_requests())
     bar = stack.enter_context(
-        tqdm(total=config.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+        tqdm(total=config.steps, initial=start, unit="step", disable=not (progress and team.leads), dynamic_ncols=True)
     )
 
     with stack:
         model.train()
         for step in range(start + 1, config.steps + 1):
             # 1. A batch, noised to timesteps whose clusters are known.
-            x0 = batches.next(device)  # [B, C, H, W]
+            x0 = batches.next(device)  # [B, C, H, W]; of several ranks, each takes its part of what all draw alike
             drawn = next(importance)  # [K]
-            shares = timesteps.shares(len(x0)) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
-            t, cluster, weight = timesteps.sample(len(x0), device=device, generator=rng["timesteps"])  # each [B]
-            noise = torch.randn(x0.shape, generator=rng["noise"], device=device)
+            shares = timesteps.shares(B) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
+            t, cluster, weight = timesteps.sample(B, device=device, generator=rng["timesteps"])  # each [B]
+            t, cluster, weight = t[part], cluster[part], weight[part]
+            noise = torch.randn((B, *x0.shape[1:]), generator=rng["noise"], device=device)[part]
             xt = schedule.add_noise(x0, noise, t)
 
-            if balancer.needs == "gram":
+            if balancer.needs != "losses":
                 # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
-                J = gradients.compute(partial(sample_losses, model), (xt, noise, t, weight), cluster, counts=shares)
+                batch, shares = (xt, noise, t, weight), team.counts(shares)
+                J = gradients.compute(partial(sample_losses, model), batch, cluster, counts=shares)
                 # 3a. Their K x K inner products are all that a balancing method looks at.
-                G = ops.gram(J)
-                w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
-                # 4a. Every p.grad becomes the weighted sum of its K gradients.
-                ops.combine(w, J, out=gradients.grads())
+                G = gradients.gram(J)
                 losses, counts = gradients.losses, gradients.counts
+                if balancer.needs == "gram":
+                    # 4a. Every p.grad becomes the weighted sum of its K gradients.
+                    w = balancer.weights(G) * scale
+                    gradients.combine(w, J)
+                else:  # but for GradDrop, which chooses for each parameter: there are no weights to log
+                    write_direction(balancer.direction(J), scale, model)
+                    w = torch.full_like(losses, torch.nan)
             else:
                 # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
                 losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
-                (balancer.loss(losses, counts) + model.auxiliary_loss()).backward()
-                G, w = None, balancer.weights(losses) / K
+                losses, counts = global_losses(losses, counts)
+                (balancer.loss(losses, counts) + model.auxiliary_loss() / team.size).backward()
+                reduce_gradients(model, skip_unused=True)
+                G, w = None, balancer.weights(losses) * scale
 
             # 5. Nothing else changes.
             optimizer.step()
@@ -122,21 +147,26 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             unweighted = losses.detach() / drawn  # [K]
             if curriculum is not None:
                 curriculum.update((unweighted * counts).sum() / counts.sum())
-            meter.add(unweighted, counts, w, G)
+            telemetry.add(unweighted, counts, w, G)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
-                row = meter.read(share)
-                check_finite(row["loss"], step, run)
+                row = telemetry.read()
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
-                log.write(step, row)
+                if team.leads:
+                    log.log(step, row)
+                check_finite(row["loss"], step, run)  # after the row, which shows where it happened
                 each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
-            if step % config.checkpoint_every == 0 or step == config.steps or stop.is_set():
+            stopping = team.any(stop.is_set(), device, now=step % config.log_every == 0)
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
-                state = snapshot(step, parts, rng)
-                save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
-            if stop.is_set():
+                if team.leads:
+                    state = snapshot(step, parts, rng)
+                    save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
+            if team.leads and config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+                save_progress_grid(ema.module, schedule, data.shape, run, step, config.sample_steps, device)
+            if stopping:
                 return step == config.steps
     return True
 
@@ -155,8 +185,11 @@ def sample_losses(
 class Batches:
     """Endless batches of float [B, C, H, W] in [-1, 1]: a fresh permutation an epoch, batches across its border."""
 
-    def __init__(self, images: torch.Tensor, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, images: torch.Tensor, batch_size: int, generator: torch.Generator, part: slice = slice(None)
+    ) -> None:
         self.images = images  # uint8 [N, C, H, W]
+        self.part = part  # of each batch that a rank takes
         self.batch_size = batch_size
         self.generator = generator
         self.left = torch.empty(0, dtype=torch.int64)  # what remains of the current epoch's permutation
@@ -165,7 +198,7 @@ class Batches:
         while len(self.left) < self.batch_size:
             self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
         rows, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
-        return to_unit(self.images[rows].to(device, non_blocking=True))
+        return to_unit(self.images[rows[self.part]].to(device, non_blocking=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"left": self.left}
@@ -174,41 +207,15 @@ class Batches:
         self.left = state["left"]
 
 
-class BatchMean:
-    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
+    """What AveragedModel does after n updates: an exponential moving average whose decay grows to `decay`."""
 
-    needs, scale = "losses", "sum"
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, n: torch.Tensor | int) -> None:
+        done = int(n)  # AveragedModel has read it already: this waits for nothing
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
 
-    def loss(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """losses [K] and counts [K] -> the mean over the batch."""
-        return (losses * counts).sum() / counts.sum()
-
-    def weights(self, losses: torch.Tensor) -> torch.Tensor:
-        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
-        return torch.ones_like(losses)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Any:
-    """The balancing method the settings name; its own parameters, if it has any, join the optimizer."""
-    if config.method == "vanilla":
-        return BatchMean()
-    method = balancing.get("linear" if config.method == "sum" else config.method)
-    if method.needs == "gram":
-        # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
-        options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
-        return method(nonfinite="poison", **options)
-    balancer = method(k)
-    if hasattr(balancer, "param_groups"):
-        balancer.to(generator.device)
-        for group in balancer.param_groups():
-            optimizer.add_param_group(group)
-    return balancer
+    return update
 
 
 def choose_device(name: str) -> torch.device:

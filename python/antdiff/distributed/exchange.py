@@ -1,0 +1,338 @@
+"""From K rows on every rank to their sum over the ranks: the schemes.
+
+The Gram matrix of a mean is not the mean of Gram matrices, so the rows are summed before their inner products are
+taken. R ranks, rho = (R - 1) / R; "row" is the gradient of one cluster, P numbers. Bytes are those that a rank sends.
+
+==================  =====================================================================  =======================
+scheme              how                                                                    numbers sent
+==================  =====================================================================  =======================
+``all_reduce``      all K rows everywhere; each rank computes the same K x K and direction  2 rho K P
+``reduce_scatter``  each rank gets a piece of all K rows, and later gathers the direction    rho K P + rho P
+``cluster``         the same, but a rank sends the rows of the clusters it holds only       rho m P + rho P
+==================  =====================================================================  =======================
+
+m, the rows a rank holds, is 1 where the batch is cut into contiguous chunks by cluster and R is a multiple of K: as
+many bytes as an ordinary all-reduce of one gradient. For other R it is (R + K - gcd(R, K)) / R on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from antdiff import ops
+from antdiff.distributed.ranks import Ranks, Work, wait
+
+Counts = Sequence[Sequence[int]]  # [R][K], samples of each cluster on each rank
+
+
+class Exchange:
+    """Takes a rank's rows one after another and gives its part of their sum over the ranks.
+
+    Attributes:
+        J: this rank's part of the K global rows, a list of ``[K, ...]``, complete after :meth:`finish`.
+        sharded: the parts of the ranks are disjoint, so the Gram matrix is the sum of theirs.
+    """
+
+    sharded = True
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        self.ranks, self.params, self.k, self.dtype = ranks, params, k, dtype
+        self.device = params[0].device
+        self.numel = sum(p.numel() for p in params)
+        self.J: list[Tensor] = []
+
+    def begin(self, counts: Counts | None) -> None:
+        """Before the rows of a step; ``counts`` where they are known on every rank."""
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        """Row i of this rank, times ``factor``, is on its way; None stands for a zero gradient, or row."""
+        raise NotImplementedError
+
+    def finish(self) -> list[Tensor]:
+        """J, once every row has arrived."""
+        raise NotImplementedError
+
+    def combine(self, weights: Tensor) -> None:
+        """``p.grad = weights^T J``, whole on every rank."""
+        raise NotImplementedError
+
+    def nbytes(self) -> int:
+        """Memory of rows, buffers and result on this rank."""
+        raise NotImplementedError
+
+
+def _views(flat: Tensor, params: list[nn.Parameter], k: int | None = None) -> list[Tensor]:
+    """The parameters' pieces of a flat buffer, one after another: ``[*shape]``, or ``[k, *shape]``."""
+    views, at = [], 0
+    for p in params:
+        n = p.numel() * (k or 1)
+        views.append(flat[at : at + n].view(p.shape if k is None else (k, *p.shape)))
+        at += n
+    return views
+
+
+def _fill(views: list[Tensor], grads: Sequence[Tensor | None] | None, factor: Tensor | float) -> None:
+    """``views = factor * grads``, fused; zero where there is none."""
+    grads = grads if grads is not None else [None] * len(views)
+    to = [v for v, g in zip(views, grads, strict=True) if g is not None]
+    if to:
+        torch._foreach_copy_(to, [g for g in grads if g is not None])
+        if not (isinstance(factor, float) and factor == 1.0):
+            torch._foreach_mul_(to, factor)
+    if missed := [v for v, g in zip(views, grads, strict=True) if g is None]:
+        torch._foreach_zero_(missed)
+
+
+def _set_grads(params: list[nn.Parameter], views: list[Tensor]) -> None:
+    for p, view in zip(params, views, strict=True):
+        p.grad = view if view.dtype == p.dtype else view.to(p.dtype)
+
+
+class AllReduce(Exchange):
+    """The reference, and the fastest for a small network: one message of K P numbers, nothing to gather."""
+
+    sharded = False
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        self.bucket = torch.empty(k * self.numel, dtype=dtype, device=self.device)
+        self.grads = torch.empty(self.numel, dtype=dtype, device=self.device)
+        self.J = _views(self.bucket, params, k)
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        _fill([J[i] for J in self.J], grads, factor)
+
+    def finish(self) -> list[Tensor]:
+        wait(self.ranks.all_reduce(self.bucket), "all_reduce")
+        return self.J
+
+    def combine(self, weights: Tensor) -> None:
+        views = _views(self.grads, self.params)
+        ops.combine(weights, self.J, out=views)
+        _set_grads(self.params, views)
+
+    def nbytes(self) -> int:
+        return self.bucket.nbytes + self.grads.nbytes
+
+
+class ReduceScatter(Exchange):
+    """Each row goes out while the next one is computed; J is this rank's S columns of it.
+
+    Two rows are in flight at most, so a rank holds K P / R numbers of J and not K P. The direction is gathered into the
+    buffer of the first row, which the next step overwrites: p.grad are views of it.
+    """
+
+    in_flight = 2
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        R = ranks.size
+        self.S = -(-self.numel // R)
+        self.flats = [torch.zeros(R * self.S, dtype=dtype, device=self.device) for _ in range(self.in_flight)]
+        self.grads = self.flats[0]
+        self.views = [_views(x, params) for x in self.flats]
+        self.columns = torch.empty(k, self.S, dtype=dtype, device=self.device)
+        self.J = [self.columns]
+        self.received: dict[int, Tensor] = {}
+        self.pending: list[tuple[Work, int, int] | None] = [None, None]  # work, slot's cluster, buffer
+        self.next = 0
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        b, self.next = self.next, 1 - self.next
+        self._settle(b)
+        _fill(self.views[b], grads, factor)
+        self.pending[b] = (self._send(i, b), i, b)
+
+    def finish(self) -> list[Tensor]:
+        for b in (self.next, 1 - self.next):
+            self._settle(b)
+        return self.J
+
+    def combine(self, weights: Tensor) -> None:
+        ops.combine(weights, self.columns, out=self._piece())
+        self._gather()
+        self.grads[self.numel :].zero_()  # poisoned weights have made it NaN, and the next row keeps it
+        _set_grads(self.params, _views(self.grads, self.params))
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.flats, self.columns, *self.received.values()))
+
+    def _send(self, i: int, b: int) -> Work:
+        if not self.ranks.gloo:
+            return self.ranks.reduce_scatter(self.columns[i], self.flats[b])
+        return self.ranks.all_to_all(self._buffer(b, self.ranks.size * self.S), self.flats[b])
+
+    def _settle(self, b: int) -> None:
+        if (pending := self.pending[b]) is None:
+            return
+        self.pending[b] = None
+        wait(pending[0], "the exchange of rows")
+        self._arrived(pending[1], b)
+
+    def _arrived(self, i: int, b: int) -> None:
+        if self.ranks.gloo:
+            torch.sum(self.received[b].view(self.ranks.size, self.S), 0, out=self.columns[i])
+
+    def _piece(self) -> Tensor:
+        return self.grads[self.ranks.rank * self.S :][: self.S]
+
+    def _gather(self) -> None:
+        wait(self.ranks.all_gather(self.grads, self._piece()), "all_gather")
+
+    def _buffer(self, b: int, numel: int) -> Tensor:
+        """What arrives while row b is in flight, at least ``numel`` long, made once."""
+        if b not in self.received or self.received[b].numel() < numel:
+            self.received[b] = torch.empty(numel, dtype=self.dtype, device=self.device)
+        return self.received[b][:numel]
+
+
+class Held(ReduceScatter):
+    """Scheme ``cluster``: only the rows that a rank holds are sent, which every rank knows of every other.
+
+    In slot j each rank sends its j-th row, cut into a piece for every rank; the pieces of one cluster are added up
+    where they arrive.
+    """
+
+    def begin(self, counts: Counts | None) -> None:
+        assert counts is not None
+        held = [[i for i, n in enumerate(row) if n] for row in counts]  # clusters of each rank
+        self.mine = held[self.ranks.rank]
+        slots = max(map(len, held))
+        self.slots = [[(q, row[j]) for q, row in enumerate(held) if len(row) > j] for j in range(slots)]
+        self.slot = 0
+        self.columns.zero_()
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        if i in self.mine:
+            super().write(i, grads, factor)
+
+    def finish(self) -> list[Tensor]:
+        for _ in range(self.slot, len(self.slots)):  # the others' rows
+            b, self.next = self.next, 1 - self.next
+            self._settle(b)
+            self.pending[b] = (self._send(-1, b), -1, b)
+        return super().finish()
+
+    def _send(self, i: int, b: int) -> Work:
+        R, S, senders = self.ranks.size, self.S, dict(self.slots[self.slot])
+        self.slot += 1
+        self._order = getattr(self, "_order", [[], []])
+        self._order[b] = list(senders.values())
+        received = [S if q in senders else 0 for q in range(R)]
+        sends = self.ranks.rank in senders
+        return self.ranks.all_to_all(
+            self._buffer(b, S * len(senders)),
+            self.flats[b] if sends else self.flats[b][:0],
+            received,
+            [S if sends else 0] * R,
+        )
+
+    def _arrived(self, i: int, b: int) -> None:
+        clusters = self._order[b]
+        pieces = self.received[b][: self.S * len(clusters)].view(-1, self.S)
+        at = 0
+        for n, c in _runs(clusters):  # ascending with the ranks: neighbours share a cluster
+            self.columns[c] += pieces[at : at + n].sum(0)
+            at += n
+
+
+def _runs(values: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1] = (runs[-1][0] + 1, value)
+        else:
+            runs.append((1, value))
+    return runs
+
+
+class OneEach(ReduceScatter):
+    """Scheme ``cluster`` where R = c K and each c neighbouring ranks hold one cluster: summed among them first, then
+    exchanged with the ranks of the other clusters. As many bytes as :class:`Held`, but only a c-th of them, P / c,
+    leave the group of neighbours, which is what counts where neighbours share a node."""
+
+    in_flight = 1
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        c = ranks.size // k
+        self.cluster = ranks.rank // c
+        self.inside = ranks.mine_of([[m * c + x for x in range(c)] for m in range(k)])
+        self.across = ranks.mine_of([[m * c + x for m in range(k)] for x in range(c)])
+        self.chunk = torch.empty(k * self.S if c > 1 else 0, dtype=dtype, device=self.device)
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        if i == self.cluster:
+            _fill(self.views[0], grads, factor)
+
+    def finish(self) -> list[Tensor]:
+        chunk = self.flats[0]
+        c = self.inside.size
+        if c > 1:
+            chunk = self.chunk
+            if self.inside.gloo:
+                arrived = self._buffer(0, self.flats[0].numel())
+                wait(self.inside.all_to_all(arrived, self.flats[0]), "the sum of a cluster's rows")
+                torch.sum(arrived.view(c, -1), 0, out=chunk)
+            else:
+                wait(self.inside.reduce_scatter(chunk, self.flats[0]), "the sum of a cluster's rows")
+        wait(self.across.all_to_all(self.columns.view(-1), chunk), "the exchange of rows")
+        return self.J
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self.chunk.nbytes
+
+    # Rank (cluster m, place j) ends with piece j K + m of the row: the pieces of its chunk j lie across the clusters.
+
+    def _chunk(self) -> Tensor:
+        return self.grads[self.inside.rank * self.k * self.S :][: self.k * self.S]
+
+    def _piece(self) -> Tensor:
+        return self._chunk()[self.across.rank * self.S :][: self.S]
+
+    def _gather(self) -> None:
+        wait(self.across.all_gather(self._chunk(), self._piece()), "all_gather")
+        if self.inside.size > 1:
+            wait(self.inside.all_gather(self.grads, self._chunk()), "all_gather")
+
+
+class Shards(Exchange):
+    """FSDP2 (``fully_shard``): each backward leaves this rank's shard of the row in ``p.grad``, summed over the ranks
+    by FSDP itself. Nothing but K x K numbers remains to be sent."""
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        self.local: list[Tensor] = [p.to_local() for p in params]  # type: ignore[attr-defined]
+        self.J = [torch.zeros((k, *x.shape), dtype=x.dtype, device=x.device) for x in self.local]
+        self.fresh = True
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        assert grads is not None
+        rows = [J[i] for J in self.J]
+        shards = [None if g is None else g.to_local() for g in grads]  # type: ignore[attr-defined]
+        if self.fresh:
+            _fill(rows, shards, factor)
+            return
+        torch._foreach_add_(
+            [r for r, g in zip(rows, shards, strict=True) if g is not None], [g for g in shards if g is not None]
+        )
+
+    def finish(self) -> list[Tensor]:
+        return self.J
+
+    def combine(self, weights: Tensor) -> None:
+        from torch.distributed.tensor import DTensor
+
+        out = [torch.empty_like(x) for x in self.local]
+        ops.combine(weights, self.J, out=out)
+        for p, x in zip(self.params, out, strict=True):
+            assert isinstance(p, DTensor)
+            p.grad = DTensor.from_local(
+                x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.J, *self.local))

@@ -1,0 +1,48 @@
+"""Which scheme sums the rows: asked for, or the one expected to be the fastest."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from antdiff.distributed.cost import cost_model
+from antdiff.distributed.exchange import AllReduce, Counts, Exchange, Held, OneEach, ReduceScatter
+from antdiff.distributed.ranks import Ranks
+
+Scheme = Literal["auto", "reduce_scatter", "cluster", "all_reduce"]
+
+
+def choose(
+    scheme: Scheme, ranks: Ranks, k: int, numel: int, dtype: torch.dtype, counts: Counts | None
+) -> tuple[type[Exchange], str]:
+    """The exchange of a scheme, and why it is this one. Every rank comes to the same one.
+
+    Raises:
+        ValueError: scheme ``cluster`` without the counts of all ranks.
+    """
+    if scheme == "cluster" and counts is None:
+        raise ValueError(
+            "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; see "
+            "antdiff.distributed.StratifiedTimesteps."
+        )
+    costs = cost_model(numel, k, ranks.size, itemsize=dtype.itemsize, counts=counts)
+    why = "asked for"
+    if scheme == "auto":
+        able: list[Scheme] = ["reduce_scatter", "all_reduce"]
+        if counts is not None:
+            able.append("cluster")
+        scheme = min(able, key=lambda name: costs[name].seconds)
+        others = ", ".join(f"{name} {costs[name].seconds * 1e3:.3g} ms" for name in able if name != scheme)
+        why = f"{costs[scheme].seconds * 1e3:.3g} ms expected, against {others}"
+    kinds: dict[str, type[Exchange]] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}
+    kind = kinds[scheme]
+    if kind is Held and counts is not None and ranks.everyone and _one_each(counts, k):  # its groups are made by all
+        kind = OneEach
+    return kind, f"scheme {scheme!r} ({why}), which sends {costs[scheme].bytes / 1e6:.3g} MB a step and rank"
+
+
+def _one_each(counts: Counts, k: int) -> bool:
+    """Whether R = c k, and rank r holds the one cluster r // c."""
+    c, left = divmod(len(counts), k)
+    return not left and all((n > 0) == (i == r // c) for r, row in enumerate(counts) for i, n in enumerate(row))

@@ -1,0 +1,492 @@
+"""What every rank runs in ``test_distributed.py``. A case returns what the test looks at."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import antdiff
+from antdiff import balancing, distributed, ops
+
+WIDTH = 12
+Loss = Callable[[Tensor, Tensor], Tensor]
+METHODS = [name for name in balancing.names() if balancing.get(name).needs in ("gram", "J")]
+LOSSES = [name for name in balancing.names() if balancing.get(name).needs == "losses"]
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Its 12 * 16 + 16 + 16 * 5 + 5 = 293 parameters divide by none of the world sizes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.SiLU(), nn.Linear(16, 5)).to(dtype)
+
+
+def samples(B: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(B, n, generator=generator, dtype=torch.float64) for n in (WIDTH, 5))
+    return x.to(dtype), y.to(dtype)
+
+
+def losses_of(model: nn.Module) -> Loss:
+    return lambda x, y: (model(x) - y).square().mean(1)
+
+
+def relative(got: list[Tensor], want: list[Tensor]) -> float:
+    gap = sum(float((g.double() - w.double()).square().sum()) for g, w in zip(got, want, strict=True))
+    return (gap / sum(float(w.double().square().sum()) for w in want)) ** 0.5
+
+
+def grads(model: nn.Module) -> list[Tensor]:
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]  # type: ignore
+
+
+def method(name: str, K: int) -> Any:
+    return balancing.get(name)(K) if name in LOSSES else balancing.get(name)()
+
+
+def one_process(name: str, K: int, cluster: Tensor, dtype: torch.dtype, steps: int = 1) -> tuple[list[Tensor], Tensor]:
+    """p.grad and losses of the whole batch by the single-process code."""
+    model = network(dtype)
+    balancer = method(name, K)
+    x, y = samples(len(cluster), dtype)
+    cg = antdiff.ClusterGradients(model, K, "loop")
+    for _ in range(steps):
+        if name in LOSSES:
+            losses, counts = ops.cluster_mean(losses_of(model)(x, y), cluster, K)
+            model.zero_grad()
+            balancer.loss(losses, counts).backward()
+            continue
+        J = cg.compute(losses_of(model), (x, y), cluster)
+        losses = cg.losses
+        if name == "graddrop":
+            for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
+                p.grad = g / K
+        else:
+            w = balancer.weights(ops.gram(J)) / (K if balancer.scale == "sum" else 1)
+            ops.combine(w, J, out=cg.grads())
+    return grads(model), losses.detach()
+
+
+def mixed(K: int, B: int) -> Tensor:
+    """Ids of a batch in which, dealt out in turn, some ranks lack clusters."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(K, (B,), generator=generator)
+    ids[-K:] = torch.arange(K)
+    return ids
+
+
+def stratified(K: int, B: int) -> list[int]:
+    return [B // K + (i < B % K) for i in range(K)]
+
+
+# ---- cases -------------------------------------------------------------------------------------------------------
+
+
+def every_scheme_and_method(rank: int, world: int) -> dict[Any, Any]:
+    """Mixed batches of uneven sizes, and contiguous chunks; errors of p.grad relative to one process's."""
+    errors: dict[Any, Any] = {}
+    for K in (5, world, world // 2):
+        for name in METHODS if K == 5 else ["nash"]:
+            for dtype in (torch.float64, torch.float32) if name == "pcgrad" else (torch.float64,):
+                cluster = mixed(K, 23)
+                want, losses = one_process(name, K, cluster, dtype)
+                mine = torch.arange(23) % world == rank
+                for scheme in ("all_reduce", "reduce_scatter"):
+                    if name == "graddrop" and scheme != "all_reduce":
+                        continue
+                    got, cg = step(name, K, cluster, mine, dtype, scheme)
+                    errors[name, K, scheme, str(dtype)] = relative(got, want), relative([cg.losses], [losses])
+                if name == "graddrop":
+                    continue
+                B = 6 * world
+                shares = stratified(K, B)
+                cluster = torch.arange(K).repeat_interleave(torch.tensor(shares))
+                counts = distributed.contiguous_counts(shares, [6] * world)
+                want, losses = one_process(name, K, cluster, dtype)
+                mine = torch.arange(B) // 6 == rank
+                got, cg = step(name, K, cluster, mine, dtype, "cluster", counts)
+                errors[name, K, "cluster", str(dtype)] = relative(got, want), relative([cg.losses], [losses])
+    return errors
+
+
+def step(
+    name: str,
+    K: int,
+    cluster: Tensor,
+    mine: Tensor,
+    dtype: torch.dtype,
+    scheme: Any,
+    counts: Any = None,
+    **options: Any,
+) -> tuple[list[Tensor], distributed.ClusterGradients]:
+    model = options.pop("model", None) or network(dtype)
+    x, y = samples(len(cluster), dtype)
+    cg = distributed.ClusterGradients(model, K, scheme=scheme, **options)
+    balancer = method(name, K)
+    J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine], counts=counts)
+    G = cg.gram(J)
+    if name == "graddrop":
+        for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
+            p.grad = g / K
+    else:
+        cg.combine(balancer.weights(G) / (K if balancer.scale == "sum" else 1), J)
+    return grads(cg.model), cg
+
+
+def other_routes(rank: int, world: int) -> dict[Any, Any]:
+    """Routes that keep all of J here, uneven micro-batches, a rank without samples, a group of some ranks."""
+    K, B = 5, 23
+    cluster = mixed(K, B)
+    want, losses = one_process("pcgrad", K, cluster, torch.float64)
+    x, y = samples(B)
+    errors: dict[Any, Any] = {}
+    dealt = torch.arange(B) % world == rank
+    none_here = torch.arange(B) % (world - 1) == rank
+    for route in ("split", "grouped", "loop", "auto"):
+        for deal, mine in (("dealt", dealt), ("rank 3 has none", none_here)):
+            got, cg = step("pcgrad", K, cluster, mine, torch.float64, "reduce_scatter", route=route)
+            errors[route, deal] = relative(got, want), relative([cg.losses], [losses])
+            if cg.counts.tolist() != cluster.bincount(minlength=K).tolist():
+                errors[route, deal] = cg.counts
+    for route in ("split", "grouped"):
+        model = network()
+        cg = distributed.ClusterGradients(model, K, route, scheme="reduce_scatter")
+        mine = dealt.nonzero().flatten()
+        for rows in mine.split(1 + rank):  # ranks cut their samples into different numbers of pieces
+            cg.accumulate(losses_of(model), (x[rows], y[rows]), cluster[rows])
+        J = cg.mean()
+        cg.combine(balancing.PCGrad().weights(cg.gram(J)) / K, J)
+        errors[route, "accumulated"] = relative(grads(model), want), relative([cg.losses], [losses])
+    pair = dist.new_group([1, 3])
+    if rank in (1, 3):
+        got, cg = step(
+            "pcgrad", K, cluster, torch.arange(B) % 2 == rank // 2, torch.float64, "reduce_scatter", group=pair
+        )
+        errors["a group of two"] = relative(got, want), relative([cg.losses], [losses])
+    return errors
+
+
+def wrapped(rank: int, world: int) -> dict[Any, Any]:
+    """DistributedDataParallel, called through the wrapper and past it; FSDP2."""
+    K, B = 5, 23
+    cluster = mixed(K, B)
+    want, losses = one_process("nash", K, cluster, torch.float64)
+    mine = torch.arange(B) % world == rank
+    errors: dict[Any, Any] = {}
+    x, y = samples(B)
+    for name in ("through", "past"):
+        ddp = nn.parallel.DistributedDataParallel(network())
+        cg = distributed.ClusterGradients(ddp, K, scheme="reduce_scatter")
+        J = cg.compute(losses_of(ddp if name == "through" else ddp.module), (x[mine], y[mine]), cluster[mine])
+        cg.combine(balancing.NashMTL().weights(cg.gram(J)), J)
+        errors[f"DDP {name}"] = relative(grads(ddp.module), want), relative([cg.losses], [losses])
+    for pieces in (None, 3):
+        model = sharded()
+        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=pieces)
+        rows = mine.nonzero().flatten()
+        if pieces:
+            rows = rows[: B // world]  # the same number on every rank: FSDP2 gathers weights in step
+            short = torch.cat([(torch.arange(B) % world == r).nonzero().flatten()[: B // world] for r in range(world)])
+            want_, losses_ = one_process_of(short, "nash", K, cluster)
+        else:
+            want_, losses_ = want, losses
+        got_losses = backward(losses_of(model), (x[rows], y[rows]), cluster[rows])
+        errors["FSDP2", pieces] = relative(grads(model), want_), relative([got_losses], [losses_])
+    return errors
+
+
+def sharded() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model[0], mesh=mesh)  # type: ignore[index]
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def one_process_of(rows: Tensor, name: str, K: int, cluster: Tensor) -> tuple[list[Tensor], Tensor]:
+    model = network()
+    x, y = samples(len(cluster))
+    cg = antdiff.ClusterGradients(model, K, "loop")
+    J = cg.compute(losses_of(model), (x[rows], y[rows]), cluster[rows])
+    ops.combine(method(name, K).weights(ops.gram(J)), J, out=cg.grads())
+    return grads(model), cg.losses
+
+
+def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
+    """Every way through a step, for plain, DDP and FSDP2 models, against antdiff.BalancedBackward over three steps."""
+    K, B = 5, 23
+    cluster = mixed(K, B)
+    mine = torch.arange(B) % world == rank
+    x, y = samples(B)
+    errors: dict[Any, Any] = {}
+    cases: list[tuple[str, dict[str, Any]]] = [("pcgrad", {"update_every": 2}), *((name, {}) for name in LOSSES)]
+    for name, options in cases:
+
+        def make(name: str = name, options: dict[str, Any] = options) -> Any:
+            return balancing.get(name)(K) if name in LOSSES else balancing.get(name)(**options)
+
+        alone, balancer = network(), make()
+        whole = antdiff.BalancedBackward(alone, balancer, K, route="split")
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        want = []
+        for _ in range(3):
+            losses = whole(losses_of(alone), (x, y), cluster)
+            want.append(([g.clone() for g in grads(alone)], losses))
+            optimizer.step()
+        kinds = ("plain", "ddp", "fsdp") if name in ("pcgrad", "uw") else ("plain",)
+        for kind in kinds:
+            model = sharded() if kind == "fsdp" else network()
+            called = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+            mine_balancer = make()
+            backward = distributed.BalancedBackward(called, mine_balancer, K)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for step_, (gradients, losses) in enumerate(want):
+                got = backward(losses_of(called), (x[mine], y[mine]), cluster[mine])
+                errors[name, kind, step_] = relative(grads(model), gradients), relative([got], [losses])
+                optimizer.step()
+    return errors
+
+
+def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
+    """Weights, p.grad, timesteps, and the balancer's state, after three steps: to be compared between ranks."""
+    K, B = 5, 8
+    clusters = antdiff.TimestepClusters.uniform(1000, K)
+    sampler = distributed.StratifiedTimesteps(clusters, importance=True)
+    alone = antdiff.StratifiedTimesteps(clusters, importance=True)
+    generator = torch.Generator().manual_seed(0)
+    model, balancer = network(), balancing.PCGrad()
+    x, y = samples(B * world)
+    chunks, whole, gathered = [], [], []
+    for step_ in range(3):
+        sizes = [B, B, B, B - 1] if step_ == 1 else [B] * world
+        counts = sampler.counts(sizes)
+        drawn = sampler.sample(sizes)
+        assert drawn.cluster.bincount(minlength=K).tolist() == counts[rank]
+        chunks.append(tuple(drawn))
+        whole.append(tuple(alone.sample(sum(sizes), generator=generator)))
+        cg = distributed.ClusterGradients(model, K)
+        a = sum(sizes[:rank])
+        rows = slice(a, a + sizes[rank])
+        J = cg.compute(losses_of(model), (x[rows], y[rows]), drawn.cluster, counts=counts)
+        w = balancer.weights(cg.gram(J))
+        cg.combine(w / K, J)
+        gathered.append((w, [g.clone() for g in grads(model)]))
+    return {
+        "chunks": chunks,
+        "whole": whole,
+        "steps": gathered,
+        "state": balancer.state_dict(),
+        "explain": cg.explain(),
+    }
+
+
+def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
+    K, B = 5, 20
+    cluster = torch.arange(B) % K
+    x, y = samples(B)
+    mine = torch.arange(B) // K == rank
+    bad = x.clone()
+    bad[11] = torch.nan  # one of rank 2's
+    said: dict[str, Any] = {}
+
+    def attempt(name: str, run: Callable[[], Any]) -> None:
+        try:
+            run()
+            said[name] = "nothing"
+        except distributed.NonFiniteError as error:
+            said[name] = str(error), error.ranks
+
+    for scheme in ("reduce_scatter", "all_reduce"):
+        attempt(scheme, lambda scheme=scheme: step_of(bad, y, mine, cluster, scheme))  # type: ignore[misc]
+    for name in ("pcgrad", "uw"):
+        model = network()
+        backward = distributed.BalancedBackward(model, method(name, K), K)
+        run = functools.partial(backward, losses_of(model), (bad[mine], y[mine]), cluster[mine])
+        attempt(name, run)
+    plain = distributed.BalancedBackward(network(), balancing.PCGrad(update_every=2), K)
+    plain(losses_of(plain.gradients.model), (x[mine], y[mine]), cluster[mine])
+    attempt("between", lambda: plain(losses_of(plain.gradients.model), (bad[mine], y[mine]), cluster[mine]))
+
+    def infinite_slope(model: nn.Module) -> Loss:
+        return lambda x, y: (model(x) - y).square().mean(1) + (0 * model(x).sum(1)).sqrt()
+
+    model = network()
+    cg = distributed.ClusterGradients(model, K)
+    fn = infinite_slope(model) if rank == 1 else losses_of(model)
+    attempt("slope", lambda: cg.gram(cg.compute(fn, (x[mine], y[mine]), cluster[mine])))
+    # beside a scaler nobody raises, and everybody skips
+    model = network(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled = distributed.BalancedBackward(model, balancing.NashMTL(nonfinite="poison"), K, scaler=scaler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = []
+    for batch in (x, bad, x):
+        losses = scaled(losses_of(model), (batch[mine].float(), y[mine].float()), cluster[mine])
+        scaler.step(optimizer)
+        scaler.update()
+        history.append(([p.detach().clone() for p in model.parameters()], losses, scaler.get_scale()))
+    said["history"] = history
+    return said
+
+
+def step_of(x: Tensor, y: Tensor, mine: Tensor, cluster: Tensor, scheme: Any) -> None:
+    model = network()
+    cg = distributed.ClusterGradients(model, 5, scheme=scheme)
+    J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine])
+    cg.gram(J)
+
+
+def half_precision(rank: int, world: int) -> dict[str, Any]:
+    """bfloat16 weights: rows summed over ranks in bfloat16, and in float32 where asked."""
+    K, B = 5, 23
+    cluster = mixed(K, B)
+    want, _ = one_process("linear", K, cluster, torch.float64)
+    mine = torch.arange(B) % world == rank
+    x, y = samples(B, torch.bfloat16)
+    errors: dict[str, Any] = {}
+    for dtype in (None, torch.float32):
+        for scheme in ("all_reduce", "reduce_scatter"):
+            model = network(torch.bfloat16)
+            cg = distributed.ClusterGradients(model, K, scheme=scheme, dtype=dtype)  # type: ignore[arg-type]
+            J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine])
+            cg.combine(torch.full((K,), 1 / K, dtype=torch.float64), J)
+            errors[f"{scheme} {dtype}"] = relative(grads(model), want), str(J[0].dtype), str(grads(model)[0].dtype)
+    return errors
+
+
+def bytes_on_the_wire(rank: int, world: int) -> dict[Any, Any]:
+    """What the kernel says that this process's sockets sent in a step, and the formula."""
+    from antdiff.distributed.ranks import Ranks
+
+    torch.manual_seed(0)
+    model = nn.Linear(256, 255)  # 65,535 parameters
+    P = sum(p.numel() for p in model.parameters())
+    sent: dict[Any, Any] = {}
+    for K in (5, world, world // 2):
+        B = 2 * K * world
+        shares = stratified(K, B)
+        counts = distributed.contiguous_counts(shares, [2 * K] * world)
+        cluster = torch.arange(K).repeat_interleave(torch.tensor(shares))
+        x = torch.randn(B, 256, generator=torch.Generator().manual_seed(0))
+        for scheme in ("all_reduce", "reduce_scatter", "cluster"):
+            whole = scheme == "cluster"
+            mine = torch.arange(B) // (2 * K) == rank if whole else torch.arange(B) % world == rank
+            cg = distributed.ClusterGradients(model, K, scheme=scheme)  # type: ignore[arg-type]
+            for _ in range(2):  # the first makes connections
+                dist.barrier()
+                before = socket_bytes()
+                J = cg.compute(
+                    lambda x: model(x).square().mean(1), (x[mine],), cluster[mine], counts=counts if whole else None
+                )
+                cg.combine(torch.ones(K, dtype=torch.float64) * (1 + 0 * cg.gram(J)[0]), J)
+                after = socket_bytes()
+            cost = distributed.cost_model(P, K, world, counts=counts)[scheme]
+            total = torch.tensor(float(after - before))
+            Ranks().all_reduce(total).wait()
+            sent[K, scheme] = float(total) / world, cost.bytes
+    return sent
+
+
+def socket_bytes() -> int:
+    """Bytes that this process's TCP sockets have sent, by the kernel's own count (tcpi_bytes_sent of TCP_INFO)."""
+    total = 0
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(fd))) as s:
+                if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
+                    info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    total += struct.unpack_from("Q", info, 200)[0]
+        except OSError:  # closed meanwhile, or no socket of ours
+            continue
+    return total
+
+
+def sharded_checkpoint_save(rank: int, world: int) -> Any:
+    """Trains a sharded network and saves it twice over; what it then holds."""
+    model, optimizer = trained(sharded())
+    for step_ in (1, 2, 3):
+        distributed.save_checkpoint(FOLDER, step_, checkpoint_of(model, optimizer, step_))
+    return full(model), full_state(optimizer)
+
+
+def sharded_checkpoint_load(rank: int, world: int) -> Any:
+    """Another number of ranks, other weights, and what they are after loading."""
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    trained(model, optimizer)  # state of the optimizer to be filled
+    state = checkpoint_of(model, optimizer, 0)
+    step_ = distributed.load_checkpoint(FOLDER, state)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return full(model), full_state(optimizer), step_, state["note"], distributed.load_checkpoint(FOLDER / "none", {})
+
+
+FOLDER = Path(os.environ.get("ANTDIFF_TEST_CHECKPOINTS", "checkpoints"))
+
+
+def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer, note: int) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "note": note}
+
+
+def trained(model: nn.Module, optimizer: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    optimizer = optimizer or torch.optim.AdamW(model.parameters())
+    backward = distributed.BalancedBackward(model, balancing.PCGrad(), 5)
+    x, y = samples(10)
+    backward(losses_of(model), (x, y), torch.arange(10) % 5)
+    optimizer.step()
+    return model, optimizer
+
+
+def full(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
+
+
+def full_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    states = optimizer.state_dict()["state"].values()
+    return [value.full_tensor() if hasattr(value, "full_tensor") else value for s in states for value in s.values()]
+
+
+def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
+    """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
+    x, y = samples(20)
+    model = network()
+    backward = distributed.BalancedBackward(model, balancing.PCGrad(), 5, scheme="reduce_scatter")
+    backward(losses_of(model), (x, y), torch.arange(20) % 5)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        backward(losses_of(model), (x, y), torch.arange(20) % 5)
+    except distributed.LostRankError as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+FOUR = [
+    every_scheme_and_method,
+    other_routes,
+    wrapped,
+    balanced_backward,
+    the_same_everywhere,
+    a_nan_on_rank_2,
+    half_precision,
+    bytes_on_the_wire,
+    sharded_checkpoint_save,
+]
+TWO = [sharded_checkpoint_load, a_rank_that_dies]

@@ -1,0 +1,197 @@
+"""Several ranks compute what one process does, send what the formulas say, and fail by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import distributed_cases as cases
+import pytest
+import torch
+from ranks import run
+from tolerances import UNIT_ROUNDOFF
+
+from antdiff import TimestepClusters, distributed
+
+# p.grad of several ranks against one process's, in relative norm: what is asked of the package. Sums of some hundred
+# terms in another order leave far less, 1e-15 and 1e-6.
+LIMIT = {"torch.float64": 1e-12, "torch.float32": 1e-5}
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoints"
+    (folder / ".step-00000002.tmp").mkdir(parents=True)  # of a rank that died while it saved
+    (folder / ".step-00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANTDIFF_TEST_CHECKPOINTS", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Results:
+    return run(4, cases.FOUR, tmp_path_factory.mktemp("four") / "ranks")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, four: Results) -> Results:
+    return run(2, cases.TWO, tmp_path_factory.mktemp("two") / "ranks", lost=1)
+
+
+def test_p_grad_is_that_of_one_process(four: Results) -> None:
+    for results in four:
+        errors = results["every_scheme_and_method"]
+        assert {case[0] for case in errors} == set(cases.METHODS)
+        for case, (gradient, losses) in errors.items():
+            assert gradient < LIMIT[case[-1]], (case, gradient)
+            assert losses < LIMIT[case[-1]], (case, losses)
+
+
+@pytest.mark.parametrize("case", ["other_routes", "wrapped", "balanced_backward"])
+def test_every_way_through_gives_the_same_gradients(four: Results, case: str) -> None:
+    for results in four:
+        for name, error in results[case].items():
+            assert max(error) < LIMIT["torch.float64"], (name, error)
+    assert "a group of two" in four[1]["other_routes"]
+
+
+def test_ranks_stay_alike_without_a_broadcast(four: Results) -> None:
+    results = [r["the_same_everywhere"] for r in four]
+    for other in results[1:]:
+        for (w, gradients), (w0, gradients0) in zip(other["steps"], results[0]["steps"], strict=True):
+            assert torch.equal(w, w0)
+            assert all(map(torch.equal, gradients, gradients0))
+        assert torch.equal(other["state"]["generator"], results[0]["state"]["generator"])
+    for step, whole in enumerate(results[0]["whole"]):  # the chunks are one process's batch
+        for part in range(3):
+            assert torch.equal(torch.cat([r["chunks"][step][part] for r in results]), whole[part])
+    assert "all_reduce" in results[0]["explain"], "so small a network is fastest with one message"
+
+
+def test_a_nan_is_named_on_every_rank(four: Results) -> None:
+    for results in four:
+        said = results["a_nan_on_rank_2"]
+        for name in ("reduce_scatter", "all_reduce", "pcgrad", "uw", "between"):
+            assert said[name] == ("the losses of rank 2 are not finite: look at the batch and the weights there.", [2])
+        assert said["slope"][1] == []
+        assert "a backward made it" in said["slope"][0]
+
+
+def test_beside_a_scaler_every_rank_skips_the_step(four: Results) -> None:
+    histories = [results["a_nan_on_rank_2"]["history"] for results in four]
+    for (first, _, scale), (second, _, halved), (third, losses, _) in histories:
+        assert scale == 2.0**10
+        assert halved == 2.0**9
+        assert all(map(torch.equal, first, second))
+        assert not torch.equal(second[0], third[0])
+        assert losses.isfinite().all()
+    for history in histories[1:]:
+        assert all(
+            torch.equal(a, b)
+            for step, step0 in zip(history, histories[0], strict=True)
+            for a, b in zip(step[0], step0[0], strict=True)
+        )
+
+
+def test_half_precision(four: Results) -> None:
+    # Weights, activations and gradients are rounded to bfloat16 some ten times on the way: a few of its roundoffs.
+    limit = 4 * UNIT_ROUNDOFF[torch.bfloat16]
+    for results in four:
+        for name, (error, rows, gradient) in results["half_precision"].items():
+            assert error < limit, name
+            assert rows == ("torch.float32" if "float32" in name else "torch.bfloat16")
+            assert gradient == "torch.bfloat16"
+
+
+def test_sockets_send_what_the_formulas_say(four: Results) -> None:
+    for results in four:
+        for case, (sent, formula) in results["bytes_on_the_wire"].items():
+            # above the formula: P is padded to a multiple of 4; K x K numbers; gloo's headers
+            assert formula <= sent < 1.02 * formula, (case, sent / formula)
+
+
+def test_a_sharded_checkpoint_goes_from_four_ranks_to_two(four: Results, two: Results, checkpoints: Path) -> None:
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
+    saved_weights, saved_state = four[0]["sharded_checkpoint_save"]
+    for results in two:
+        weights, state, step, note, nothing = results["sharded_checkpoint_load"]
+        assert (step, note, nothing) == (3, 3, None)
+        assert all(map(torch.equal, weights, saved_weights))
+        assert all(map(torch.equal, state, saved_state))
+        assert len(state) == len(saved_state) == 12
+
+
+def test_a_lost_rank_is_an_error_with_a_name(two: Results) -> None:
+    name, message = two[0]["a_rank_that_dies"]
+    assert name == "LostRankError"
+    assert "rank 0 waited in" in message
+
+
+# ---- arithmetic --------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_contiguous_chunks() -> None:
+    for K, R in product(range(1, 13), range(1, 25)):
+        counts = distributed.contiguous_counts([R] * K, [K] * R)
+        assert all(sum(row) == K for row in counts)
+        held = sum(n > 0 for row in counts for n in row)
+        assert held == R + K - math.gcd(R, K)
+        assert [sum(column) for column in zip(*counts, strict=True)] == [R] * K
+        if R > 1:
+            given, derived = (distributed.cost_model(1000, K, R, counts=c)["cluster"].bytes for c in (counts, None))
+            assert given == derived == pytest.approx((R - 1) / R * (held / R + 1) * 4000)
+
+
+def test_costs_are_those_of_the_formulas() -> None:
+    P, K = 10**6, 5
+    for R in (2, 8, 1024):
+        rho = (R - 1) / R
+        costs = distributed.cost_model(P, K, R, itemsize=2)
+        assert costs["ddp"].bytes == pytest.approx(2 * rho * P * 2)
+        assert costs["all_reduce"].bytes == pytest.approx(2 * rho * K * P * 2)
+        assert costs["reduce_scatter"].bytes == pytest.approx(rho * (K + 1) * P * 2)
+        for cost in costs.values():
+            assert cost.exposed <= cost.seconds
+    assert distributed.cost_model(P, K, 10 * K)["cluster"].bytes == pytest.approx(costs_of_ddp(P, 10 * K))
+    slow, fast = (distributed.cost_model(P, K, 64, step=0.1, network=n)["cluster"].seconds for n in (1e9, 1e11))
+    assert slow > fast
+    assert all(cost.seconds == 0 for cost in distributed.cost_model(P, K, 1).values())
+
+
+def costs_of_ddp(P: int, R: int) -> float:
+    return distributed.cost_model(P, 5, R)["ddp"].bytes
+
+
+def test_one_process_needs_no_torch_distributed() -> None:
+    model = cases.network()
+    cluster = cases.mixed(5, 23)
+    want, losses = cases.one_process("nash", 5, cluster, torch.float64)
+    got, cg = cases.step("nash", 5, cluster, torch.ones(23, dtype=torch.bool), torch.float64, "auto", model=model)
+    assert cases.relative(got, want) < LIMIT["torch.float64"]
+    assert cases.relative([cg.losses], [losses]) < LIMIT["torch.float64"]
+    assert "one process" in cg.explain()
+    sampler = distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5))
+    assert sampler.counts(5) == [[1, 1, 1, 1, 1]]
+    values = torch.ones(3)
+    assert distributed.global_losses(values, values)[0] is values
+
+
+# ---- misuse ------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named() -> None:
+    model = cases.network()
+    with pytest.raises(ValueError, match="scheme must be one of 'auto'"):
+        distributed.ClusterGradients(model, 5, scheme="ring")  # type: ignore[arg-type]
+    cg = distributed.ClusterGradients(model, 5)
+    x, y = cases.samples(10)
+    with pytest.raises(ValueError, match="J must be what compute"):
+        cg.gram([torch.zeros(5, 3)])
+    with pytest.raises(ValueError, match="k ints for each of the 1 ranks; got 2 lists"):
+        cg.compute(cases.losses_of(model), (x, y), torch.arange(10) % 5, counts=[[2] * 5, [0] * 5])
+    with pytest.raises(ValueError, match="rows of each of the 1 ranks"):
+        distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5)).sample([5, 5])
