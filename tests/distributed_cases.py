@@ -184,17 +184,22 @@ def wrapped(rank: int, world: int) -> dict[Any, Any]:
     mine = torch.arange(B) % world == rank
     errors: dict[Any, Any] = {}
     x, y = samples(B)
-    for name in ("through", "past"):
-        ddp = nn.parallel.DistributedDataParallel(network())
+    for name in ("through", "past", "lacking clusters"):
+        inner = network()
+        inner.register_buffer("table", torch.ones(3))  # which DDP would broadcast in a forward
+        ddp = nn.parallel.DistributedDataParallel(inner)
+        if name == "lacking clusters":
+            mine = cluster % world == rank
         cg = distributed.ClusterGradients(ddp, K, scheme="reduce_scatter")
-        J = cg.compute(losses_of(ddp if name == "through" else ddp.module), (x[mine], y[mine]), cluster[mine])
+        J = cg.compute(losses_of(ddp.module if name == "past" else ddp), (x[mine], y[mine]), cluster[mine])
         cg.combine(balancing.NashMTL().weights(cg.gram(J)), J)
         errors[f"DDP {name}"] = relative(grads(ddp.module), want), relative([cg.losses], [losses])
-    for pieces in (None, 3):
+    for pieces in (None, "lacking clusters", 3):
         model = sharded()
-        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=pieces)
+        mine = cluster % world == rank if pieces == "lacking clusters" else torch.arange(B) % world == rank
+        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=3 if pieces == 3 else None)
         rows = mine.nonzero().flatten()
-        if pieces:
+        if pieces == 3:
             rows = rows[: B // world]  # the same number on every rank: FSDP2 gathers weights in step
             short = torch.cat([(torch.arange(B) % world == r).nonzero().flatten()[: B // world] for r in range(world)])
             want_, losses_ = one_process_of(short, "nash", K, cluster)
