@@ -158,6 +158,14 @@ def other_routes(rank: int, world: int) -> dict[Any, Any]:
             errors[route, deal] = relative(got, want), relative([cg.losses], [losses])
             if cg.counts.tolist() != cluster.bincount(minlength=K).tolist():
                 errors[route, deal] = cg.counts
+    early = distributed.ClusterGradients(network(), K)
+    early.ranks.size = 1  # as if made before init_process_group
+    try:
+        early.compute(losses_of(early.model), (x, y), cluster)
+    except RuntimeError as error:
+        assert "must be made after" in str(error)  # noqa: PT017
+    else:
+        errors["made too early"] = (1.0,)
     for route in ("split", "grouped"):
         model = network()
         cg = distributed.ClusterGradients(model, K, route, scheme="reduce_scatter")

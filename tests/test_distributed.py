@@ -189,6 +189,10 @@ def test_one_process_needs_no_torch_distributed() -> None:
     assert "one process" in cg.explain()
     sampler = distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5))
     assert sampler.counts(5) == [[1, 1, 1, 1, 1]]
+    sampler.sample(7)
+    again = distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5), seed=1)
+    again.load_state_dict(sampler.state_dict())
+    assert all(map(torch.equal, sampler.sample(7), again.sample(7)))
     values = torch.ones(3)
     assert distributed.global_losses(values, values)[0] is values
 

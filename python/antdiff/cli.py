@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
             raise ValueError(
-                f"only antdiff train shares its work between ranks; run antdiff {argv[0]} without torchrun"
+                f"only antdiff train shares its work between ranks; run {' '.join(argv[:1])} without torchrun"
             )
         return _run(argv)
     except KeyboardInterrupt:
@@ -204,7 +204,8 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
             print(f"run folder {run}", flush=True)
         results = execute(config, run, data=data)
         if results is None:
-            print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+            if ranks.leads:
+                print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
             return 130
     if results:
         print(

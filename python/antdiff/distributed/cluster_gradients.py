@@ -130,6 +130,7 @@ class ClusterGradients:
             TypeError, ValueError, GroupingError: as there.
             LostRankError: another rank has died or hangs.
         """
+        self.ranks.require_all()
         if self.ranks.size == 1 and not self.is_sharded:
             mine = self.counts_here(counts)
             self.J = self.local.compute(loss_fn, batch, cluster, counts=mine, scaler=scaler)
@@ -174,6 +175,7 @@ class ClusterGradients:
     ) -> None:
         """Adds a micro-batch of this rank; :meth:`mean` ends it, and only there rows are exchanged. Arguments as for
         :meth:`compute`. Ranks may add different numbers of them, but not under FSDP2."""
+        self.ranks.require_all()
         if not self.is_sharded:
             self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
             return

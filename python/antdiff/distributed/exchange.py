@@ -47,6 +47,7 @@ class Exchange:
         self.ranks, self.params, self.k, self.dtype = ranks, params, k, dtype
         self.device = params[0].device
         self.numel = sum(p.numel() for p in params)
+        self.gloo = ranks.size > 1 and ranks.over_gloo(self.device)
         self.J: list[Tensor] = []
 
     def begin(self, counts: Counts | None) -> None:
@@ -166,7 +167,7 @@ class ReduceScatter(Exchange):
         return sum(x.nbytes for x in (*self.flats, self.columns, *self.received.values()))
 
     def _send(self, i: int, b: int) -> Work:
-        if not self.ranks.gloo:
+        if not self.gloo:
             return self.ranks.reduce_scatter(self.columns[i], self.flats[b])
         return self.ranks.all_to_all(self._buffer(b, self.ranks.size * self.S), self.flats[b])
 
@@ -178,7 +179,7 @@ class ReduceScatter(Exchange):
         self._arrived(pending[1], b)
 
     def _arrived(self, i: int, b: int) -> None:
-        if self.ranks.gloo:
+        if self.gloo:
             torch.sum(self.received[b].view(self.ranks.size, self.S), 0, out=self.columns[i])
 
     def _piece(self) -> Tensor:
@@ -278,7 +279,7 @@ class OneEach(ReduceScatter):
         c = self.inside.size
         if c > 1:
             chunk = self.chunk
-            if self.inside.gloo:
+            if self.gloo:
                 arrived = self._buffer(0, self.flats[0].numel())
                 wait(self.inside.all_to_all(arrived, self.flats[0]), "the sum of a cluster's rows")
                 torch.sum(arrived.view(c, -1), 0, out=chunk)
