@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -537,6 +538,40 @@ class Unconditional(nn.Module):
         return out
 
 
+def loop_settings() -> dict[str, Any]:
+    """Runs of antdiff train that take every way through its loop."""
+    from antdiff.train.config import TrainConfig
+
+    tiny = TrainConfig(steps=4, batch_size=9, log_every=2, checkpoint_every=4, device="cpu")
+    return {
+        "pcgrad": tiny,
+        "uniform": replace(tiny, method="nash", timesteps="uniform"),
+        "uw": replace(tiny, method="uw"),
+        "curriculum": replace(tiny, method="vanilla", curriculum=True, patience=1),
+        "experts": replace(tiny, experts=2),
+        "routing": replace(tiny, routing=True),
+    }
+
+
+def train_into(folder: Path) -> None:
+    from antdiff.train.data import load_data
+    from antdiff.train.loop import train
+    from antdiff.train.run import start_run
+
+    data = load_data("digits")
+    for name, config in loop_settings().items():
+        run = folder / name
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            start_run(config, run)
+        if dist.is_initialized():
+            dist.barrier()
+        assert train(config, data, run, progress=False)
+
+
+def the_training_loop(rank: int, world: int) -> None:
+    train_into(FOLDER.parent / "runs of two")
+
+
 def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
     """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
     x, y = samples(20)
@@ -563,4 +598,4 @@ FOUR = [
     bytes_on_the_wire,
     sharded_checkpoint_save,
 ]
-TWO = [sharded_checkpoint_load, the_documented_loops, a_rank_that_dies]
+TWO = [sharded_checkpoint_load, the_documented_loops, the_training_loop, a_rank_that_dies]
