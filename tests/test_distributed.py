@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ranks import run
 from tolerances import UNIT_ROUNDOFF
 
 from antdiff import TimestepClusters, distributed
+from antdiff.train.run import start_run
 
 # p.grad of several ranks against one process's, in relative norm: what is asked of the package. Sums of some hundred
 # terms in another order leave far less, 1e-15 and 1e-6.
@@ -156,6 +158,22 @@ def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Pat
         way = sum(float((a["model"][key] - start[key]).square().sum()) for key in names)
         off = sum(float((a["model"][key] - b["model"][key]).square().sum()) for key in names)
         assert off < (1e-3) ** 2 * way, (name, (off / way) ** 0.5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(two: Results, checkpoints: Path, tmp_path: Path) -> None:
+    from antdiff.train.data import load_data
+    from antdiff.train.log import read_csv
+    from antdiff.train.loop import train
+
+    assert two
+    config = replace(cases.loop_settings()["pcgrad"], steps=8)
+    runs = [checkpoints.parent / "runs of two" / "pcgrad", tmp_path / "one"]
+    start_run(config, runs[1])
+    for run_ in runs:
+        assert train(config, load_data("digits"), run_, progress=False)
+    both, one = (read_csv(run_ / "metrics.csv") for run_ in runs)
+    assert [row["step"] for row in both] == [2, 4, 6, 8]
+    assert both[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
 
 
 def test_a_lost_rank_is_an_error_with_a_name(two: Results) -> None:
