@@ -1,25 +1,32 @@
 """gram_weights and its kin: weights of every method from one Gram matrix, beside TorchJD's for the same method.
 
     python benchmarks/bench_balancing.py [--csv results.csv] [--device cuda]
+    python benchmarks/bench_balancing.py --costs    # writes results/balancing_costs_cpu.csv
 
 One thread; G is float64 [K, K] of conflicting gradients, the same for both. TorchJD's time is its weighting alone
 (G -> w), without its Gram matrix or the combination. A method TorchJD lacks, or whose solver is not installed, stands
 alone.
+
+The costs, which docs/balancing.md shows, are CPU time of the process, the least of many repeats: other work on the
+machine hardly changes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Result, measure, show, write_csv
+from harness import Result, environment, measure, show, write_csv
 
 from antdiff import balancing, ops
 
 CALLS = 20
+COSTS = Path(__file__).with_name("results") / "balancing_costs_cpu.csv"
 PEERS: dict[str, tuple[str | None, dict[str, float]]] = {
     "pcgrad": ("PCGradWeighting", {}),
     "nash": (None, {}),  # a weighting of matrices; see bench_weights.py
@@ -44,7 +51,7 @@ def peer(name: str) -> Any | None:
         return None
 
 
-def repeated(weights: Callable[[torch.Tensor], torch.Tensor], G: torch.Tensor) -> Callable[[], None]:
+def repeated(weights: Callable[[torch.Tensor], object], G: torch.Tensor) -> Callable[[], None]:
     """CALLS calls in a row: a single one among a peer's milliseconds would be a measurement of cold caches."""
 
     def run() -> None:
@@ -61,13 +68,40 @@ def conflicting(k: int, device: str) -> torch.Tensor:
     return ops.gram(J).to(device)
 
 
+def costs(k: int = 5, repeats: int = 400) -> None:
+    """CPU seconds of one call of each method: ``weights(G)``, or ``loss(losses)`` with the graph that it builds."""
+    G, losses = conflicting(k, "cpu"), torch.rand(k, generator=torch.Generator().manual_seed(0)) + 0.1
+    rows = []
+    for name in balancing.names():
+        method = balancing.get(name)
+        if method.needs == "J":
+            continue  # grows with P
+        run = repeated(
+            *((method().weights, G) if method.needs == "gram" else (method(k).loss, losses.requires_grad_()))
+        )
+        seconds = []
+        for _ in range(repeats):
+            start = time.process_time()
+            run()
+            seconds.append((time.process_time() - start) / CALLS)
+        rows.append([name, k, repeats, f"{min(seconds):.2e}", *environment().values()])
+        print(f"{name:12s} {min(seconds) * 1e6:6.1f} us")
+    with COSTS.open("w", newline="") as file:
+        csv.writer(file).writerows([["method", "k", "repeats", "cpu_s", *environment()], *rows])
+    print(f"wrote {COSTS}; now run docs/balancing_table.py")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=0.2)
+    parser.add_argument("--costs", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.costs:
+        costs()
+        return
     results: list[Result] = []
     for k in (5, 8, 16):
         G = conflicting(k, args.device)

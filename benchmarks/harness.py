@@ -13,7 +13,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Result:
     name: str
     wall: list[float] = field(default_factory=list)
     gpu: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
     bytes: float = 0.0
 
     @property
@@ -50,21 +51,27 @@ def measure(
     least: int = 5,
     bytes_moved: dict[str, float] | None = None,
     cuda: bool = False,
+    slow: Collection[str] = (),
 ) -> dict[str, Result]:
-    """Times ``candidates`` against one another: rounds for about ``seconds`` each candidate, at least ``least``."""
+    """Times ``candidates`` against one another: rounds for about ``seconds`` each candidate, at least ``least``; those
+    in ``slow`` take part in every second round only."""
     results = {name: Result(case, name, bytes=(bytes_moved or {}).get(name, 0.0)) for name in candidates}
     order = list(candidates)
     start = time.perf_counter()
     for name in order:  # warm-up: pages touched, code compiled, clocks up
         candidates[name]()
-        candidates[name]()
+        if name not in slow:
+            candidates[name]()
     if cuda:
         torch.cuda.synchronize()
     round_ = max(time.perf_counter() - start, 1e-9) / 2
     shuffle = random.Random(0)
-    for _ in range(max(least, min(300, int(seconds * len(order) / round_)))):
+    for i in range(max(least, min(300, int(seconds * len(order) / round_)))):
         shuffle.shuffle(order)
         for name in order:
+            if i % 2 and name in slow:
+                continue
+            results[name].rounds.append(i)
             wall, gpu = _once(candidates[name], cuda)
             results[name].wall.append(wall)
             if cuda:

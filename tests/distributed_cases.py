@@ -542,7 +542,7 @@ def loop_settings() -> dict[str, Any]:
     """Runs of antdiff train that take every way through its loop."""
     from antdiff.train.config import TrainConfig
 
-    tiny = TrainConfig(steps=4, batch_size=9, log_every=2, checkpoint_every=4, device="cpu")
+    tiny = TrainConfig(steps=4, batch_size=9, log_every=2, checkpoint_every=4, grid_every=0, device="cpu")
     return {
         "pcgrad": tiny,
         "uniform": replace(tiny, method="nash", timesteps="uniform"),
@@ -550,6 +550,7 @@ def loop_settings() -> dict[str, Any]:
         "curriculum": replace(tiny, method="vanilla", curriculum=True, patience=1),
         "experts": replace(tiny, experts=2),
         "routing": replace(tiny, routing=True),
+        "graddrop": replace(tiny, method="graddrop"),
     }
 
 

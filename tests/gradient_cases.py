@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,15 @@ def worst(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
         assert gap[norm == 0].eq(0).all(), "an empty cluster has a gradient"
         error = max(error, float((gap / norm.clamp(min=1e-3 * largest)).max()))
     return error
+
+
+def peak(step: Callable[[], Any]) -> int:
+    """Bytes of tensors at most alive at once in ``step``, of those it makes, by torch's allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -302,7 +313,7 @@ class Checkpointed(nn.Module):
 
 
 def timestep_features(t: Tensor, width: int) -> Tensor:
-    rates = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2)).to(t.dtype)
+    rates = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=t.dtype, device=t.device) / (width // 2))
     angles = t[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], 1)
 
@@ -372,3 +383,43 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype))
     return model
+
+
+def denoising(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, t, y, noise: (model(x, t, y) - noise).flatten(1).square().mean(1)
+
+
+# ---- networks of diffusers -------------------------------------------------------------------------------------------
+
+
+def unet(*widths: int) -> nn.Module:
+    """Attention at every resolution but the first, or at the only one."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=11,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D")[-len(widths) :],
+        up_block_types=("AttnUpBlock2D", "UpBlock2D")[: len(widths)],
+        attention_head_dim=8,
+    )
+
+
+def transformer() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=4,
+    )

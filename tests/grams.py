@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+RANK = 64 * 2.0**-52  # times m: what of an eigenvalue of m correlated rows is rounding
 KINDS = ["random", "conflicting", "duplicates", "opposed", "deficient", "zeros", "scaled"]
 # Where some positive combination of the rows can vanish, so that Nash bargaining may have no solution.
 STATIONARY = ("opposed", "deficient")
@@ -35,6 +36,34 @@ def gram(J: Tensor) -> Tensor:
     """Exactly symmetric [k, k]."""
     G = J @ J.mT
     return (G + G.mT) / 2
+
+
+def unit_rows(J: Tensor) -> Tensor:
+    """The rows that are not zero, at length 1."""
+    norms = J.norm(dim=1, keepdim=True)
+    return (J / norms)[norms[:, 0] > 0]
+
+
+def condition(rows: Tensor) -> float:
+    """Of the Gram matrix of `rows` [m, P] on its range; 1 where all are zero."""
+    values = torch.linalg.svdvals(rows) ** 2
+    return float(values.max() / values[values > RANK * len(rows) * values.max()].min()) if rows.any() else 1.0
+
+
+def worst_condition(J: Tensor) -> float:
+    """The reciprocal of the least eigenvalue among the correlation matrices of all sets of independent rows, 2^k."""
+    rows = unit_rows(J)  # [m, P]
+    m = len(rows)
+    used = ((torch.arange(2**m)[:, None] >> torch.arange(m)) & 1).double()  # [2^m, m]
+    padded = torch.cat([rows * used[:, :, None], torch.diag_embed(1 - used)], dim=2)  # rows left out: orthonormal ones
+    least = torch.linalg.svdvals(padded)[:, -1] ** 2 if m else torch.ones(1)
+    return float(1 / least[least > RANK * max(m, 1)].min())
+
+
+def dependent(J: Tensor) -> bool:
+    """Whether some non-zero row is a combination of the others, to rounding of the Gram matrix."""
+    rows = unit_rows(J)
+    return bool(torch.linalg.matrix_rank(rows, rtol=(RANK * max(1, len(rows))) ** 0.5) < len(rows))
 
 
 def examples(max_k: int = 9) -> st.SearchStrategy[Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from antdiff import balancing
 from antdiff.cli import Schedule, main
 from antdiff.diffusion import SCHEDULES
 from antdiff.train.config import TrainConfig
@@ -42,6 +43,10 @@ def test_train_resume_sample_and_cluster(
     assert "runs/digits-pcgrad-0/samples.png" in out
     run = Path("runs/digits-pcgrad-0")
 
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {run}/report.html\n"
+    assert "digits, pcgrad" in (run / "report.html").read_text()
+
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
     assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4
@@ -57,7 +62,7 @@ def test_train_resume_sample_and_cluster(
     assert np.array_equal(pixels[4:68:8, 4:68:8], images[0, :, :, 0])
 
     capsys.readouterr()
-    assert main(["cluster", "--run", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
+    assert main(["cluster", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
     assert "4 clusters of 1000 timesteps" in capsys.readouterr().out
     assert main(["cluster", "--by", "c.json", "-k", "4"]) == 0
     assert Path("c.png").stat().st_size > 1000
@@ -80,6 +85,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
         (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
+        (["train", "--wandb", "project"], "wandb is not installed: pip install wandb"),
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
         (["cluster", "-k", "2000"], "k must be at most T"),
@@ -89,6 +95,7 @@ def test_mistakes_end_in_one_line(
     args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(args) == 1
     error = capsys.readouterr().err
     assert error.startswith("antdiff: error: ")
@@ -102,9 +109,42 @@ def test_a_run_that_stops_early_says_how_to_go_on(
     monkeypatch.setattr("antdiff.train.run.execute", lambda *_, **__: None)
     assert main(["train", "--out", str(tmp_path / "r")]) == 130
     assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt  # while the run is measured
+
+    monkeypatch.setattr("antdiff.train.run.execute", interrupted)
+    assert main(["train", "--out", str(tmp_path / "s")]) == 130
+    assert f"antdiff train --resume {tmp_path / 's'}" in capsys.readouterr().err
+    monkeypatch.setattr("antdiff.train.compare.execute", interrupted)
+    assert main(["compare", "--out", str(tmp_path / "c")]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
     assert main(["train", "--out", str(tmp_path / "r")]) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_help_and_mistyped_names_need_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from antdiff.cli import main\n"
+        "for args in ([], ['train', '--help'], ['compare', '--help'], ['train', '--method', 'pcgard']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit as exit: print(exit.code)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "0", "0", "2"]
+    assert done.stdout.endswith("False\n")
+    assert "aligned_mtl" in done.stdout
+    assert "'imtl_l', 'famo', 'stch'" in done.stderr
+
+
+def test_compare_all_is_every_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("antdiff.train.compare.compare", lambda config, methods, *_, **__: asked.extend(methods))
+    assert main(["compare", "--methods", "all", "--out", str(tmp_path)]) == 130
+    assert asked == ["vanilla", *balancing.names()]
 
 
 def test_help_needs_no_diffusers_and_a_missing_package_names_the_extra() -> None:

@@ -62,17 +62,22 @@ def test_luck_rarely_wins() -> None:
 def test_table_states_differences_only_beyond_the_noise() -> None:
     results = {
         "vanilla": [cell(25 + d, [0.4 + d / 1000, 0.1]) for d in (-1, 0, 1)],
-        "sum": [cell(24 + d, [0.4 + d / 1000, 0.1]) for d in (-3, 0, 3)],
+        "linear": [cell(24 + d, [0.4 + d / 1000, 0.1]) for d in (-3, 0, 3)],
         "uw": [cell(5 + d, [0.3 + d / 1000, 0.1]) for d in (-1, 0, 1)],
     }
+    results["longer"] = [cell(fd, [0.4, 0.1]) for fd in (3, 4, 5)]
+    results["patch"] = [cell(fd, [0.4, 0.1]) for fd in (13, 14, 15)]
     text = comparison_table(results, "a title")
     lines = text.splitlines()
-    assert any(
-        line.startswith("FD: sum - vanilla = -1 (noise") and line.endswith("no difference beyond noise")
-        for line in lines
-    )
-    assert any(line.startswith("FD: UW - vanilla = -20 (noise") and line.endswith("): lower") for line in lines)
-    assert any(line.startswith("held-out loss: UW - vanilla = -0.03 ") and line.endswith("): lower") for line in lines)
+    verdicts = {line.split("  ")[0]: line.split() for line in lines if " - " in line}
+    assert list(verdicts) == ["linear - vanilla", "uw - vanilla", "longer - vanilla", "patch - longer"]
+    assert verdicts["patch - longer"][3] == "+10"
+    assert verdicts["linear - vanilla"][3] == "-1"
+    assert verdicts["linear - vanilla"][5:] == ["within", "noise", "+0", "0.0029", "within", "noise"]
+    assert verdicts["uw - vanilla"][3] == "-20"
+    assert verdicts["uw - vanilla"][5:7] == ["lower", "-0.03"]
+    assert verdicts["uw - vanilla"][8:] == ["lower"]
+    assert len({line.index("FD") for line in lines if "FD" in line}) == 2  # two tables, each with its columns
     assert "25 ± 1 " in text
     assert "0.19 ± 0.0003" in text  # 0.3 of 0.4 and 0.7 of 0.1: by the intervals' lengths
     assert "Bonferroni" in text
@@ -103,14 +108,17 @@ def test_an_interrupted_comparison_goes_on_cell_by_cell(runs: list[TrainConfig],
     assert compare(TINY, ["uw"], [0, 7], out, progress=False) is None
     first = [(config.method, config.seed, config.timestep_sampling) for config in runs]
     weighted = "stratified-weighted"
-    assert first == [("vanilla", 0, "uniform"), ("sum", 0, weighted), ("uw", 0, weighted)]
+    assert first == [("vanilla", 0, "uniform"), ("linear", 0, weighted), ("uw", 0, weighted)]
     runs.clear()
     results = compare(TINY, ["uw"], [0, 7], out, progress=False)
-    assert [(config.method, config.seed) for config in runs] == [("vanilla", 7), ("sum", 7), ("uw", 7)]
+    assert [(config.method, config.seed) for config in runs] == [("vanilla", 7), ("linear", 7), ("uw", 7)]
     assert results is not None
-    assert {method: len(cells) for method, cells in results.items()} == {"vanilla": 2, "sum": 2, "uw": 2}
-    assert (out / "table.txt").read_text().startswith("digits, 2 steps, 2 training seeds")
+    assert {method: len(cells) for method, cells in results.items()} == {"vanilla": 2, "linear": 2, "uw": 2}
+    assert (out / "table.txt").read_text().startswith("digits, unet, 2 steps, 2 training seeds")
     assert (out / "comparison.png").stat().st_size > 1000
+    for options, error in (({"companions": ["patch"]}, "patch needs --model dit"), ({}, "other settings")):
+        with pytest.raises(ValueError, match=error):
+            compare(replace(TINY, lr=0.1), ["uw"], [0, 7], out, progress=False, **options)
     with pytest.raises(ValueError, match="other settings"):
         compare(replace(TINY, lr=0.1), ["uw"], [0, 7], out, progress=False)
     for seeds in ([], [1, 1]):
@@ -122,6 +130,6 @@ def test_an_interrupted_comparison_goes_on_cell_by_cell(runs: list[TrainConfig],
 def test_a_real_comparison(tmp_path: Path) -> None:
     results = compare(TINY, ["pcgrad"], [0], tmp_path / "c", progress=False)
     assert results is not None
-    assert list(results) == ["vanilla", "sum", "pcgrad"]
+    assert list(results) == ["vanilla", "linear", "pcgrad"]
     assert (tmp_path / "c" / "pcgrad-seed0" / "samples.png").exists()
     assert "One training seed" in (tmp_path / "c" / "table.txt").read_text()

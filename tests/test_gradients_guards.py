@@ -209,15 +209,6 @@ def test_gradients_inside_the_forward() -> None:
     assert cg.explain().startswith("route 'split': not 'grouped': a gradient is taken inside")
 
 
-def test_compiled_models_are_split() -> None:
-    model, _, batch = case(Net(torch.tanh))
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    loss_fn = lambda x: compiled(x).flatten(1).square().mean(1)  # noqa: E731
-    cg = ClusterGradients(compiled, K)
-    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(compiled, loss_fn(*batch), cluster_ids())) < EXACT
-    assert cg.explain().startswith("route 'split': the model is compiled")
-
-
 def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
     model, _, batch = case(Net(torch.tanh))
     g = torch.Generator().manual_seed(0)

@@ -9,10 +9,20 @@ import cvxpy as cp
 import pytest
 import torch
 from devices import DEVICES, HAS_CUDA
-from grams import KINDS, examples, gram, rows
-from hypothesis import given, settings
+from grams import KINDS, STATIONARY, condition, dependent, examples, gram, rows, unit_rows, worst_condition
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tolerances import CONIC_SOLVER, SPECTRAL, active_set
+from tolerances import (
+    CAGRAD_SEARCH,
+    CONIC_SOLVER,
+    FAIRGRAD_RESIDUAL,
+    aligned,
+    equal_cosines,
+    minimiser,
+    nash,
+    projected,
+    vanishing,
+)
 from torch import Tensor
 
 from antdiff import ops
@@ -31,34 +41,50 @@ FIXED = {
     "imtl_g": [0.0767, 1.0, 1.0],
     "config": [0.1588, 2.0706, 2.0706],
 }
-# Grams on which a change of the last bit can change the result: eigenvalues at the threshold of zero, or no solution.
-JUMPS = {
-    "aligned_mtl": ("scaled",),
-    "imtl_g": ("opposed",),
-    "config": ("opposed",),
-    "fairgrad": ("opposed", "deficient"),
-}
 
 
 def direction(J: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, None] * J).sum(0)
 
 
-def condition(J: Tensor) -> float:
-    """Of the correlation matrix on its range; 1 without rows."""
-    unit = J[J.norm(dim=1) > 0]
-    if not len(unit):
-        return 1.0
-    values = torch.linalg.svdvals(unit / unit.norm(dim=1, keepdim=True))
-    return float(values[0] / values[values > 1e-7].min()) ** 2
+def tolerance(method: Method, J: Tensor, w: Tensor) -> float:
+    """Of a direction with weights about ``w``, relative to its longest term (see :func:`assert_same_direction`)."""
+    k = len(J)
+    if method == "aligned_mtl":
+        return aligned(k, condition(J))
+    if method in ("imtl_g", "config"):
+        d = direction(J, w)
+        # IMTL-G divides by the sum of the weights, ConFIG multiplies by the sum of projections: either may cancel.
+        cancelled = w if method == "imtl_g" else J @ d
+        terms = float(cancelled.abs().sum() / cancelled.sum().abs()) if w.any() else 1.0
+        return equal_cosines(k, condition(unit_rows(J)), dependent=dependent(J)) * terms
+    search = {"cagrad": CAGRAD_SEARCH, "fairgrad": 2 * 2 * FAIRGRAD_RESIDUAL}.get(method, 0.0)  # alpha = 2, both sides
+    return minimiser(k, worst_condition(J)) + search
 
 
-def assert_same_direction(J: Tensor, got: Tensor, want: Tensor, tolerance: float, floor: float = 0.0) -> None:
-    """The difference of two directions, relative to the longest term that either is the sum of; ``floor`` = 1 counts
-    the terms of the mean among them."""
-    terms = torch.stack([got, want, torch.full_like(got, floor / len(J))]).abs() * J.norm(dim=1)
+def assert_same_direction(method: Method, J: Tensor, got: Tensor, want: Tensor) -> None:
+    """The difference of two directions, relative to the longest term that either is the sum of. Terms of the mean count
+    among them for the methods that start from it; for Aligned-MTL, the length that its direction has if nothing in the
+    mean cancels."""
+    terms = (torch.stack([got, want]).abs() * J.norm(dim=1)).max()
+    if method in ("upgrad", "dualproj", "cagrad", "aligned_mtl"):
+        least = J.norm(dim=1).max() ** 2 if method != "aligned_mtl" else spectrum(J)[0].min()
+        terms = torch.maximum(terms, least.sqrt() / len(J))
     assert got.isfinite().all()
-    assert direction(J, got - want).norm() <= tolerance * terms.max()
+    assert direction(J, got - want).norm() <= tolerance(method, J, want) * terms
+
+
+def spectrum(J: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of J J^T that are not zero, and all over Aligned-MTL's threshold of zero."""
+    values = torch.linalg.svdvals(J) ** 2
+    threshold = torch.finfo(J.dtype).eps * max(1, int((J.norm(dim=1) > 0).sum())) * values.max()
+    return values[values >= threshold], values / threshold if threshold > 0 else values
+
+
+def assume_rank_is_clear(method: Method, J: Tensor) -> None:
+    """Aligned-MTL jumps where an eigenvalue crosses the threshold: within rounding of it no two computations agree."""
+    ratios = spectrum(J)[1]
+    assume(method != "aligned_mtl" or not ((ratios > 1 / 8) & (ratios < 8)).any())
 
 
 @pytest.mark.sanitize
@@ -76,14 +102,12 @@ def test_fixed_values(device: str, method: Method) -> None:
     kind=st.sampled_from(KINDS), k=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS)
 )
 def test_matches_the_twin(kind: str, k: int, seed: int, method: Method) -> None:
-    if kind in JUMPS.get(method, ()) or (method == "cagrad" and kind == "scaled"):  # the twin's range of nu ends
-        return
+    assume(not (method == "cagrad" and kind == "scaled"))  # the twin's range of nu ends
+    assume(not (method == "fairgrad" and kind in STATIONARY))  # there is no solution, and the twin has no ridge
     J = rows(kind, k, 12, seed)
-    tolerance = SPECTRAL if method in ("aligned_mtl", "imtl_g", "config") else active_set(k)
-    if method == "fairgrad":
-        tolerance = 1e-9  # the twin stops where halving a step no longer lowers the objective
+    assume_rank_is_clear(method, J)
     mine, twin = (module.gram_weights(gram(J), method) for module in (ops, reference))
-    assert_same_direction(J, mine, twin, tolerance * condition(J), floor=float(method != "fairgrad"))
+    assert_same_direction(method, J, mine, twin)
 
 
 # ---- cvxpy: the problems as the papers state them, on the gradients --------------------------------------------------
@@ -133,15 +157,16 @@ def test_cvxpy_finds_the_same_direction(method: Method, kind: str, k: int) -> No
 
 
 # The peer's options, and how far it is from its own optimum: its projections onto the dual cone add 1e-4 to a scaled
-# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual.
+# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual. The spectral
+# ones are exact: roundings times condition numbers of some hundreds.
 TORCHJD = {
     "upgrad": ("UPGrad", {}, 1e-3),
     "dualproj": ("DualProj", {}, 1e-3),
-    "aligned_mtl": ("AlignedMTL", {}, 1e-9),
+    "aligned_mtl": ("AlignedMTL", {}, 1e-12),
     "mgda": ("MGDA", {"epsilon": 1e-9, "max_iters": 5000}, 1e-2),
     "cagrad": ("CAGrad", {"c": 0.5}, 1e-2),
-    "imtl_g": ("IMTLG", {}, 1e-9),
-    "config": ("ConFIG", {}, 1e-9),
+    "imtl_g": ("IMTLG", {}, 1e-12),
+    "config": ("ConFIG", {}, 1e-12),
     "fairgrad": ("FairGrad", {"alpha": 2.0}, 1e-3),
 }
 
@@ -170,7 +195,7 @@ def test_torchjd_finds_the_same_direction(method: Method, kind: str, k: int) -> 
 def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None:
     J = CONFLICT * 1e-6
     right = torch.tensor(FIXED[method], dtype=torch.float64) * 1e-6
-    torch.testing.assert_close(direction(J, ops.gram_weights(gram(J), method)), right, rtol=0, atol=1e-10)
+    torch.testing.assert_close(direction(J, ops.gram_weights(gram(J), method)), right, rtol=0, atol=5e-5 * 1e-6)
     assert (peer(method)(J) - right).norm() > 0.1 * right.norm()
 
 
@@ -181,7 +206,7 @@ def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None
 @given(J=examples())
 def test_optimality_conditions(J: Tensor) -> None:
     G, norms, k = gram(J), J.norm(dim=1), len(J)
-    e = active_set(k)
+    e = minimiser(k, worst_condition(J))
     mean = torch.full((k,), 1 / k, dtype=torch.float64)
     for method in ("upgrad", "dualproj"):
         w = ops.gram_weights(G, method)
@@ -194,69 +219,68 @@ def test_optimality_conditions(J: Tensor) -> None:
             assert (slack[used].abs() <= e * terms[used]).all(), "what was added is perpendicular"
     a = ops.gram_weights(G, "mgda")
     if (norms > 0).any():
-        torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=1e-12, atol=0)
+        torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=minimiser(k, 1), atol=0)
         least, products = a @ G @ a, G @ a
         assert (a >= 0).all()
         assert (products[norms > 0] >= least - e * (norms[norms > 0] * (a * norms).sum())).all()
+    e += CAGRAD_SEARCH
     for c in (0.0, 0.5, 2.0):
         x = ops.gram_weights(G, "cagrad", parameter=c) - torch.where(norms > 0, mean, 0.0)
         g0, d = direction(J, mean), direction(J, x)
+        terms = ((x + mean) * norms).sum()
         assert (x >= 0).all()
-        assert d.norm() <= c * g0.norm() + 1e-6 * norms.max() / k, "the ball"
-        worst = (J @ (g0 + d))[norms > 0]
-        used = x[norms > 0] * norms[norms > 0] > 1e-9 * norms.max()
+        assert d.norm() <= c * g0.norm() + e * terms, "the ball"
+        worst, scale = (J @ (g0 + d))[norms > 0], e * norms[norms > 0] * terms
+        used = x[norms > 0] > 0
         if used.any():
-            terms = norms[norms > 0] * ((x + mean) * norms).sum()
-            assert (worst - 1e-6 * terms)[used].max() <= (worst + 1e-6 * terms).min(), "only the worst-off are helped"
+            assert (worst - scale)[used].max() <= (worst + scale).min(), "only the worst-off are helped"
 
 
 @settings(max_examples=100, deadline=None)
 @given(J=examples())
 def test_equal_cosines_and_projections(J: Tensor) -> None:
-    J = J[:, : J.shape[1]]
-    if torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-4) < len(J):
-        return
+    assume(len(J) == len(unit_rows(J)) and not dependent(J))
     norms = J.norm(dim=1)
+    e = equal_cosines(len(J), condition(unit_rows(J)), dependent=False)
     for method in ("imtl_g", "config"):
         w = ops.gram_weights(gram(J), method)
         d = direction(J, w)
-        projections = J @ d / norms
-        assert (projections - projections.mean()).abs().max() <= SPECTRAL * 1e4 * (w.abs() * norms).max()
+        cosines = J @ d / norms
+        assert (cosines - cosines.mean()).abs().max() <= e * (w.abs() * norms).max()
         if method == "imtl_g":
-            assert abs(float(w.sum()) - 1) <= 1e-9 * float(w.abs().sum())
+            assert abs(float(w.sum()) - 1) <= e * float(w.abs().sum())
         else:
-            assert abs(float(d @ d - (J @ d).sum())) <= 1e-6 * float(d.norm() * norms.sum())
+            # |d| is the sum of the projections: relative to what is summed
+            assert abs(float(d @ d - (J @ d).sum())) <= e * float((w.abs() * norms).sum() * norms.sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(J=examples(), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS))
 def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Method) -> None:
-    if (
-        torch.linalg.matrix_rank(J / J.norm(dim=1, keepdim=True).clamp(min=1e-300), rtol=1e-6)
-        < (J.norm(dim=1) > 0).sum()
-    ):
-        tolerance = 1e-5 if method in ("upgrad", "dualproj", "mgda", "cagrad") else math.inf
-    else:
-        tolerance = 1e-6
+    """Also where weights are not unique or hardly determined: the direction is."""
+    assume_rank_is_clear(method, J)
     p = torch.randperm(len(J), generator=torch.Generator().manual_seed(seed))
-    if (
-        method in ("aligned_mtl", "fairgrad")
-        and J.any()
-        and J.norm(dim=1).max() > 1e3 * J.norm(dim=1)[J.norm(dim=1) > 0].min()
-    ):
-        tolerance = math.inf  # the least eigenvalue of such a G is at the threshold
     weights, permuted = ops.gram_weights(gram(J), method), ops.gram_weights(gram(J[p]), method)
-    terms = (weights.abs() * J.norm(dim=1)).max()
-    assert permuted.isfinite().all()
-    assert direction(J, weights - permuted[p.argsort()]).norm() <= tolerance * terms or terms == 0
+    assert_same_direction(method, J, permuted[p.argsort()], weights)
+
+
+def test_opposed_gradients_have_no_equal_projections() -> None:
+    """Where 1 is perpendicular to the range of the correlations, rounding must not be blown up into a direction,
+    however small the least eigenvalue."""
+    for angle in (1.0, 1e-2, 1e-4):
+        half = torch.tensor([[1.0, 0, 0], [1.0, angle, 0], [1.0, angle, angle]], dtype=torch.float64)
+        J = torch.cat([half, -half]) * torch.tensor([[1.45], [0.95], [3.03], [1.45], [0.95], [3.03]]).double()
+        for module in (ops, reference):
+            for method in ("imtl_g", "config"):
+                assert not module.gram_weights(gram(J), method).any()
 
 
 def test_fairgrad_with_alpha_one_is_nash() -> None:
     for kind in ("random", "conflicting", "duplicates", "scaled", "zeros"):
-        G = gram(rows(kind, 6))
-        torch.testing.assert_close(
-            ops.gram_weights(G, "fairgrad", parameter=1.0), ops.nash_weights(G), rtol=1e-9, atol=0
-        )
+        J = rows(kind, 6)
+        rtol = FAIRGRAD_RESIDUAL + nash(worst_condition(J))
+        w = ops.gram_weights(gram(J), "fairgrad", parameter=1.0)
+        torch.testing.assert_close(w, ops.nash_weights(gram(J)), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 2.0, 8.0])
@@ -264,17 +288,18 @@ def test_fairgrad_solves_its_equation(alpha: float) -> None:
     for kind in ("random", "conflicting", "scaled", "duplicates"):
         G = gram(rows(kind, 6, 20))
         w = ops.gram_weights(G, "fairgrad", parameter=alpha)
-        assert ((G @ w - w ** (-1 / alpha)).abs() <= 1e-9 * (G.abs() @ w)).all(), kind
+        assert ((G @ w - w ** (-1 / alpha)).abs() <= 2 * FAIRGRAD_RESIDUAL * (G.abs() @ w)).all(), kind
 
 
 def test_cagrad_between_the_mean_and_the_dual_cone() -> None:
     J = rows("conflicting", 5)
     G, mean = gram(J), torch.full((5,), 0.2, dtype=torch.float64)
-    torch.testing.assert_close(ops.gram_weights(G, "cagrad", parameter=0.0), mean)
-    assert (J @ direction(J, ops.gram_weights(G, "cagrad", parameter=1.5)) >= -1e-9).all()
+    assert torch.equal(ops.gram_weights(G, "cagrad", parameter=0.0), mean)
+    w = ops.gram_weights(G, "cagrad", parameter=1.5)
+    assert (J @ direction(J, w) >= -minimiser(5, worst_condition(J)) * J.norm(dim=1) * (w * J.norm(dim=1)).sum()).all()
     opposed = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
     w = ops.gram_weights(gram(opposed), "cagrad", parameter=5.0)  # |J^T x| stays below c |g_0|: the limit
-    assert direction(opposed, w).abs().max() <= 1e-12
+    assert direction(opposed, w).norm() <= minimiser(2, worst_condition(opposed)) * (w * opposed.norm(dim=1)).max()
 
 
 # ---- GradVac ---------------------------------------------------------------------------------------------------------
@@ -287,7 +312,7 @@ def test_gradvac_is_pcgrad_where_targets_are_zero(J: Tensor, seed: int) -> None:
     weights, targets = ops.gradvac_weights(G, torch.zeros_like(G), beta=0.0, generator=g.manual_seed(seed))
     want = ops.pcgrad_weights(G, generator=g.manual_seed(seed))
     assert (targets == 0).all()
-    assert direction(J, weights - want).norm() <= 1e-6 * J.norm(dim=1).sum()
+    assert direction(J, weights - want).norm() <= vanishing(len(J)) * J.norm(dim=1).sum()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -303,8 +328,8 @@ def test_gradvac_matches_its_twin_over_steps(device: str, kind: str, k: int) -> 
             weights, targets = module.gradvac_weights(G, targets, beta=0.3, generator=generator)
         states.append((weights, targets))
     (mine, my_targets), (twin, twin_targets) = states
-    torch.testing.assert_close(mine, twin, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(my_targets, twin_targets, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(mine, twin, rtol=projected(k), atol=projected(k))
+    torch.testing.assert_close(my_targets, twin_targets, rtol=projected(k), atol=projected(k))
     assert k == 1 or kind == "zeros" or (my_targets != 0).any()
 
 

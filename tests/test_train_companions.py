@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -187,19 +188,22 @@ SMALL = ["--steps", "2", "--batch-size", "5", "--eval-samples", "12", "--eval-se
          "--device", "cpu"]  # fmt: skip
 
 
-@pytest.fixture
-def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same measurements, of fewer images and by a network that nobody trained."""
-    whole = load_data("digits")
+def few_of(whole: ImageData) -> ImageData:
     assert whole.train_labels is not None
     assert whole.held_out_labels is not None
-    few = replace(
+    return replace(
         whole,
         train=whole.train[:90],
         held_out=whole.held_out[:30],
         train_labels=whole.train_labels[:90],
         held_out_labels=whole.held_out_labels[:30],
     )
+
+
+@pytest.fixture
+def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same measurements, of fewer images and by a network that nobody trained."""
+    few = few_of(load_data("digits"))
     for module in ("data", "compare", "sample"):
         monkeypatch.setattr(f"antdiff.train.{module}.load_data", lambda *_, **__: few)
     monkeypatch.setattr("antdiff.train.run.feature_net", lambda data: FeatureNet(1, 10).eval())
@@ -229,9 +233,31 @@ def test_compare_puts_companions_beside_vanilla(tmp_path: Path) -> None:
     tiny = replace(TINY, steps=1)
     found = compare(tiny, ["vanilla"], [0], tmp_path, companions=["curriculum", "routing", "experts"], progress=False)
     assert found is not None
-    assert list(found) == ["vanilla", "sum", "curriculum", "routing", "experts"]
+    assert list(found) == ["vanilla", "linear", "curriculum", "routing", "experts"]
     assert [found[name][0]["companions"] for name in found] == [[], [], ["curriculum"], ["routing"], ["experts"]]
-    assert "4 experts" in (tmp_path / "table.txt").read_text()
+    assert (tmp_path / "table.txt").read_text().count("experts") == 1
+
+
+@pytest.mark.usefixtures("_quickly_measured")
+def test_compare_holds_a_patch_against_as_many_steps_without_one(tmp_path: Path, digits: ImageData) -> None:
+    config = replace(TINY, model="dit", steps=8)
+    found = compare(config, ["vanilla"], [1], tmp_path, companions=["patch"], progress=False)
+    assert found is not None
+    assert list(found) == ["vanilla", "linear", "longer", "patch"]
+    assert [found[name][0]["step"] for name in found] == [8, 8, 10, 2]
+    base, patched = (state(tmp_path / name) for name in ("vanilla-seed1", "patch-seed1"))
+    prompts = TrainConfig.load(tmp_path / "patch-seed1" / "config.json")
+    assert (prompts.patch, prompts.lr) == (str(tmp_path / "vanilla-seed1"), 1e-4)
+    for key, value in base["ema"].items():
+        if key.startswith("module."):
+            assert torch.equal(patched["model"][key.removeprefix("module.")], value)
+    # "longer" took over vanilla's checkpoint, and is what a run of that length from the start would be
+    straight = replace(config, method="vanilla", timesteps="uniform", steps=10, seed=1)
+    start_run(straight, tmp_path / "straight")
+    assert train(straight, few_of(digits), tmp_path / "straight", progress=False)
+    assert same(state(tmp_path / "longer-seed1"), state(tmp_path / "straight"))
+    again = compare(config, ["vanilla"], [1], tmp_path, companions=["patch"], progress=False)
+    assert json.dumps(again) == json.dumps(found)  # read, not run
 
 
 @pytest.mark.parametrize(

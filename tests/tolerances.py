@@ -79,15 +79,58 @@ def nash(condition: float) -> float:
 CLARABEL = 5e-4
 
 
-def active_set(k: int) -> float:
-    """A direction found by the active-set solver, relative to its longest term: the solver takes slopes below
-    8 k * 2.2e-16 of their terms for zero, and solves k x k systems whose rows are unit vectors. 1e4 for the condition
-    of a set of rows that it still takes for independent."""
-    return 1e4 * 16 * k * UNIT_ROUNDOFF[torch.float64]
+def minimiser(k: int, condition: float) -> float:
+    """The minimiser of a convex quadratic of the direction over rows g_i (UPGrad, DualProj, MGDA, CAGrad, FairGrad), or
+    its product with a unit row, relative to its longest term w_i |g_i|. Each of up to k terms carries some roundings,
+    its product in G and those of the triangular solves: 16 u, and 32 u for two solutions that are compared. Rounding of
+    the system enters through its inverse, at most ``condition``: that of the worst set of independent rows, since the
+    rows in use are one such set whatever the data (and a diagonal added to the system, as FairGrad's barrier is, makes
+    it no worse). However bad that is, the objective is right to rounding and strongly convex with modulus 1 in the
+    direction: a gap of e moves it by sqrt(2 e)."""
+    e = 32 * k * UNIT_ROUNDOFF[torch.float64]
+    return min(e * condition, (2 * e) ** 0.5)
 
 
-# Eigenvectors are right to some roundings of the largest eigenvalue divided by the gap; 1e3 for gaps that tests meet.
-SPECTRAL = 1e3 * 16 * UNIT_ROUNDOFF[torch.float64]
+# CAGrad ends its search for the one unknown when |d - g_0| is within 1e-13 of c |g_0|, on both sides.
+CAGRAD_SEARCH = 2e-13
+
+
+# |(G w)_i w_i^(1/alpha) - 1| at which FairGrad's iteration stops. The Hessian of its objective in relative steps of w
+# is at least 1/alpha, so the weights are off by at most alpha times that.
+FAIRGRAD_RESIDUAL = 1e-12
+
+
+def aligned(k: int, condition: float) -> float:
+    """Aligned-MTL's direction relative to its length: G is right to k roundings of its largest eigenvalue, and the
+    inverse root of the least one that is not zero has its relative error, so times the condition of G on its range."""
+    return 32 * k * UNIT_ROUNDOFF[torch.float64] * condition
+
+
+def equal_cosines(k: int, condition: float, *, dependent: bool) -> float:
+    """C^+ 1 relative to its longest term, C the correlations: rounding of C times the ``condition`` of C on its range.
+    Where rows depend on each other, rounding tilts that range, and a pseudo-inverse takes the condition's square."""
+    return 32 * k * UNIT_ROUNDOFF[torch.float64] * (condition**2 if dependent else condition)
+
+
+def power(log: float) -> float:
+    """x^e relative to itself, for |log x^e| up to ``log``: a rounding of the exponent moves it by log u, on both sides,
+    and each side takes a few roundings more."""
+    return (2 * log + 16) * UNIT_ROUNDOFF[torch.float64]
+
+
+def vanishing(k: int) -> float:
+    """GradVac's direction relative to sum_i |g_i|: it knows |p_i|^2 to 128 k u of the terms it is the difference of,
+    and lets be what is below; so each p_i may keep the root of that."""
+    return (128 * k * UNIT_ROUNDOFF[torch.float64]) ** 0.5
+
+
+# K shares made of logarithms of losses up to 1e20, whose logarithm of 46 is right to 46 u; ten of these meet in a mean,
+# a softmax and a quotient.
+LOG_SHARES = 10 * 46 * UNIT_ROUNDOFF[torch.float64]
+
+# A scalar that Adam has brought to rest in float32: its steps vanish with the gradient, whose own roundings, some u
+# relative to its terms, are what is left.
+ADAM_AT_REST = 16 * UNIT_ROUNDOFF[torch.float32]
 
 # Clarabel's gap and feasibility tolerances of 1e-8 move a minimiser by their square root, and a few times that.
 CONIC_SOLVER = 5e-4

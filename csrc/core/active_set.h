@@ -52,7 +52,7 @@ ANTDIFF_HD int64_t row_to_enter(const double* H, const double* c, int64_t K, con
 // x [K] = argmin 1/2 x^T H x + c^T x over x >= 0, for H [K, K] positive semidefinite with a positive diagonal and c in
 // its range, so that there is a minimum. Where H is singular x is one of several minimisers, all with the same H x.
 // Every row that enters lowers the objective, and rows in use stay linearly independent, so no ridge is needed.
-ANTDIFF_HD void nonnegative_qp(const double* H, const double* c, int64_t K, double* x, double* work) {
+ANTDIFF_HD_CALL void nonnegative_qp(const double* H, const double* c, int64_t K, double* x, double* work) {
   double *M = work, *order = M + K * K, *state = order + K, *z = state + K;
   enum : int { out = 0, in = 1, blocked = 2 };  // blocked: found dependent on the rows in use, until those change
   for (int64_t i = 0; i < K; ++i) x[i] = state[i] = 0;
@@ -99,7 +99,7 @@ constexpr int64_t min_norm_workspace(int64_t K) { return nonnegative_qp_workspac
 // The simplex needs no constraint of its own: x = argmin a^T R a + (sigma . x - 1)^2 over x >= 0, divided by its sum,
 // is that point, for any sigma > 0 (Lawson and Hanson's reduction of least distance to least squares). With the length
 // of the shortest row as the unit of sigma, rows of any lengths stay resolved.
-ANTDIFF_HD void min_norm_point(double* R, int64_t K, double* a, double* work) {
+ANTDIFF_HD_CALL void min_norm_point(double* R, int64_t K, double* a, double* work) {
   double *scale = work, *sigma = scale + K, *c = sigma + K, *rest = c + K;
   double largest = 0;
   int64_t vanishing = -1;

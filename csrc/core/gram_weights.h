@@ -71,7 +71,7 @@ ANTDIFF_HD void unscaled(const NonZeroRows& r, double* G) {
 // ---- projections onto the dual cone {x : <x, g_j> >= 0}: g_i + sum_j u_j g_j with u = argmin_{u >= 0} |g_i + J^T u|^2
 
 // UPGrad (Quinton and Rey, 2024): the mean over i of the projections of g_i.
-ANTDIFF_HD void upgrad(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void upgrad(const NonZeroRows& r) {
   double *x = r.work, *rest = x + r.m;
   for (int64_t j = 0; j < r.m; ++j) r.w[j] = 1 / double(r.K);
   for (int64_t i = 0; i < r.m; ++i) {
@@ -82,7 +82,7 @@ ANTDIFF_HD void upgrad(const NonZeroRows& r) {
 }
 
 // DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the projection of the mean gradient.
-ANTDIFF_HD void dualproj(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void dualproj(const NonZeroRows& r) {
   double *x = r.work, *c = x + r.m, *rest = c + r.m;
   const double least = least_scale(r);
   for (int64_t j = 0; j < r.m; ++j) {
@@ -97,7 +97,7 @@ ANTDIFF_HD void dualproj(const NonZeroRows& r) {
 
 // Aligned-MTL (Senushkin et al., CVPR 2023): J with all non-zero singular values set to the smallest of them, then the
 // mean of its rows: w = sqrt(lambda_min) V Lambda^(-1/2) V^T 1/K. Eigenvalues within rounding of zero are zero.
-ANTDIFF_HD void aligned_mtl(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void aligned_mtl(const NonZeroRows& r) {
   double *A = r.work, *V = A + r.m * r.m;
   unscaled(r, A);
   jacobi_eigen(A, V, r.m);
@@ -117,25 +117,38 @@ ANTDIFF_HD void aligned_mtl(const NonZeroRows& r) {
   }
 }
 
-// The correlation matrix C [m, m], v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range of C. C is
-// destroyed; V [m, m] is workspace.
-ANTDIFF_HD void equalise(const NonZeroRows& r, double* C, double* V, double* v, double* p) {
+// The correlation matrix C [m, m], v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range of C; both are
+// 0 where 1 is perpendicular to it. C is destroyed; V [m, m] is workspace. Returns what is rounding in a sum of the
+// v_i, relative to its terms: that of C, times its condition.
+ANTDIFF_HD_CALL double equalise(const NonZeroRows& r, double* C, double* V, double* v, double* p) {
+  const double size = double(r.m);
   for (int64_t i = 0; i < r.m; ++i)
     for (int64_t j = 0; j < r.m; ++j)
       C[i * r.m + j] = i == j ? 1 : r.S[i * r.m + j] / sqrt(r.S[i * r.m + i] * r.S[j * r.m + j]);
   jacobi_eigen(C, V, r.m);
+  double least = size, square = 0;  // of the eigenvalues that are not zero; |p|^2
+  bool dependent = false;
   for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
   for (int64_t k = 0; k < r.m; ++k) {
     const double lambda = C[k * r.m + k];
+    if (!(lambda > kGramRounding * size)) {  // the trace is m, so m bounds the eigenvalues
+      dependent = true;
+      continue;
+    }
+    least = fmin(least, lambda);
     double sum = 0;
     for (int64_t i = 0; i < r.m; ++i) sum += V[i * r.m + k];
-    // The trace is m, so m bounds the eigenvalues; and 1 has length sqrt(m), so a smaller product with V_k is rounding.
-    if (!(lambda > kGramRounding * double(r.m)) || fabs(sum) <= kGramRounding * double(r.m)) continue;
+    square += sum * sum;
     for (int64_t i = 0; i < r.m; ++i) {
       v[i] += V[i * r.m + k] * sum / lambda;
       p[i] += V[i * r.m + k] * sum;
     }
   }
+  // Rounding tilts the range of C against its null space by as much as this, and 1 has length sqrt(m).
+  const double rounding = kGramRounding * size * size / least;
+  if (dependent && square <= rounding * rounding * size)
+    for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
+  return rounding;
 }
 
 // |g_i| relative to a common unit, at most 2.
@@ -145,9 +158,9 @@ ANTDIFF_HD double relative_norm(const NonZeroRows& r, double least, int64_t i) {
 
 // IMTL-G (Liu et al., ICLR 2021): the combination with weights of sum 1 that has equal projections onto all g_i. There
 // is none, and the weights are 0, where gradients oppose each other exactly.
-ANTDIFF_HD void imtl_g(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void imtl_g(const NonZeroRows& r) {
   double *C = r.work, *V = C + r.m * r.m, *v = V + r.m * r.m, *p = v + r.m;
-  equalise(r, C, V, v, p);
+  const double rounding = equalise(r, C, V, v, p);
   const double least = least_scale(r);
   double shortest = DBL_MAX, sum = 0, terms = 0;
   for (int64_t i = 0; i < r.m; ++i) shortest = fmin(shortest, relative_norm(r, least, i));
@@ -156,12 +169,12 @@ ANTDIFF_HD void imtl_g(const NonZeroRows& r) {
     sum += r.w[i];
     terms += fabs(r.w[i]);
   }
-  for (int64_t i = 0; i < r.m; ++i) r.w[i] = fabs(sum) > kGramRounding * double(r.m) * terms ? r.w[i] / sum : 0;
+  for (int64_t i = 0; i < r.m; ++i) r.w[i] = fabs(sum) > rounding * terms ? r.w[i] / sum : 0;
 }
 
 // ConFIG (Liu et al., ICLR 2025): the direction with equal cosines to all g_i, as long as the sum of their projections
 // onto it. Its coefficients are those of J with unit rows; v . C v = 1^T C^+ 1 is the squared length there.
-ANTDIFF_HD void config(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void config(const NonZeroRows& r) {
   double *C = r.work, *V = C + r.m * r.m, *v = V + r.m * r.m, *p = v + r.m;
   equalise(r, C, V, v, p);
   const double least = least_scale(r);
@@ -177,7 +190,7 @@ ANTDIFF_HD void config(const NonZeroRows& r) {
 // ---- the point of least norm, and directions near the mean ----------------------------------------------------------
 
 // MGDA (Desideri, 2012; Sener and Koltun, NeurIPS 2018): the shortest convex combination of the gradients.
-ANTDIFF_HD void mgda(const NonZeroRows& r) {
+ANTDIFF_HD_CALL void mgda(const NonZeroRows& r) {
   double *G = r.work, *rest = G + r.m * r.m;
   unscaled(r, G);
   min_norm_point(G, r.m, r.w, rest);
@@ -185,7 +198,7 @@ ANTDIFF_HD void mgda(const NonZeroRows& r) {
 
 // The affine combination of the rows in use (x_i > 0) with the least norm: q [m], of sum 1. M [m, m] is workspace.
 // False where the rows in use are affinely dependent.
-ANTDIFF_HD bool affine_min_norm(const NonZeroRows& r, const double* x, double* q, double* M) {
+ANTDIFF_HD_CALL bool affine_min_norm(const NonZeroRows& r, const double* x, double* q, double* M) {
   double largest = 0;
   int64_t size = 0;
   for (int64_t i = 0; i < r.m; ++i) largest = fmax(largest, r.d[i]);
@@ -236,7 +249,7 @@ constexpr double kCagradAccuracy = 1e-13;  // of |d - g_0| relative to c |g_0|
 // affine combination of least norm and <J^T p, J^T q> = 0, so |J^T x|^2 = |J^T p|^2 + nu^2 |J^T q|^2 gives nu. Where a
 // convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu: d is then the limit, the projection
 // of g_0 onto the dual cone, which is as good as any.
-ANTDIFF_HD void cagrad(const NonZeroRows& r, double c) {
+ANTDIFF_HD_CALL void cagrad(const NonZeroRows& r, double c) {
   const int64_t m = r.m;
   double *G = r.work, *R = G + m * m, *b = R + m * m, *x = b + m, *q = x + m, *rest = q + m;
   unscaled(r, G);
@@ -281,8 +294,8 @@ constexpr double kFairgradResidual = 1e-12;  // stop at max_i |(G w)_i w_i^(1/al
 
 // b > 0 with (G b)_i (1 + ridge at its own row) = b_i^(-1/alpha). h, y, x [m] and M [m, m] are workspace. False where
 // the iteration does not converge: some positive combination of rows vanishes.
-ANTDIFF_HD bool fairgrad_newton(const double* G, int64_t m, double alpha, double ridge, double* M, double* b, double* h,
-                                double* y, double* x) {
+ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, double ridge, double* M, double* b,
+                                     double* h, double* y, double* x) {
   const double power = 1 - 1 / alpha, bend = 0.5 * (1 + 1 / alpha);
   for (int64_t i = 0; i < m; ++i) b[i] = pow(G[i * m + i], -alpha / (1 + alpha));
   double last = DBL_MAX;
@@ -329,7 +342,7 @@ ANTDIFF_HD bool fairgrad_newton(const double* G, int64_t m, double alpha, double
 // FairGrad (Ban and Ji, ICML 2024): w > 0 with (G w)_i = w_i^(-1/alpha), the minimum of the strictly convex
 // 1/2 w^T G w - sum_i w_i^(1 - 1/alpha) / (1 - 1/alpha); alpha = 1 is NashMTL. Where rows cancel there is none, and a
 // ridge gives finite weights, as in nash.h. The result may be NaN only where G is far from positive semidefinite.
-ANTDIFF_HD void fairgrad(const NonZeroRows& r, double alpha) {
+ANTDIFF_HD_CALL void fairgrad(const NonZeroRows& r, double alpha) {
   const int64_t m = r.m;
   double *G = r.work, *M = G + m * m, *h = M + m * m, *y = h + m, *x = y + m;
   unscaled(r, G);
@@ -346,7 +359,7 @@ ANTDIFF_HD void fairgrad(const NonZeroRows& r, double alpha) {
 // GradVac (Wang et al., ICLR 2021): where PCGrad removes a negative cosine, GradVac raises each cosine phi of p_i and
 // g_j to its running mean, the target t_ij: p_i += |p_i| (t s - phi r) / (|g_j| r) g_j, s = sqrt(1 - phi^2),
 // r = sqrt(1 - t^2). Targets of zero are PCGrad. S [K, K] and d [K] hold all rows; a zero row meets nobody.
-ANTDIFF_HD void gradvac(const GramWeightsParams& p, int64_t n, const double* S, const double* d, double* work) {
+ANTDIFF_HD_CALL void gradvac(const GramWeightsParams& p, int64_t n, const double* S, const double* d, double* work) {
   const int64_t K = p.K;
   double *order = work, *v = order + K, *c = v + K, *sum = c + K;
   double* targets = p.targets + n * K * K;

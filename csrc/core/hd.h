@@ -3,6 +3,9 @@
 
 #if defined(__CUDACC__)
 #define ANTDIFF_HD __host__ __device__ __forceinline__
+// For what one lane of a warp runs: the call costs it next to nothing, and ptxas takes an eighth of the time.
+#define ANTDIFF_HD_CALL inline __host__ __device__ __noinline__
 #else
 #define ANTDIFF_HD inline
+#define ANTDIFF_HD_CALL inline
 #endif

@@ -14,7 +14,7 @@ constexpr int kJacobiSweeps = 40;
 
 // Diagonalises A [K, K]: on return its diagonal holds the eigenvalues, in no order, and column j of V [K, K] the unit
 // eigenvector of A_jj. An eigenvalue is right to a few roundings of the largest.
-ANTDIFF_HD void jacobi_eigen(double* A, double* V, int64_t K) {
+ANTDIFF_HD_CALL void jacobi_eigen(double* A, double* V, int64_t K) {
   double norm = 0;
   for (int64_t i = 0; i < K; ++i)
     for (int64_t j = 0; j < K; ++j) {

@@ -47,7 +47,7 @@ class DeviceGuard {
 #if !defined(ANTDIFF_CUDA_EMULATION)
 // An empty grid is not an error to the caller, but it is one to CUDA: nothing is launched. The device must be current.
 template <class... P, class... A>
-Status launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, A... args) {
+Status launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, const A&... args) {
   if (blocks <= 0) return {};
   kernel<<<unsigned(blocks), unsigned(threads), 0, static_cast<cudaStream_t>(stream.handle)>>>(P(args)...);
   return cuda_status(cudaGetLastError());

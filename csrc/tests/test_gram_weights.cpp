@@ -8,15 +8,14 @@
 
 #include "cpu/launchers.h"
 #include "tests/check.h"
+#include "tests/grams.h"
 
 namespace antdiff {
 uint32_t* device_errors(int) { return &emulated_errors; }
 }  // namespace antdiff
 
 using namespace antdiff;
-using test::close;
-using test::Random;
-using Vector = std::vector<double>;
+using namespace test;
 
 namespace {
 
@@ -24,35 +23,6 @@ constexpr GramMethod kAll[] = {GramMethod::upgrad, GramMethod::dualproj, GramMet
                                GramMethod::mgda,   GramMethod::cagrad,   GramMethod::imtl_g,
                                GramMethod::config, GramMethod::fairgrad, GramMethod::gradvac};
 static_assert(sizeof(kAll) / sizeof(kAll[0]) == kGramMethods, "every method is tested");
-
-// J [K, P]: random, or with a conflict, duplicate, opposed and zero rows, or of low rank.
-Vector gradients(int kind, int64_t K, int64_t P, uint64_t seed) {
-  Random random(seed);
-  Vector J(K * P), shared(P);
-  for (auto& x : J) x = random.normal();
-  for (auto& x : shared) x = random.normal();
-  for (int64_t i = 0; i < K; ++i)
-    for (int64_t p = 0; p < P; ++p) {
-      double& x = J[i * P + p];
-      if (kind == 1) x += (i % 2 ? -3 : 3) * shared[p];
-      if (kind == 2 && i > 0) x = J[(i / 2) * P + p];
-      if (kind == 3 && i % 2) x = -2 * J[(i - 1) * P + p];
-      if (kind == 4 && p > 1) x = 0;
-      if (kind == 5 && i % 2 == 0) x = 0;
-      if (kind == 6) x *= std::pow(10.0, double(10 * (i % 3) - 10));
-    }
-  return J;
-}
-constexpr int kKinds = 7;
-
-Vector gram_of(const Vector& J, int64_t K) {
-  const int64_t P = int64_t(J.size()) / K;
-  Vector G(K * K);
-  for (int64_t i = 0; i < K; ++i)
-    for (int64_t j = 0; j < K; ++j)
-      for (int64_t p = 0; p < P; ++p) G[i * K + j] += J[i * P + p] * J[j * P + p];
-  return G;
-}
 
 double option_of(GramMethod method) {
   return method == GramMethod::cagrad ? 0.5 : method == GramMethod::fairgrad ? 2 : 0.1;
@@ -77,9 +47,9 @@ struct Run {
 
 void warps_agree_with_threads() {
   for (int64_t K : {1, 2, 5, 8, 33})
-    for (int kind = 0; kind < kKinds; ++kind)
+    for (Kind kind : kKinds)
       for (GramMethod method : kAll) {
-        const Vector G = gram_of(gradients(kind, K, 2 * K + 1, uint64_t(K + kind)), K);
+        const Vector G = gram_of(gradients(kind, K, 2 * K + 1, uint64_t(K + int(kind))), K);
         const Run cpu(false, method, G, K), cuda(true, method, G, K);
         CHECK(cpu.status.ok() && cuda.status.ok());
         CHECK(cpu.weights == cuda.weights && cpu.targets == cuda.targets);
@@ -92,8 +62,8 @@ void warps_agree_with_threads() {
 // x >= 0, slope >= 0 where x = 0, slope = 0 where x > 0, relative to the terms of the slope.
 void quadratic_programs() {
   for (int64_t K : {1, 2, 3, 6, 12, 40})
-    for (int kind = 0; kind < kKinds; ++kind) {
-      const Vector J = gradients(kind, K, 12, uint64_t(7 * K + kind));
+    for (Kind kind : kKinds) {
+      const Vector J = gradients(kind, K, 12, uint64_t(7 * K + int(kind)));
       Vector G = gram_of(J, K), x(K), work(nonnegative_qp_workspace(K));
       for (int64_t i = 0; i < K; ++i)
         if (G[i * K + i] == 0) G[i * K + i] = 1;  // the solver's callers take such rows out
@@ -112,8 +82,8 @@ void quadratic_programs() {
 
 void eigenproblems() {
   for (int64_t K : {1, 2, 5, 16, 64})
-    for (int kind = 0; kind < kKinds; ++kind) {
-      const Vector G = gram_of(gradients(kind, K, K + 3, uint64_t(K * 11 + kind)), K);
+    for (Kind kind : kKinds) {
+      const Vector G = gram_of(gradients(kind, K, K + 3, uint64_t(K * 11 + int(kind))), K);
       Vector A = G, V(K * K);
       jacobi_eigen(A.data(), V.data(), K);
       double norm = 0;
@@ -153,7 +123,7 @@ void fixed_values() {
 
 // Powers of four leave every bit of the weights alone, but for fairgrad's, which have a unit.
 void scales() {
-  const Vector G = gram_of(gradients(1, 5, 9, 3), 5);
+  const Vector G = gram_of(gradients(Kind::conflicting, 5, 9, 3), 5);
   for (GramMethod method : kAll) {
     const Run plain(false, method, G, 5);
     for (double scale : {0x1p-960, 0x1p-66, 0x1p66, 0x1p960}) {
@@ -167,6 +137,19 @@ void scales() {
           CHECK(run.weights[i] == plain.weights[i]);
       }
     }
+  }
+}
+
+// Opposed pairs that span an ill-conditioned space: 1 is perpendicular to it but for rounding, which is not to become a
+// direction.
+void opposed() {
+  for (double angle : {1.0, 1e-2, 1e-4}) {
+    Vector J = {1, 0, 0, 1, angle, 0, 1, angle, angle};
+    const double lengths[] = {1.45, 0.95, 3.03};
+    for (int64_t e = 0; e < 9; ++e) J[e] *= lengths[e / 3];
+    for (int64_t e = 0; e < 9; ++e) J.push_back(-J[e]);
+    for (GramMethod method : {GramMethod::imtl_g, GramMethod::config})
+      for (double w : Run(false, method, gram_of(J, 6), 6).weights) CHECK(w == 0);
   }
 }
 
@@ -198,6 +181,7 @@ int main() {
   eigenproblems();
   warps_agree_with_threads();
   scales();
+  opposed();
   bad_input();
   return test::summary();
 }

@@ -1,8 +1,12 @@
 """Train diffusion models as multi-task learners: cluster the timesteps, take one gradient a cluster, balance them."""
 
-from antdiff import balancing, diffusion, distributed, ops
-from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
-from antdiff.gradients import BalancedBackward, ClusterGradients
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from antdiff import balancing, diffusion, distributed, ops
+    from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
+    from antdiff.gradients import BalancedBackward, ClusterGradients
 
 __all__ = [
     "BalancedBackward",
@@ -15,3 +19,23 @@ __all__ = [
     "distributed",
     "ops",
 ]
+
+_HOMES = {
+    "BalancedBackward": "gradients",
+    "ClusterGradients": "gradients",
+    "StratifiedTimesteps": "clustering",
+    "TimestepClusters": "clustering",
+    "UniformTimesteps": "clustering",
+}
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: importing torch takes a second, which the help of the command line and its errors do without.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f"antdiff.{_HOMES.get(name, name)}")
+    return globals().setdefault(name, getattr(home, name) if name in _HOMES else home)

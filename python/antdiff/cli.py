@@ -1,16 +1,18 @@
-"""The ``antdiff`` command: train, compare, patch, sample, cluster, info. Each imports what it needs when it runs."""
+"""The ``antdiff`` command: train, compare, patch, sample, cluster, analyze, report, info. Each imports what it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
 import itertools
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from antdiff.train.config import Companion, Method, TrainConfig, resumed
+from antdiff.train.config import METHODS, PATCH_LR, Companion, TrainConfig, resumed
 
 COMPARE_STEPS = 800
+Compared = Literal[(*METHODS, "all")]  # type: ignore[valid-type]
 Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test holds them together
 
 
@@ -53,6 +55,7 @@ def _run(argv: list[str]) -> int:
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008  (frozen)
         out: Path | None = None,
         resume: Path | None = None,
+        wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
 
@@ -60,13 +63,14 @@ def _run(argv: list[str]) -> int:
             config: the settings.
             out: run folder; the default is the first free runs/<data>-<method>-<number>.
             resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
+            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
         """
-        return _train(config, out, resume)
+        return _train(config, out, resume, wandb)
 
     @app.command
     def compare(
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
-        methods: tuple[Method, ...] = ("vanilla", "sum", "uw", "pcgrad", "nash"),
+        methods: tuple[Compared, ...] = ("vanilla", "linear", "uw", "pcgrad", "nash"),
         companions: tuple[Companion, ...] = (),
         seeds: tuple[int, ...] = (0, 1, 2),
         out: Path = Path("runs/compare"),
@@ -77,18 +81,19 @@ def _run(argv: list[str]) -> int:
 
         Args:
             config: the settings of every run; method and seed are replaced.
-            methods: what to compare; vanilla (uniform t) and sum (stratified t) are always among them.
-            companions: which of curriculum, routing and experts to add, each with vanilla.
+            methods: what to compare, or all; vanilla (uniform t) and linear (stratified t) are always among them.
+            companions: which to add, each with vanilla; patch (a DiT's) with a quarter of the steps on top, beside a
+                run that goes on as long without it.
             seeds: training seeds.
             out: folder of the comparison; one run folder a method and seed in it.
         """
-        return _compare(config, methods, companions, seeds, out)
+        return _compare(config, METHODS if "all" in methods else methods, companions, seeds, out)
 
     @app.command
     def patch(
         run: tyro.conf.Positional[Path],
         steps: int = 400,
-        lr: float = 1e-4,
+        lr: float = PATCH_LR,
         device: str = "auto",
         out: Path | None = None,
     ) -> int:
@@ -132,7 +137,7 @@ def _run(argv: list[str]) -> int:
 
     @app.command
     def cluster(
-        run: Path | None = None,
+        run: tyro.conf.Positional[Path | None] = None,
         schedule: Schedule = "cosine",
         T: int = 1000,
         by: str = "log-snr",
@@ -154,6 +159,24 @@ def _run(argv: list[str]) -> int:
         return _cluster(run, schedule, T, by, k, save, plot)
 
     @app.command
+    def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+        """Make one HTML file of a run, finished or not, or of a comparison. It opens from the disk, without a network.
+
+        Args:
+            run: run folder, or the folder of antdiff compare.
+            out: file to write; the default is RUN/report.html.
+        """
+        from antdiff.train.report import write_report
+
+        print(f"wrote {write_report(run, out)}")
+        return 0
+
+    @app.command
+    def analyze() -> int:
+        """Measure what the timesteps of a run do to each other: affinity, conflict, transfer (each has its --help)."""
+        raise AssertionError("antdiff analyze has commands of its own")
+
+    @app.command
     def info() -> int:
         """Show versions, how the extension was built, what will be used and what is missing."""
         from antdiff.info import report
@@ -161,19 +184,142 @@ def _run(argv: list[str]) -> int:
         print(report())
         return 0
 
+    prog, description = "antdiff", "Train diffusion models as multi-task learners."
+    if argv[:1] == ["analyze"]:
+        app, argv = _analyze_app(), argv[1:]
+        prog, description = "antdiff analyze", "Measure what the timesteps of a run do to each other."
     # tyro gives a one-letter field two dashes; one is what people type
     args = [f"-{arg}" if arg in ("-k", "-n", "-T") else arg for arg in argv] or ["--help"]
-    status: int = app.cli(prog="antdiff", args=args, description="Train diffusion models as multi-task learners.")
+    status: int = app.cli(prog=prog, args=args, description=description)
     return status
 
 
-def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
+def _analyze_app() -> Any:
+    """The commands of ``antdiff analyze``."""
+    import tyro
+
+    app = tyro.extras.SubcommandApp()
+
+    @app.command
+    def affinity(
+        run: tyro.conf.Positional[Path],
+        timesteps: int = 100,
+        images: int = 256,
+        sketch: int | Literal["auto"] | None = "auto",
+        memory: int = 1024,
+        k: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        out: Path | None = None,
+    ) -> int:
+        """Do the gradients of two timesteps point the same way? Cosines, averaged over the run's checkpoints.
+
+        Leaves arrays, figures, and clusters.json: gradient clusters that antdiff train --clusters takes. The same
+        command goes on where an interrupted one stopped. antdiff train --keep-checkpoints keeps more to average over.
+
+        Args:
+            run: run folder.
+            timesteps: how many, evenly spaced; the rest is interpolated.
+            images: at each timestep, the same ones at all, in two halves.
+            sketch: numbers to which the gradient of each part of the network is projected; None: exact. auto: exact
+                if that fits the memory.
+            memory: MiB to stay within (the network and its activations not counted).
+            k: clusters to make; the default is the run's number.
+            seed: of images, noise and sketch.
+            device: auto, cpu, cuda, cuda:1, ...
+            out: folder of the results; the default is RUN/analysis/affinity.
+        """
+        from antdiff.train.analyze import affinity_table, analyze_affinity
+
+        where = out or run / "analysis" / "affinity"
+        summary = analyze_affinity(
+            run, timesteps=timesteps, images=images, sketch=sketch, memory=memory * 2**20, k=k, seed=seed,
+            device=device, out=where,
+        )  # fmt: skip
+        print(f"{affinity_table(summary)}\n{where}/summary.json  affinity.png  gaps.png  layers.png")
+        print(f"train with these clusters: antdiff train --clusters {where}/clusters.json")
+        return 0
+
+    @app.command
+    def conflict(
+        run: tyro.conf.Positional[Path],
+        batch_size: int | None = None,
+        batches: int = 32,
+        repeats: int = 5,
+        clusters: Path | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        out: Path | None = None,
+    ) -> int:
+        """How often do the gradients of the clusters conflict, in batches and in expectation, at each checkpoint?
+
+        Args:
+            run: run folder.
+            batch_size: images a batch; the default is the run's. The smaller, the more conflict is noise.
+            batches: of a repetition.
+            repeats: independent repetitions, whose spread gives the intervals.
+            clusters: a saved clusters JSON; the default is the run's.
+            seed: of images, noise and timesteps.
+            device: auto, cpu, cuda, cuda:1, ...
+            out: folder of the results; the default is RUN/analysis/conflict.
+        """
+        from antdiff.train.analyze import analyze_conflict, conflict_table
+
+        where = out or run / "analysis" / "conflict"
+        summary = analyze_conflict(
+            run, batch_size=batch_size, batches=batches, repeats=repeats, clusters=clusters, seed=seed, device=device,
+            out=where,
+        )  # fmt: skip
+        print(f"{conflict_table(summary)}\n{where}/summary.json  conflict.png")
+        return 0
+
+    @app.command
+    def transfer(
+        run: tyro.conf.Positional[Path],
+        seeds: tuple[int, ...] = (0, 1, 2),
+        steps: int | None = None,
+        samples: int = 1000,
+        device: str = "auto",
+        out: Path | None = None,
+    ) -> int:
+        """Is an interval better off alone? Specialists of each cluster against a joint model (negative transfer gap).
+
+        Trains, for each seed, a joint model with the run's settings and two specialists a cluster: with equal
+        iterations and with equal samples. The same command goes on where an interrupted one stopped.
+
+        Args:
+            run: run folder; its settings and clusters are used.
+            seeds: of training.
+            steps: of the joint models; the default is the run's, at most 400. With the run's own steps and seed its
+                network is the joint model, if its average of weights reaches back an eighth of the steps at most.
+            samples: images for each FD.
+            device: auto, cpu, cuda, cuda:1, ...
+            out: folder of the results; the default is RUN/analysis/transfer.
+        """
+        from antdiff.train.transfer import analyze_transfer, transfer_table
+
+        where = out or run / "analysis" / "transfer"
+        summary = analyze_transfer(run, seeds=seeds, steps=steps, samples=samples, device=device, out=where)
+        if summary is None:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            return 130
+        print(f"{transfer_table(summary)}\n{where}/summary.json  transfer.png")
+        return 0
+
+    return app
+
+
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
     if resume is not None and out is not None:
         raise ValueError(
             f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
         )
+    saved = TrainConfig.load(resume / "config.json") if resume is not None else None
+    if saved is not None:
+        resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
     from antdiff.train.data import ImageData, load_data
     from antdiff.train.distributed import restarted, team
+    from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.run import closing_table, execute, extend_run, start_run
 
     data: ImageData | None = None
@@ -185,16 +331,16 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
         if restarted() and again is None:  # torchrun repeats the command: go on with what it began
             again = out if out is not None else _last_folder(config)
             again = again if again is not None and (again / "config.json").exists() else None
-        if again is None:
-            data = load_data(
-                config.data, image_size=config.image_size
-            )  # first: a mistyped name leaves no folder behind
+        saved = None if again is None else TrainConfig.load(again / "config.json")
+        settings = config if saved is None else resumed(config, saved)
+        # A mistyped name of data, or a missing package, leaves no folder behind.
+        data = load_data(settings.data, image_size=settings.image_size)
+        if wandb is not None:
+            import_wandb()
+        if again is None or saved is None:
             run = out or _free_folder(config)
             start_run(config, run)
             return config, run
-        saved = TrainConfig.load(again / "config.json")
-        settings = resumed(config, saved)
-        data = load_data(settings.data, image_size=settings.image_size)
         extend_run(again, saved, settings.steps)
         return settings, again
 
@@ -202,15 +348,20 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None) -> int:
         config, run = ranks.agree(folder)
         if ranks.leads:
             print(f"run folder {run}", flush=True)
-        results = execute(config, run, data=data)
-        if results is None:
-            if ranks.leads:
-                print(f"\nstopped; the checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
-            return 130
-    if results:
+        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.leads else []
+        try:
+            results = execute(config, run, data=data, loggers=loggers)
+        except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
+            results = None
+    if results is None:
+        if ranks.leads:
+            print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+        return 130
+    if results:  # of several ranks, the first has them
         print(
             f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
         )
+        print(f"all of it on one page: antdiff report {run}")
     return 0
 
 
@@ -237,11 +388,14 @@ def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> 
 
 
 def _compare(
-    config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], seeds: Sequence[int], out: Path
+    config: TrainConfig, methods: Sequence[str], companions: Sequence[Companion], seeds: Sequence[int], out: Path
 ) -> int:
     from antdiff.train.compare import compare
 
-    results = compare(config, methods, seeds, out, companions=companions)
+    try:
+        results = compare(config, methods, seeds, out, companions=companions)
+    except KeyboardInterrupt:
+        results = None
     if results is None:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

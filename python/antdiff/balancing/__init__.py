@@ -1,34 +1,36 @@
 """Balancing methods: from the K losses, or the Gram matrix of their K gradients, to K weights.
 
-One file a method. A new one is its file and its name in ``_METHODS``; :func:`get`, the command line, the table of the
+One file a method. A new one is its file and its line in ``_METHODS``; :func:`get`, the command line, the table of the
 documentation and the property tests find it there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from antdiff.balancing.aligned_mtl import AlignedMTL
-from antdiff.balancing.base import About, Balancer, GramBalancer, LossBalancer
-from antdiff.balancing.cagrad import CAGrad
-from antdiff.balancing.config import ConFIG
-from antdiff.balancing.dualproj import DualProj
-from antdiff.balancing.dwa import DynamicWeightAverage
-from antdiff.balancing.fairgrad import FairGrad
-from antdiff.balancing.famo import FAMO
-from antdiff.balancing.gls import GeometricLoss
-from antdiff.balancing.graddrop import GradDrop
-from antdiff.balancing.gradvac import GradVac
-from antdiff.balancing.imtl_g import IMTLG
-from antdiff.balancing.imtl_l import IMTLL
-from antdiff.balancing.linear import Linear
-from antdiff.balancing.mgda import MGDA
-from antdiff.balancing.nash import NashMTL
-from antdiff.balancing.pcgrad import PCGrad
-from antdiff.balancing.rlw import RandomLossWeighting
-from antdiff.balancing.stch import SmoothTchebycheff
-from antdiff.balancing.uncertainty import UncertaintyWeighting
-from antdiff.balancing.upgrad import UPGrad
+if TYPE_CHECKING:
+    from antdiff.balancing.aligned_mtl import AlignedMTL
+    from antdiff.balancing.base import About, Balancer, GramBalancer, LossBalancer
+    from antdiff.balancing.cagrad import CAGrad
+    from antdiff.balancing.config import ConFIG
+    from antdiff.balancing.dualproj import DualProj
+    from antdiff.balancing.dwa import DynamicWeightAverage
+    from antdiff.balancing.fairgrad import FairGrad
+    from antdiff.balancing.famo import FAMO
+    from antdiff.balancing.gls import GeometricLoss
+    from antdiff.balancing.graddrop import GradDrop
+    from antdiff.balancing.gradvac import GradVac
+    from antdiff.balancing.imtl_g import IMTLG
+    from antdiff.balancing.imtl_l import IMTLL
+    from antdiff.balancing.linear import Linear
+    from antdiff.balancing.mgda import MGDA
+    from antdiff.balancing.nash import NashMTL
+    from antdiff.balancing.pcgrad import PCGrad
+    from antdiff.balancing.rlw import RandomLossWeighting
+    from antdiff.balancing.stch import SmoothTchebycheff
+    from antdiff.balancing.uncertainty import UncertaintyWeighting
+    from antdiff.balancing.upgrad import UPGrad
 
 __all__ = [
     "FAMO",
@@ -60,11 +62,46 @@ __all__ = [
     "published",
 ]
 
-_GRAM = (PCGrad, NashMTL, UPGrad, AlignedMTL, MGDA, CAGrad, IMTLG, ConFIG, DualProj, GradVac, FairGrad)
-_GRADIENTS = (GradDrop,)
-_LOSSES = (UncertaintyWeighting, Linear, RandomLossWeighting, DynamicWeightAverage, GeometricLoss, IMTLL, FAMO,
-           SmoothTchebycheff)  # fmt: skip
-_METHODS: dict[str, Any] = {method.name: method for method in (*_GRAM, *_GRADIENTS, *_LOSSES)}
+# Of each method its file and its class. The names are all that the command line's help needs: a file, and torch with
+# it, is imported when its class is asked for.
+_METHODS = {
+    # from the Gram matrix
+    "pcgrad": "pcgrad.PCGrad",
+    "nash": "nash.NashMTL",
+    "upgrad": "upgrad.UPGrad",
+    "aligned_mtl": "aligned_mtl.AlignedMTL",
+    "mgda": "mgda.MGDA",
+    "cagrad": "cagrad.CAGrad",
+    "imtl_g": "imtl_g.IMTLG",
+    "config": "config.ConFIG",
+    "dualproj": "dualproj.DualProj",
+    "gradvac": "gradvac.GradVac",
+    "fairgrad": "fairgrad.FairGrad",
+    # from the gradients
+    "graddrop": "graddrop.GradDrop",
+    # from the losses
+    "uw": "uncertainty.UncertaintyWeighting",
+    "linear": "linear.Linear",
+    "rlw": "rlw.RandomLossWeighting",
+    "dwa": "dwa.DynamicWeightAverage",
+    "gls": "gls.GeometricLoss",
+    "imtl_l": "imtl_l.IMTLL",
+    "famo": "famo.FAMO",
+    "stch": "stch.SmoothTchebycheff",
+}
+_BASES = ("base.About", "base.Balancer", "base.GramBalancer", "base.LossBalancer")
+_HOMES = {home.partition(".")[2]: home for home in (*_METHODS.values(), *_BASES)}
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file, _, attribute = _HOMES[name].partition(".")
+    return globals().setdefault(name, getattr(import_module(f"{__name__}.{file}"), attribute))
 
 
 def names() -> list[str]:
@@ -83,7 +120,7 @@ def get(name: str) -> Any:
     """
     if name not in _METHODS:
         raise ValueError(f"name must be one of {', '.join(_METHODS)}; got {name!r}.")
-    return _METHODS[name]
+    return __getattr__(_METHODS[name].partition(".")[2])
 
 
 def published(name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class ConFIG(GramBalancer):
         when="losses of very different units that should all fall at one relative rate",
         invariant=True,
         conflict_free=True,
+        published="The sum of projections is the published length; the 1/K of training makes it their mean.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

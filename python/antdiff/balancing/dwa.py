@@ -11,15 +11,15 @@ from antdiff.balancing.base import About, LossBalancer, RunningMean
 
 
 class DynamicWeightAverage(LossBalancer):
-    """``K softmax(r / temperature)``, r_i the mean loss of the last period over that of the one before.
+    """``K softmax(r / temperature)``, r_i the mean loss of the last epoch over that of the one before.
 
-    The paper's periods are epochs. A diffusion loss is noisy: choose one in which its mean settles. The first two
-    periods weigh all clusters alike.
+    The first two epochs weigh all clusters alike.
 
     Args:
         k: the number of clusters.
         temperature: > 0; 2 is the paper's.
-        period: steps whose losses are averaged.
+        epoch: steps whose losses are averaged; the paper's epoch, or, since a diffusion loss is noisy, as many as its
+            mean needs to settle.
     """
 
     name = "dwa"
@@ -27,22 +27,21 @@ class DynamicWeightAverage(LossBalancer):
     about = About(
         title="Dynamic weight average",
         paper="Liu et al., CVPR 2019",
-        solves="weighs each loss by the softmax of its rate of change from one period to the next",
+        solves="weighs each loss by the softmax of its rate of change from one epoch to the next",
         when="some losses still fall and others have stalled",
-        published="A period is an epoch.",
     )
 
     _mean: RunningMean
-    _means: Tensor  # [2, K], of the last period and the one before; 0: none yet
+    _means: Tensor  # [2, K], of the last epoch and the one before; 0: none yet
 
-    def __init__(self, k: int, *, temperature: float = 2.0, period: int = 500) -> None:
+    def __init__(self, k: int, *, temperature: float = 2.0, epoch: int = 500) -> None:
         super().__init__(k)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive; got {temperature}.")
-        if period < 1:
-            raise ValueError(f"period must be at least 1; got {period}.")
+        if epoch < 1:
+            raise ValueError(f"epoch must be at least 1; got {epoch}.")
         self.temperature = temperature
-        self.period = period
+        self.epoch = epoch
         self.reset()
 
     def weights(self, losses: Tensor, /) -> Tensor:
@@ -53,7 +52,7 @@ class DynamicWeightAverage(LossBalancer):
 
     def observe(self, losses: Tensor, /) -> None:
         self._mean.add(losses)
-        if self._mean.steps == self.period:
+        if self._mean.steps == self.epoch:
             last = self._means.to(losses.device)[0]
             self._means = torch.stack([self._mean.value(otherwise=last), last])
             self._mean = RunningMean(self.k)

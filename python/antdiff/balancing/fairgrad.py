@@ -14,7 +14,9 @@ class FairGrad(GramBalancer):
     """Weights w > 0 with ``(G w)_i = w_i^(-1/alpha)``, exactly; they scale as ``|J|^(-2 alpha / (1 + alpha))``.
 
     Args:
-        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least.
+        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least. The weights span more decades the
+            larger it is: from 8 on, and with gradients whose lengths span more than 60 / alpha decades, the iteration
+            may end before the solution.
         update_every, nonfinite: see :class:`GramBalancer`.
     """
 
@@ -25,7 +27,8 @@ class FairGrad(GramBalancer):
         solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
         when="between NashMTL (alpha = 1) and MGDA (large alpha)",
         conflict_free=True,
-        published="Published code hands the equation to a least-squares solver, which may stop early.",
+        published="alpha = 2 is that of the authors' scripts (their parser's default is 1). "
+        "Published code hands the equation to a least-squares solver, which may stop early.",
     )
 
     def __init__(

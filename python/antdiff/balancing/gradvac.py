@@ -28,7 +28,8 @@ class GradVac(GramBalancer):
         paper="Wang et al., ICLR 2021",
         solves="raises the cosine of each pair of gradients to its running mean, as PCGrad raises it to zero",
         when="clusters agree most of the time, and a batch that says otherwise is noise",
-        published="beta = 0.01 is the paper's; later benchmarks use 0.5.",
+        published="beta = 0.01 is the paper's, with targets for each layer; later benchmarks use 0.5 and the whole "
+        "network, as here.",
         options=(("beta", 0.5),),
     )
 

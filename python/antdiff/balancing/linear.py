@@ -1,4 +1,4 @@
-"""The plain sum of losses: what training without balancing does, under the interface of the methods."""
+"""The mean of the clusters' losses: no balancing, under the interface of the methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Linear:
     needs: ClassVar[Needs] = "losses"
     scale: ClassVar[Literal["sum", "mean"]] = "sum"
     about: ClassVar[About] = About(
-        title="Linear (vanilla)",
+        title="Linear",
         paper="-",
         solves="the mean of the losses",
         when="always: what the others must beat",

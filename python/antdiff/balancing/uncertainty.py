@@ -34,6 +34,8 @@ class UncertaintyWeighting(nn.Module):
         "log K and the model's gradient is the same at the optimum.",
     )
 
+    factor: ClassVar[float] = 0.5
+
     def __init__(self, k: int, *, lr: float = 0.025) -> None:
         super().__init__()
         if k < 1:
@@ -51,14 +53,14 @@ class UncertaintyWeighting(nn.Module):
                 loss nor a pull on its s. Default: no cluster is empty.
         """
         self._check(losses)
-        terms = 0.5 * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]
+        terms = self.factor * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]
         return terms.sum() if counts is None else torch.where(counts > 0, terms, 0.0).sum()
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """``1/2 exp(-s)`` detached, ``[K]`` in the dtype of ``losses``: the gradient of :meth:`loss` in the model is
         ``sum_i weights_i / K`` times the gradient of ``losses_i``."""
         self._check(losses)
-        return (0.5 * torch.exp(-self.log_variance.detach())).to(losses)
+        return (self.factor * torch.exp(-self.log_variance.detach())).to(losses)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups to append to the optimizer's."""

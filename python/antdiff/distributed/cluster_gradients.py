@@ -35,6 +35,8 @@ class ClusterGradients:
 
     Row i is the gradient of the mean over the samples of cluster i on all ranks, whatever their numbers, zero included:
     ``p.grad`` is what one process would compute from the whole batch, up to rounding, and needs no further reduction.
+    Unlike there, :meth:`gram` and :meth:`combine` take J: its parts on the other ranks belong to both.
+
     How the rows are summed (``antdiff.distributed.exchange`` describes the schemes):
 
     - ``"reduce_scatter"``: for any batch. With route ``split`` a row travels while the next one is computed, and a rank

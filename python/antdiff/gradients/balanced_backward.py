@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,11 +40,12 @@ class BalancedBackward:
     gradient overflowed; ``scaler.update()`` after it.
 
     Args:
-        model, k, route, dtype, separable: see :class:`antdiff.ClusterGradients`.
+        model, k, route, dtype, separable, compile: see :class:`antdiff.ClusterGradients`.
         balancer: an object of ``antdiff.balancing``. Its ``update_every`` is obeyed. With ``scaler`` it must have been
             made with ``nonfinite="poison"``.
         scaler: of mixed precision in float16.
         micro_batch: at most so many samples in the network at a time; the gradients are those of the whole batch.
+        keep: ``"gram"`` where the K x P numbers of the Jacobian do not fit: see :meth:`antdiff.ClusterGradients.gram`.
 
     Attributes:
         gradients: the :class:`antdiff.ClusterGradients`; ``gradients.explain()`` says which route it takes.
@@ -62,8 +63,10 @@ class BalancedBackward:
         route: Route = "auto",
         dtype: torch.dtype | None = None,
         separable: Iterable[Callable[..., Any]] = (),
+        compile: Mapping[str, Any] | None = None,
         scaler: Scaler | None = None,
         micro_batch: int | None = None,
+        keep: Literal["jacobian", "gram"] = "jacobian",
     ) -> None:
         if not (hasattr(balancer, "weights") and getattr(balancer, "needs", None) in ("gram", "losses")):
             raise TypeError(
@@ -75,8 +78,12 @@ class BalancedBackward:
             raise ValueError(f"micro_batch must be at least 1; got {micro_batch}.")
         if micro_batch is not None and balancer.needs == "losses":
             raise ValueError("micro_batch must be None for a method that needs the losses of the whole batch first.")
-        self.gradients = ClusterGradients(model, k, route, dtype=dtype, separable=separable)
-        self.balancer, self.k, self.scaler, self.micro_batch = balancer, k, scaler, micro_batch
+        if keep not in ("jacobian", "gram"):
+            raise ValueError(f"keep must be 'jacobian' or 'gram'; got {keep!r}.")
+        if micro_batch is not None and keep == "gram":
+            raise ValueError("micro_batch must be None with keep='gram': the Gram matrix of a sum needs the summed J.")
+        self.gradients = ClusterGradients(model, k, route, dtype=dtype, separable=separable, compile=compile)
+        self.balancer, self.k, self.scaler, self.micro_batch, self.keep = balancer, k, scaler, micro_batch, keep
         self.weights: Tensor | None = None
         self.gram: Tensor | None = None
 
@@ -99,6 +106,12 @@ class BalancedBackward:
         if not getattr(self.balancer, "due", True):
             return self._between(loss_fn, batch, cluster, counts)
         cg = self.gradients
+        if self.keep == "gram":
+            self.gram = cg.gram(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
+            self.gram /= cg.scale * cg.scale
+            self.weights = self._step(self.balancer.weights(self.gram))
+            cg.combine(self.weights)
+            return cg.losses
         if self.micro_batch is None:
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:

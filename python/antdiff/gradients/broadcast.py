@@ -7,14 +7,13 @@ every other broadcast dimension and hands it over row by row; the sum over each 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from antdiff.gradients.grouping import Rows
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sinks
 
 if TYPE_CHECKING:
     from antdiff.gradients.grouped import GroupedMode
@@ -82,21 +81,25 @@ def _expand(mode: GroupedMode, x: Tensor, R: int, ndim: int) -> Tensor:
     if x.dim() == ndim and x.shape[0] == R != 1:
         source = mode.source(x)
         if source is None:
-            return mode.leaf(x, partial(own_rows, mode.rows, mode.sink(x)))
-        return mode.leaf(x, partial(_sum_rows, mode.rows, mode.sink(source)))
-    return mode.leaf(x.detach().expand(shape), partial(_sum_rows, mode.rows, mode.sink(x)))
+            return mode.leaf(x, own_rows, x)
+        return mode.leaf(x, sum_rows, source)
+    return mode.leaf(x.detach().expand(shape), sum_rows, x)
 
 
-def _sum_rows(rows: Rows, sink: Sink, grad: Tensor) -> None:
-    sink.add_all(rows.sums(grad))
+def sum_rows(rows: Rows, sinks: Sinks, grad: Tensor) -> None:
+    for sink in sinks:
+        if sink is not None:
+            sink.add_all(rows.sums(grad))
 
 
-def own_rows(rows: Rows, sink: Sink, grad: Tensor) -> None:
+def own_rows(rows: Rows, sinks: Sinks, grad: Tensor) -> None:
     """The gradient of a shared tensor whose row r met row r of the batch alone."""
     ids = torch.arange(grad.shape[0], device=grad.device)
     each = grad.new_zeros((rows.k, *grad.shape))
     each[rows.row_cluster(rows.repeats(grad)), ids] = grad
-    sink.add_all(each)
+    for sink in sinks:
+        if sink is not None:
+            sink.add_all(each)
 
 
 def _functions(names: str) -> set[Op]:

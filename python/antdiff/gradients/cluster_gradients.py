@@ -7,7 +7,7 @@ each described in its file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, get_args
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from antdiff.gradients import routes
 from antdiff.gradients import verify as checks
+from antdiff.gradients.compiled import compiler_of
+from antdiff.gradients.deferred import GramMode
 from antdiff.gradients.grouped import GroupedMode
 from antdiff.gradients.grouping import Rows
-from antdiff.gradients.routes import Chosen, LossFn, Route
+from antdiff.gradients.routes import Chosen, LossFn, Network, Route
 from antdiff.gradients.sinks import Jacobian, Sink
 
 
@@ -46,15 +48,15 @@ class ClusterGradients:
 
     The routes:
 
-    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. The random
-      numbers of dropout are those of a plain step. K x P numbers more memory than a plain step; where parameters are
-      computed from parameters (weight normalisation), up to as much again.
+    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. Eager or
+      compiled. The random numbers of dropout are those of a plain step. K x P numbers more memory than a plain step;
+      where parameters are computed from parameters (weight normalisation), up to as much again.
     - ``"split"``: one forward and backward for each cluster's slice of the batch. Any network with independent samples,
       compiled ones too; less memory than a plain step. As fast as ``grouped`` where a slice fills the device.
     - ``"loop"``: one forward, K backwards, (1 + 2K)/3 of a plain step. For networks that mix samples (BatchNorm).
     - ``"auto"``: at the first :meth:`compute`, runs ``grouped`` on at most two samples a cluster and compares it with
-      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or is
-      compiled, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
+      ``loop``, then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or
+      does not compile, ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
 
     Args:
         model: the network, not wrapped in DistributedDataParallel or FSDP.
@@ -63,6 +65,10 @@ class ClusterGradients:
         dtype: of J; default each parameter's own. ``torch.bfloat16`` halves the memory.
         separable: functions without a grouped rule, as called (``torch.ops.my.op``), that treat the samples, first
             dimension of their tensors, independently and use no random numbers. Costs one more forward of that op.
+        compile: options of ``torch.compile`` with which ``grouped`` compiles loss functions (``{}`` for the defaults;
+            ``dynamic`` is not among them). None: where ``model`` or the loss function is compiled, as ``model`` is;
+            eager otherwise. A program is compiled for each tuple of cluster sizes, so keep the counts equal from step
+            to step. J is then new tensors at each call.
 
     Attributes:
         J: a list of ``[k, *shape]``, one for each of ``model.parameters()`` (None where frozen).
@@ -82,6 +88,7 @@ class ClusterGradients:
         *,
         dtype: torch.dtype | None = None,
         separable: Iterable[Callable[..., Any]] = (),
+        compile: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
@@ -98,7 +105,7 @@ class ClusterGradients:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have a parameter that requires grad; got none. Unfreeze one.")
         self.model, self.k, self.route = model, k, route
-        self.separable = tuple(separable)
+        self._network = Network(model, tuple(separable), compiler_of(model, compile, separable))
         self.losses: Tensor
         self.counts: Tensor
         self.scale: Tensor | float = 1.0
@@ -106,6 +113,7 @@ class ClusterGradients:
         self._choice: tuple[Chosen, str] | None = None if route == "auto" else (route, "asked for")
         self._open: tuple[Rows, list[Sink], GroupedMode | None, Tensor | float] | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._gram: GramMode | None = None
 
     @property
     def J(self) -> list[Tensor | None]:  # noqa: N802
@@ -145,7 +153,7 @@ class ClusterGradients:
             GroupingError: the route cannot tell the clusters' gradients apart in this network. J is then undefined.
         """
         rows = Rows.of(cluster, self.k, counts)
-        self._sums = None
+        self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
         self._report(sums, rows.counts)
@@ -195,6 +203,60 @@ class ClusterGradients:
                 J.div_(counts.clamp(min=1).to(J.device).view(self.k, *[1] * (J.dim() - 1)))
         return self.J
 
+    # ---- without J -----------------------------------------------------------------------------------------------
+
+    def gram(
+        self,
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        cluster: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        scaler: Scaler | None = None,
+    ) -> Tensor:
+        """The Gram matrix of the rows of J without holding J, where K x P numbers do not fit; arguments as for
+        :meth:`compute`. Then call :meth:`combine` with the weights.
+
+        Weight gradients are taken twice, in all 4/3 of a plain step. Beyond a plain step it holds the input and the
+        gradient of the output of every op with a parameter, or its K weight gradients where they are smaller, and for a
+        moment the K gradients of one parameter. Parameters that others are computed from (weight normalisation) hold
+        all of theirs. A checkpoint saves nothing here: what it computes again is needed again.
+
+        Returns:
+            float64 ``[k, k]``. With a scaler it carries ``scale ** 2``.
+
+        Raises:
+            ValueError: the route is not ``grouped``, in eager mode.
+            GroupingError: as for :meth:`compute`; and a parameter used inside a re-entrant checkpoint and elsewhere.
+        """
+        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        self._sums = self._gram = None
+        self.scale = loss_scale(scaler, cluster.device)
+        route = "grouped" if rows.B == 0 else self._settled(loss_fn, batch, rows)
+        if route != "grouped" or self._network.compiled is not None:
+            raise ValueError(
+                f"gram() needs the grouped route in eager mode; use compute() and ops.gram(J). {self.explain()}"
+            )
+        sinks = [Sink(name, p, self.k) for name, p in self._jacobian.named if p.requires_grad]
+        mode = GramMode(self.model, rows, sinks, self._network.separable)
+        sums = rows.cluster.new_zeros(self.k, dtype=torch.float32)
+        if rows.B:
+            sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, scale=self.scale, mode=mode)
+        self._report(sums, rows.counts)
+        self._gram = mode
+        return mode.gram
+
+    def combine(self, weights: Tensor) -> None:
+        """After :meth:`gram`: ``p.grad = sum_i weights_i J_i`` for every trainable parameter, once.
+
+        Args:
+            weights: ``[k]``.
+        """
+        if self._gram is None:
+            raise RuntimeError("combine() ends gram(); call gram(loss_fn, batch, cluster) first.")
+        mode, self._gram = self._gram, None
+        mode.combine(weights)
+
     # ---- from a forward of your own ------------------------------------------------------------------------------
 
     @contextmanager
@@ -209,11 +271,13 @@ class ClusterGradients:
         name: Chosen = self._choice[0] if self._choice else "grouped"
         if name == "split":
             raise ValueError(f"route 'split' runs the forward itself, slice by slice: call compute(). {self.explain()}")
+        if name == "grouped" and self._network.compiled is not None:
+            raise ValueError("a compiled forward must be handed over to be traced with its rules: call compute().")
         rows = Rows.of(cluster, self.k, counts)
         scale = loss_scale(scaler, cluster.device)
         routes.refuse_batch_norm(name, self.model)
         sinks = self._jacobian.sinks(fresh=True)
-        mode = GroupedMode(self.model, rows, sinks, self.separable) if name == "grouped" else None
+        mode = GroupedMode(self.model, rows, sinks, self._network.separable) if name == "grouped" else None
         before = [s.tensor.grad for s in sinks]
         self._open, self._sums = (rows, sinks, mode, scale), None
         try:
@@ -269,7 +333,7 @@ class ClusterGradients:
         """
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
         route = self._settled(loss_fn, batch, rows)
-        return checks.verify(route, self.model, loss_fn, batch, rows, self.k, self.separable)
+        return checks.verify(route, self._network, loss_fn, batch, rows)
 
     def grads(self) -> list[Tensor | None]:
         """``p.grad`` of each parameter (None where frozen), the ``out`` of ``combine``: allocated where it is missing,
@@ -284,20 +348,24 @@ class ClusterGradients:
 
     def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, *, mean: bool, fresh: bool) -> Tensor:
         """Sums of the losses ``[k]``; J (+)= the gradients of the means or the sums, times the scale."""
-        sinks = self._jacobian.sinks(fresh=fresh)
         if rows.B == 0:
-            for sink in sinks:
+            for sink in self._jacobian.sinks(fresh=fresh):
                 sink.finish()
             return rows.cluster.new_zeros(self.k, dtype=torch.float32)
         rows, batch = rows.sort(batch)
         route = self._settled(loss_fn, batch, rows)
-        return routes.run(
-            route, self.model, loss_fn, batch, rows, sinks, mean=mean, scale=self.scale, separable=self.separable
-        )
+        self._jacobian.reuse = route != "grouped" or self._network.compiled is None
+        sinks = self._jacobian.sinks(fresh=fresh)
+        sums = routes.run(route, self._network, loss_fn, batch, rows, sinks, mean=mean, scale=self.scale)
+        self._jacobian.keep(sinks)
+        return sums
 
     def _settled(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> Chosen:
+        net = self._network
+        if net.compiled is None and hasattr(loss_fn, "_torchdynamo_orig_callable"):
+            net.compiled = compiler_of(self.model, {}, net.separable)
         if self._choice is None:
-            self._choice = checks.choose(self.model, loss_fn, batch, rows, self.k, self.separable)
+            self._choice = checks.choose(net, loss_fn, batch, rows)
         return self._choice[0]
 
     def _report(self, sums: Tensor, counts: Tensor) -> None:

@@ -19,6 +19,7 @@ which are pulled back to the parameters at the end, through the small graph betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from antdiff.gradients.broadcast import own_rows
 from antdiff.gradients.grouping import GroupingError, Rows
 from antdiff.gradients.rules import CROSS_SAMPLE, RULES
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sink, Sinks
 from antdiff.gradients.slices import by_slices
 
 Write = Callable[..., None]
@@ -60,7 +61,7 @@ class GroupedMode(TorchFunctionMode):
         self._separable = set(separable)
         self._derived: list[Sink] = []
         # Strong references, so that no id is used twice while the mode is on.
-        self._shared: dict[int, Tensor] = {id(x): x for x in _own_tensors(model)}
+        self._shared: dict[int, Tensor] = {id(x): x for x in own_tensors(model)}
         self._expanded: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -135,17 +136,19 @@ class GroupedMode(TorchFunctionMode):
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
 
-    def tap(self, out: Tensor, write: Write, *saved: Tensor) -> Tensor:
-        """``out``; and when its gradient arrives, ``write(gradient, *saved)``."""
+    def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
+        """``out``; and when its gradient arrives, ``write(rows, sinks, gradient, *saved)``, with a sink for each of
+        ``users``, the shared tensors behind ``out``; None where one needs no gradient."""
         if not torch.is_grad_enabled():
             return out
-        return _Tap.apply(out, _ANCHOR, partial(self._write, write), *(x.detach() for x in saved))  # type: ignore
+        sinks = tuple(self.sink_of(x) for x in users)
+        return _Tap.apply(out, _ANCHOR, partial(self._write, write, sinks), *(x.detach() for x in saved))  # type: ignore
 
-    def leaf(self, x: Tensor, write: Write) -> Tensor:
-        """The values of ``x``, and when their gradient arrives, ``write(gradient)``."""
+    def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
+        """The values of ``x``, and when their gradient arrives, ``write(rows, [sink of user], gradient)``."""
         if not torch.is_grad_enabled():
             return x.detach()
-        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write))  # type: ignore
+        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write, (self.sink(user),)))  # type: ignore
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class GroupedMode(TorchFunctionMode):
             GroupingError: a parameter received a gradient past the rules, so its K gradients are unknown.
         """
         if id(per_sample) in self._shared:  # depends on no data
-            per_sample = self.leaf(per_sample, partial(own_rows, self.rows, self.sink(per_sample)))
+            per_sample = self.leaf(per_sample, own_rows, per_sample)
         edge = get_gradient_edge(per_sample)
         for sink in self._roots:
             sink.tensor.grad = None
@@ -170,11 +173,11 @@ class GroupedMode(TorchFunctionMode):
             self._in_backward = False
         leaks = [s.name for s in self._roots if s.tensor.grad is not None]
         if leaks:
-            raise GroupingError(
-                f"{', '.join(leaks)} received a gradient that is not split by cluster: used in a custom autograd "
-                "Function, a compiled region or another op that a torch function mode does not see. Use route='split'."
-            )
+            raise GroupingError(f"{', '.join(leaks)} {LEAK}")
         self._pull_back()
+        self._finish()
+
+    def _finish(self) -> None:
         for sink in self._roots:
             sink.finish()
 
@@ -183,34 +186,20 @@ class GroupedMode(TorchFunctionMode):
         written = [s for s in self._derived if not s.fresh]
         if not written:
             return
-        outs, ins = ([get_gradient_edge(s.tensor) for s in sinks] for sinks in (written, self._roots))
-        grad = partial(torch.autograd.grad, outs, ins, retain_graph=True, allow_unused=True)
-        rows = [s.rows for s in written]
-        parameters = [s.tensor for s in self._roots]
-        try:
-            with self:
-                pulled: list[Tensor | None] = list(grad(rows, is_grads_batched=True))
-        except RuntimeError:  # some op between the two has no batched backward: a custom Function, say
-            with self:
-                each = [grad([r[i] for r in rows]) for i in range(self.rows.k)]
-            pulled = [_stack(p, gs) for p, gs in zip(parameters, zip(*each, strict=True), strict=True)]
+        with self:
+            pulled = pull_back([s.tensor for s in written], [s.rows for s in written], [s.tensor for s in self._roots])
         for sink, grads in zip(self._roots, pulled, strict=True):
             if grads is not None:
                 sink.add_all(grads)
 
-    def _write(self, write: Write, grad: Tensor, *saved: Tensor) -> None:
+    def _write(self, write: Write, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
         if not self._in_backward:
-            raise GroupingError(
-                "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows "
-                "first derivatives alone. Use route='split'."
-            )
-        device = grad.device.type
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    write(grad, *saved)
-            else:
-                write(grad, *saved)
+            raise GroupingError(SECOND_ORDER)
+        with torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast(grad.device.type):
+            self._fill(write, sinks, grad, saved)
+
+    def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        write(self.rows, sinks, grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -275,11 +264,36 @@ class _Leaf(torch.autograd.Function):
         return None, None, None
 
 
+def pull_back(outs: Sequence[Tensor], rows: Sequence[Tensor], ins: Sequence[Tensor]) -> list[Tensor | None]:
+    """K rows of gradients of tensors computed from parameters, as K rows of the parameters; None for those that are not
+    behind them."""
+    of, to = ([get_gradient_edge(x) for x in tensors] for tensors in (outs, ins))
+    grad = partial(torch.autograd.grad, of, to, retain_graph=True, allow_unused=True)
+    try:
+        return list(grad(rows, is_grads_batched=True))
+    except RuntimeError:  # some op between the two has no batched backward: a custom Function, say
+        each = [grad([r[i] for r in rows]) for i in range(len(rows[0]))]
+        return [_stack(p, gs) for p, gs in zip(ins, zip(*each, strict=True), strict=True)]
+
+
 def _stack(p: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
     if all(g is None for g in grads):
         return None
     return torch.stack([torch.zeros_like(p) if g is None else g for g in grads])
 
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+LEAK = (
+    "received a gradient that is not split by cluster: used in a custom autograd Function, a compiled region or "
+    "another op that a torch function mode does not see. Use route='split'."
+)
+SECOND_ORDER = (
+    "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows first "
+    "derivatives alone. Use route='split'."
+)
 
 _EXPANDS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
 
@@ -299,7 +313,7 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from tensors_in(x, {})
 
 
-def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
+def own_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and tensors that are plain attributes of modules."""
     for module in model.modules():
         yield from (p for p in module._parameters.values() if p is not None)

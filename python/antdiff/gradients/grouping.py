@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,15 +87,15 @@ class Rows:
             )
         return m
 
-    def pieces(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each cluster its rows of every ``[R, ...]``."""
+    def pieces(self, grad: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """For each cluster its rows of every ``[R, ...]``; what is made of them is linear in those of ``grad``."""
         grouped = []
-        for x in tensors:
+        for x in (grad, *tensors):
             m = self.repeats(x)
             if self.order is not None:
                 x = x.index_select(0, self._row_order(m))
-            grouped.append((x, m))
-        return [tuple(x[start * m : stop * m] for x, m in grouped) for start, stop in self.slices()]
+            grouped.append(x.split_with_sizes([m * size for size in self.sizes]))
+        return zip(*grouped, strict=True)
 
     def row_cluster(self, m: int) -> Tensor:
         """int64 ``[m B]``: the cluster of each row."""
@@ -124,6 +124,36 @@ class Rows:
             steps = torch.arange(m, device=self.order.device)
             self._orders[m] = (self.order[:, None] * m + steps).flatten()
         return self._orders[m]
+
+
+class PaddedRows(Rows):
+    """Rows whose number in each cluster is known to the device alone; ``room`` is how many there are at most.
+
+    Args:
+        index: int64 ``[k room]``, the samples of each cluster in turn, filled up with any.
+        there: bool ``[k room]``, False where filled up.
+    """
+
+    def __init__(self, cluster: Tensor, k: int, index: Tensor, there: Tensor) -> None:
+        super().__init__(cluster, [len(index) // k] * k, None)
+        self.B = len(cluster)
+        self.index, self.there = index, there
+
+    @staticmethod
+    def fill(rows: Rows, room: int) -> tuple[Tensor, Tensor]:
+        """``index`` and ``there`` for sorted rows."""
+        spans = [(range(start, stop), room - (stop - start)) for start, stop in rows.slices()]
+        index = [i for span, left in spans for i in (*span, *[0] * left)]
+        there = [x for span, left in spans for x in (*[True] * len(span), *[False] * left)]
+        return torch.tensor(index, device=rows.cluster.device), torch.tensor(there, device=rows.cluster.device)
+
+    def pieces(self, grad: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Filled up with rows whose gradient is zero."""
+        first, *others = (
+            x.unflatten(0, (self.B, self.repeats(x))).index_select(0, self.index) for x in (grad, *tensors)
+        )
+        first = torch.where(self.there.view(-1, *[1] * (first.dim() - 1)), first, 0)
+        return zip(*(x.flatten(0, 1).split(x.shape[1] * self.sizes[0]) for x in (first, *others)), strict=True)
 
 
 REMEDY = (

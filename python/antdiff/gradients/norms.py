@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antdiff.gradients.grouping import GroupingError, Rows
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sinks
 from antdiff.gradients.slices import still
 
 if TYPE_CHECKING:
@@ -38,26 +38,22 @@ def group_norm(
     R, C, *space = x.shape
     n = torch.Size(space).numel()
     out, mean, rstd = torch.native_group_norm(x, still(weight), still(bias), R, C, n, num_groups, eps)
-    write = partial(_group_norm_grads, mode.rows, mode.sink_of(weight), mode.sink_of(bias))
-    return mode.tap(out, write, x, mean, rstd)
+    return mode.tap(out, _group_norm_grads, (weight, bias), x, mean, rstd)
 
 
-def _group_norm_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> None:
-    """One pass over the tensors, as in the fused kernel: the sums of grad and of grad * x over each channel of each
-    sample give the gradients of scale and shift with the statistics of the forward."""
+def _group_norm_grads(rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels. The fused
+    kernel sums over samples for each channel; to it the channels of all samples are those of one."""
     R, C = x.shape[:2]
-    g = _float(grad)
-    shift = g.reshape(R, C, -1).sum(2)  # [R, C]
-    if bias is not None:
-        bias.add_all(rows.sums(shift))
-    if weight is not None:
-        dot = (g * _float(x)).reshape(R, C, -1).sum(2)  # [R, C]
-        mean, rstd = _float(mean)[..., None], _float(rstd)[..., None]  # [R, groups, 1]
-        per_group = (R, mean.shape[1], C // mean.shape[1])
-        scale = (dot.view(per_group) - mean * shift.view(per_group)) * rstd
-        weight.add_all(rows.sums(scale.view(R, C)))
+    g, x = (_float(y).reshape(1, R * C, -1) for y in (grad, x))
+    mean, rstd = (_float(y).view(1, -1) for y in (mean, rstd))  # [1, R groups]
+    shape = (1, R * C, x.shape[2], mean.shape[1])
+    _, scale, shift = torch.ops.aten.native_group_norm_backward.default(
+        g, x, mean, rstd, x.new_ones(R * C), *shape, [False, True, True]
+    )
+    for sink, each in zip(sinks, (scale, shift), strict=True):
+        if sink is not None:
+            sink.add_all(rows.sums(each.view(R, C)))
 
 
 def layer_norm(
@@ -74,13 +70,14 @@ def layer_norm(
         return NotImplemented
     x = _norm_input(mode.check(input, weight, bias))  # [R, ..., *normalized_shape]
     out, mean, rstd = torch.native_layer_norm(x, normalized_shape, still(weight), still(bias), eps)
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_layer_norm_grads, mode.rows, w, b), *((x, mean, rstd) if w else ()))
+    saved = (x, mean, rstd) if mode.trains(weight) else ()
+    return mode.tap(out, _layer_norm_grads, (weight, bias), *saved)
 
 
 def _layer_norm_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
+    rows: Rows, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
 ) -> None:
+    weight, bias = sinks
     last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
     if bias is not None:
         bias.add_all(rows.sums(grad.reshape(-1, last)))
@@ -96,9 +93,7 @@ def rms_norm(
     x = mode.check(input, weight)
     out = func(x, normalized_shape, still(weight), eps)
     normalized = partial(func, normalized_shape=normalized_shape, eps=eps)
-    return mode.tap(
-        out, partial(_scale_grads, mode.rows, mode.sink(weight), None, normalized, len(normalized_shape)), x
-    )
+    return mode.tap(out, partial(_scale_grads, normalized, len(normalized_shape)), (weight, None), x)
 
 
 def batch_norm(
@@ -120,8 +115,7 @@ def batch_norm(
     x = mode.check(input, weight, bias)
     out = F.batch_norm(x, running_mean, running_var, still(weight), still(bias), False, momentum, eps)
     normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
 
 
 def instance_norm(
@@ -145,17 +139,15 @@ def instance_norm(
     normalized = partial(
         F.instance_norm, running_mean=stats[0], running_var=stats[1], use_input_stats=use_input_stats, eps=eps
     )
-    w, b = mode.sink_of(weight), mode.sink_of(bias)
-    return mode.tap(out, partial(_scale_grads, mode.rows, w, b, normalized, None), x)
+    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
 
 
-def _scale_grads(
-    rows: Rows, weight: Sink | None, bias: Sink | None, normalized: Op, last: int | None, grad: Tensor, x: Tensor
-) -> None:
+def _scale_grads(normalized: Op, last: int | None, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
-    for sink, terms in ((weight, lambda: _float(grad) * normalized(x)), (bias, lambda: _float(grad))):
+    weight, bias = sinks
+    for sink, inner in ((weight, True), (bias, False)):
         if sink is not None:
-            each = terms()
+            each = _float(grad) * normalized(x) if inner else _float(grad)
             sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
             sink.add_all(rows.sums(sums))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from antdiff.gradients.grouped import GroupedMode
+from antdiff.gradients.compiled import CompiledLoss
+from antdiff.gradients.grouped import LEAK, GroupedMode
 from antdiff.gradients.grouping import GroupingError, Rows, check_losses
 from antdiff.gradients.loop import loop
 from antdiff.gradients.sinks import Sink
@@ -20,9 +22,23 @@ Chosen = Literal["grouped", "split", "loop"]
 LossFn = Callable[..., Tensor]
 
 
+@dataclass
+class Network:
+    """What the routes run.
+
+    Attributes:
+        separable: see :class:`antdiff.ClusterGradients`.
+        compiled: what compiles the loss function for ``grouped``; None in eager mode.
+    """
+
+    model: nn.Module
+    separable: tuple[Callable[..., Any], ...] = ()
+    compiled: CompiledLoss | None = None
+
+
 def run(
     route: Chosen,
-    model: nn.Module,
+    net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
     rows: Rows,
@@ -30,17 +46,18 @@ def run(
     *,
     mean: bool = True,
     scale: Tensor | float = 1.0,
-    separable: Iterable[Callable[..., Any]] = (),
+    mode: GroupedMode | None = None,
 ) -> Tensor:
     """Row i of the sinks (+)= ``scale`` times the gradient of the mean, or the sum, of cluster i's losses.
 
     Args:
         batch: sorted by cluster.
+        mode: for ``grouped``, in place of the one that fills J.
 
     Returns:
         The sum of each cluster's losses ``[k]``, detached, in at least float32.
     """
-    refuse_batch_norm(route, model)
+    refuse_batch_norm(route, net.model)
     before = [s.tensor.grad for s in sinks]
     try:
         if route == "split":
@@ -48,7 +65,10 @@ def run(
             known = next((x for x in losses if x is not None), rows.cluster.new_zeros(0, dtype=torch.float32))
             zero = known.new_zeros((), dtype=torch.promote_types(known.dtype, torch.float32))
             return torch.stack([zero if x is None else x.sum(dtype=zero.dtype) for x in losses])
-        mode = GroupedMode(model, rows, sinks, separable) if route == "grouped" else None
+        if route == "grouped" and net.compiled is not None and mode is None:
+            return _compiled(net.compiled, loss_fn, batch, rows, sinks, mean, scale)
+        if route == "grouped" and mode is None:
+            mode = GroupedMode(net.model, rows, sinks, net.separable)
         if mode is None:
             per_sample = loss_fn(*batch)
         else:
@@ -71,15 +91,51 @@ def backward(
 ) -> Tensor:
     """The part of ``grouped`` (with its mode) and ``loop`` (without) after the forward; as :func:`run`."""
     check_losses(per_sample, rows.B)
-    values = per_sample.detach().to(torch.promote_types(per_sample.dtype, torch.float32))
+    values = per_sample.detach()
     if mode is None:
         loop(per_sample, rows, _factors(rows, scale, mean), sinks)
     else:
-        factors = torch.ones_like(values)
-        if mean:  # on the device: a list of host numbers would have to be copied there
-            factors = rows.one_hot(values.dtype).sum(1).clamp(min=1).reciprocal()[rows.cluster]  # [B]
-        mode.backward(per_sample, (factors * scale).to(per_sample.dtype))
-    return torch.where(rows.one_hot(torch.bool), values, 0).sum(1)  # [k]; a NaN stays in its cluster
+        mode.backward(per_sample, _each_factor(per_sample, rows, scale, mean))
+    return _sums(values, rows)
+
+
+def _compiled(
+    compiled: CompiledLoss,
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    rows: Rows,
+    sinks: list[Sink],
+    mean: bool,
+    scale: Tensor | float,
+) -> Tensor:
+    for sink in sinks:
+        sink.tensor.grad = None
+    per_sample, leaves = compiled(loss_fn, batch, rows, sinks)
+    check_losses(per_sample, rows.B)
+    torch.autograd.backward((per_sample,), (_each_factor(per_sample, rows, scale, mean),))
+    leaks = [s.name for s in sinks if s.tensor.grad is not None]
+    if leaks:
+        raise GroupingError(
+            f"{', '.join(leaks)} {LEAK} Or Dynamo has given up on compiling loss_fn, after too many different batches: "
+            "see torch._dynamo.config.recompile_limit."
+        )
+    for sink, leaf in zip(sinks, leaves, strict=True):
+        grad, leaf.grad = leaf.grad, None
+        sink.take(grad)
+    return _sums(per_sample.detach(), rows)
+
+
+def _sums(values: Tensor, rows: Rows) -> Tensor:
+    """Of the losses ``[B]``, ``[k]``, in at least float32; a NaN stays in its cluster."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.where(rows.one_hot(torch.bool), values, 0).sum(1)
+
+
+def _each_factor(per_sample: Tensor, rows: Rows, scale: Tensor | float, mean: bool) -> Tensor:
+    """``[B]``, on the device: a list of host numbers would have to be copied there."""
+    dtype = torch.promote_types(per_sample.dtype, torch.float32)
+    counts = rows.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(rows.k, dtype=dtype)
+    return (counts.reciprocal()[rows.cluster] * scale).to(per_sample.dtype)
 
 
 def _factors(rows: Rows, scale: Tensor | float, mean: bool) -> list[Tensor | float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from antdiff.gradients.grouping import Rows
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sinks
 
 if TYPE_CHECKING:
     from antdiff.gradients.grouped import GroupedMode
@@ -50,35 +50,36 @@ def by_slices(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(out, Tensor):
         return NotImplemented
     mode.rows.repeats(out)
-    sinks = {i: mode.sink(items[i]) for i in trained}
     device = out.device.type
     autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    write = partial(_slice_grads, mode.rows, sinks, call, fixed, at, autocast)
-    return mode.tap(out, write, *(items[i] for i in at))
+    write = partial(_slice_grads, call, fixed, at, trained, autocast)
+    return mode.tap(out, write, tuple(items[i] for i in trained), *(items[i] for i in at))
 
 
 def _slice_grads(
-    rows: Rows,
-    sinks: dict[int, Sink],
     call: Op,
     fixed: list[Any],
     at: list[int],
+    trained: list[int],
     autocast: tuple[bool, torch.dtype],
+    rows: Rows,
+    sinks: Sinks,
     grad: Tensor,
     *varying: Tensor,
 ) -> None:
-    for sink in sinks.values():  # one sink twice where a tensor is two arguments
-        sink.finish()
-    for i, (g, *parts) in enumerate(rows.pieces(grad, *varying)):
+    wanted = [(j, sink) for j, sink in zip(trained, sinks, strict=True) if sink is not None]
+    each: list[list[Tensor | None]] = []
+    for g, *parts in rows.pieces(grad, *varying):
         values = list(fixed)
         for j, part in zip(at, parts, strict=True):
             values[j] = part
-        for j in sinks:
+        for j, _ in wanted:
             values[j] = fixed[j].detach().requires_grad_(True)
-        grads: list[Tensor | None] = [None] * len(sinks)
+        grads: list[Tensor | None] = [None] * len(wanted)
         if len(g):
             with torch.enable_grad(), torch.autocast(g.device.type, autocast[1], autocast[0]):
                 out = call(values)
-            grads = list(torch.autograd.grad(out, [values[j] for j in sinks], g, allow_unused=True))
-        for sink, row in zip(sinks.values(), grads, strict=True):
-            sink.add(i, row)
+            grads = list(torch.autograd.grad(out, [values[j] for j, _ in wanted], g, allow_unused=True))
+        each.append(grads)
+    for (_, sink), *rows_of in zip(wanted, *each, strict=True):
+        sink.add_rows(rows_of)

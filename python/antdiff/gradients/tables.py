@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from antdiff.gradients.grouping import Rows
-from antdiff.gradients.sinks import Sink
+from antdiff.gradients.sinks import Sinks
 from antdiff.gradients.slices import still
 
 if TYPE_CHECKING:
@@ -51,11 +51,14 @@ def _look_up(mode: GroupedMode, out: Tensor, table: Tensor, index: Tensor, skip:
     m = mode.rows.repeats(index)
     if mode.probe is not None:
         out[mode.probe * m : (mode.probe + 1) * m] = torch.nan
-    return mode.tap(out, partial(_table_grads, mode.rows, mode.sink(table), skip), index)
+    return mode.tap(out, partial(_table_grads, skip), (table,), index)
 
 
-def _table_grads(rows: Rows, sink: Sink, skip: int | None, grad: Tensor, index: Tensor) -> None:
+def _table_grads(skip: int | None, rows: Rows, sinks: Sinks, grad: Tensor, index: Tensor) -> None:
     """The lookup's own backward, into a table of k V rows."""
+    (sink,) = sinks
+    if sink is None:
+        return
     V = sink.tensor.shape[0]
     index = index.reshape(-1).long()
     grad = grad.reshape(index.numel(), -1)  # [n, D]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from antdiff.gradients.grouped import GroupedMode
 from antdiff.gradients.grouping import GroupingError, Rows, check_losses, each_row
-from antdiff.gradients.routes import Chosen, LossFn, refuse_batch_norm, run
+from antdiff.gradients.routes import Chosen, LossFn, Network, refuse_batch_norm, run
 from antdiff.gradients.sinks import Jacobian
 
 # A row of J that belongs to one parameter is compared on the scale of that row, or of this share of the whole row of J
@@ -22,18 +22,15 @@ SMALL = 0.05
 TOLERANCE = {torch.float64: 1e-8}
 TOLERANCE_LOW = 2e-2
 
-Separable = Sequence[Callable[..., Any]]
 
-
-def verify(
-    route: Chosen, model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, k: int, separable: Separable
-) -> float:
+def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> float:
     """Both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
-    refuse_batch_norm(route, model)
-    with repeatable(model) as replay:
-        probe(route, model, loss_fn, batch, rows, k, separable, replay)
-        error, where = distance(route, model, loss_fn, batch, rows, k, separable, replay)
-    if error > tolerance(model):
+    refuse_batch_norm(route, net.model)
+    with repeatable(net.model) as replay:
+        with uncompiled(net):
+            probe(route, net, loss_fn, batch, rows, replay)
+        error, where = distance(route, net, loss_fn, batch, rows, replay)
+    if error > tolerance(net.model):
         raise GroupingError(
             f"route {route!r} differs from 'loop' by {error:.1e} in the gradient of {where}: the samples are not "
             "independent, or their rows do not stand where the first dimension says. Use route='loop'."
@@ -41,18 +38,32 @@ def verify(
     return error
 
 
-def choose(
-    model: nn.Module, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, k: int, separable: Separable
-) -> tuple[Chosen, str]:
-    """The route that ``auto`` settles on, and why, on the evidence of a few samples of a sorted batch."""
+def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> tuple[Chosen, str]:
+    """The route that ``auto`` settles on, and why."""
+    with uncompiled(net):  # the rules are the same, and no program is compiled for a few samples
+        route, why = _on_few(Network(net.model, net.separable), loss_fn, batch, rows)
+    if net.compiled is None or route != "grouped":
+        return route, why
+    with repeatable(net.model):
+        try:
+            run(route, net, loss_fn, batch, rows, Jacobian(net.model, rows.k, None, reuse=False).sinks(fresh=True))
+        except Exception as error:  # uncompiled it has just run: whatever it is, compilers are not up to it
+            return "split", f"'grouped' does not compile: {type(error).__name__}: {error}"
+    return route, f"{why}, and it compiled"
+
+
+def uncompiled(net: Network) -> AbstractContextManager[Any]:
+    return nullcontext() if net.compiled is None else torch.compiler.set_stance("force_eager")
+
+
+def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> tuple[Chosen, str]:
+    """On the evidence of at most two samples a cluster of a sorted batch."""
     try:
-        refuse_batch_norm("grouped", model)
+        refuse_batch_norm("grouped", net.model)
     except GroupingError as reason:
         return "loop", str(reason)
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        return "split", "the model is compiled, which hides its ops"
     small, few = first_of_each(batch, rows)
-    with repeatable(model) as replay:
+    with repeatable(net.model) as replay:
         once = loss_fn(*small)
         check_losses(once, few.B)
         replay.rewind()
@@ -61,11 +72,11 @@ def choose(
                 "loss_fn gives other losses for the same batch and random state, so 'grouped' cannot be checked here; "
                 "draw noise and timesteps before it"
             )
-        limit, said = tolerance(model), ""
+        limit, said = tolerance(net.model), ""
         candidates: tuple[Chosen, ...] = ("grouped", "split")
         for route in candidates:
             try:
-                error, where = distance(route, model, loss_fn, small, few, k, separable, replay)
+                error, where = distance(route, net, loss_fn, small, few, replay)
             except GroupingError as reason:
                 said += f"not {route!r}: {reason} "
                 continue
@@ -117,24 +128,26 @@ def repeatable(model: nn.Module) -> Iterator[Replay]:
 
 def distance(
     route: Chosen,
-    model: nn.Module,
+    net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
     rows: Rows,
-    k: int,
-    separable: Separable,
     replay: Replay,
 ) -> tuple[float, str]:
     """How far a route's J is from that of ``loop``, and in which parameter; NaN where they draw different numbers."""
     if route == "loop":
         return 0.0, ""
-    J, reference = Jacobian(model, k, None), Jacobian(model, k, None)
+    k = rows.k
+    J = Jacobian(net.model, k, None, reuse=net.compiled is None)
+    reference = Jacobian(net.model, k, None)
     replay.rewind()
-    run(route, model, loss_fn, batch, rows, J.sinks(fresh=True), separable=separable)
+    sinks = J.sinks(fresh=True)
+    run(route, net, loss_fn, batch, rows, sinks)
+    J.keep(sinks)
     if route == "split" and replay.drew():
         return float("nan"), ""
     replay.rewind()
-    run("loop", model, loss_fn, batch, rows, reference.sinks(fresh=True))
+    run("loop", net, loss_fn, batch, rows, reference.sinks(fresh=True))
     error, index = worst_error(J.tensors, reference.tensors)
     return error, J.named[index][0]
 
@@ -160,12 +173,10 @@ def tolerance(model: nn.Module) -> float:
 
 def probe(
     route: Chosen,
-    model: nn.Module,
+    net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
     rows: Rows,
-    k: int,
-    separable: Separable,
     replay: Replay,
 ) -> None:
     """One forward each with the first and the last sample all NaN: nothing of it may reach another sample.
@@ -186,7 +197,9 @@ def probe(
         poisoned = each_row(batch, rows.B, poison)
         replay.rewind()
         if route == "grouped":
-            with GroupedMode(model, rows, Jacobian(model, k, None).sinks(fresh=True), separable, probe=j):
+            with GroupedMode(
+                net.model, rows, Jacobian(net.model, rows.k, None).sinks(fresh=True), net.separable, probe=j
+            ):
                 losses = loss_fn(*poisoned)
         else:
             losses = loss_fn(*poisoned)

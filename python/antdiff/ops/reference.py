@@ -278,20 +278,27 @@ def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
 
 
 def _equalise(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients with equal inner products with all unit rows, and ``1 / |g_i|``."""
-    scale = G.diagonal().rsqrt()
-    C = G * scale * scale[:, None]
-    return scale * (torch.linalg.pinv(C, hermitian=True, rtol=1e-13) @ torch.ones_like(scale)), scale
+    """Coefficients with equal inner products with all unit rows, 0 where gradients oppose each other exactly; and what
+    is rounding in a sum of them, relative to its terms."""
+    scale, m = G.diagonal().rsqrt(), len(G)
+    values, V = torch.linalg.eigh(G * scale * scale[:, None])  # correlations
+    zero = 64 * torch.finfo(G.dtype).eps * m
+    V, values = V[:, values > zero], values[values > zero]
+    rounding = zero * m / values.min()
+    on_range = V.sum(0)  # the coordinates of 1 along the eigenvectors
+    if len(values) < m and on_range.square().sum() <= rounding**2 * m:
+        on_range = torch.zeros_like(on_range)
+    return scale * (V @ (on_range / values)), rounding
 
 
 def _imtl_g(G: Tensor, k: int, _parameter: float | None) -> Tensor:
-    w, _ = _equalise(G)
-    return w / w.sum()
+    w, rounding = _equalise(G)
+    return torch.where(w.sum().abs() > rounding * w.abs().sum(), w / w.sum(), 0.0)
 
 
 def _config(G: Tensor, k: int, _parameter: float | None) -> Tensor:
     w, _ = _equalise(G)
-    return w * (G @ w).sum() / (w @ G @ w)
+    return w * (G @ w).sum() / (w @ G @ w) if w.any() else w
 
 
 def _fairgrad(G: Tensor, k: int, alpha: float | None) -> Tensor:
@@ -306,12 +313,15 @@ def _fairgrad(G: Tensor, k: int, alpha: float | None) -> Tensor:
     for _ in range(200):
         gradient = G @ w - w ** (-1 / alpha)
         step = torch.linalg.solve(G + torch.diag(w ** (-1 / alpha - 1) / alpha), -gradient)
-        size = 1.0
-        while (w + size * step).min() <= 0 or objective(w + size * step) > objective(w) + 1e-4 * size * gradient @ step:
+        change, size = (step / w).abs().max(), 1.0
+        # Where a full step is as good as Newton's method gets, the objective would only show its rounding.
+        while change * size > 1e-3 and (
+            (w + size * step).min() <= 0 or objective(w + size * step) > objective(w) + 1e-4 * size * gradient @ step
+        ):
             size /= 2
-            if size < 1e-9:
-                return w
         w = w + size * step
+        if change <= 1e-15:
+            break
     return w
 
 

@@ -25,8 +25,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message says which one is still good."""
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write ``folder/step-<step>.safetensors`` atomically, then delete all but the newest two.
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = KEPT) -> Path:
+    """Write ``folder/step-<step>.safetensors`` atomically, then delete all but the newest `keep`.
 
     Args:
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         good = latest_checkpoint(folder)
         kept = f"the last good one is {good}; free some space and resume from it" if good else "there is none before it"
         raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {kept}") from error
-    for old in _checkpoints(folder)[:-KEPT]:
+    for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
@@ -77,7 +77,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps in `folder`, or None."""
-    paths = _checkpoints(folder)
+    paths = checkpoints(folder)
     return paths[-1] if paths else None
 
 
@@ -101,12 +101,13 @@ def write_atomically(path: Path, payload: bytes) -> None:
         os.close(handle)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
 def _remedy(path: Path) -> str:
-    earlier = [other for other in _checkpoints(path.parent) if other < path]
+    earlier = [other for other in checkpoints(path.parent) if other < path]
     return f". Delete it to go on from {earlier[-1].name}" if earlier else ""
 
 

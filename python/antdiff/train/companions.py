@@ -95,6 +95,22 @@ def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> Any:
 # ---- timesteps ---------------------------------------------------------------------------------------------------
 
 
+class IntervalTimesteps(UniformTimesteps):
+    """Timesteps of one cluster alone, uniformly drawn: what a specialist is trained on."""
+
+    def __init__(self, clusters: TimestepClusters, only: int) -> None:
+        super().__init__(clusters)
+        self.only = only
+
+    def sample(
+        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> TimestepBatch:
+        """Timesteps of the cluster, with weights of 1."""
+        start, stop = self.clusters.bounds[self.only : self.only + 2]
+        t = torch.randint(start, stop, (B,), device=device, generator=generator)
+        return TimestepBatch(t, torch.full_like(t, self.only), torch.ones(B, device=t.device))
+
+
 class ExpertTurns(UniformTimesteps):
     """The experts of a bank in turn: each step draws one expert's timesteps and trains that expert alone on them."""
 
@@ -136,6 +152,8 @@ def make_timesteps(
     """The sampler of timesteps the settings name."""
     if isinstance(model, ExpertBank):
         return ExpertTurns(clusters, model)
+    if config.specialist is not None:
+        return IntervalTimesteps(clusters, config.specialist)
     sampler: StratifiedTimesteps | UniformTimesteps = UniformTimesteps(clusters)
     if config.timestep_sampling != "uniform":
         sampler = StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")

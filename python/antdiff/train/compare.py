@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,13 @@ from typing import Any
 import numpy as np
 
 from antdiff.train.checkpoint import write_atomically
-from antdiff.train.config import Companion, Method, TrainConfig
+from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
 from antdiff.train.data import load_data
-from antdiff.train.plots import LABELS, save_comparison
-from antdiff.train.run import execute, start_run
+from antdiff.train.plots import save_comparison
+from antdiff.train.run import execute, start_patch, start_run
 
-ANCHORS: tuple[Method, ...] = (
-    "vanilla",
-    "sum",
-)  # never left out: what stratifying does, apart from what balancing does
+ANCHORS: tuple[Method, ...] = ("vanilla", "linear")  # always: what stratifying does, apart from what balancing does
+REFERENCE = {"patch": "longer"}  # what a row is held against; the others against vanilla
 CONFIDENCE = 0.95
 
 
@@ -38,55 +37,68 @@ def compare(
 ) -> dict[str, list[dict[str, Any]]] | None:
     """Run every method with every seed into ``out/<method>-seed<seed>``; results by method, None if a signal came.
 
-    vanilla (uniform t) and the plain sum (stratified t, as the other methods draw it) are always among the methods.
-    Each of `companions` is vanilla with that companion, at the same number of steps in all (experts share them).
+    vanilla (uniform t) and the plain mean (stratified t, as the other methods draw it) are always among the methods.
+    Each of `companions` is vanilla with that companion, at the same number of steps in all (experts share them). A
+    patch starts from the trained vanilla and takes a quarter of its steps, and so does a run ``longer`` that simply
+    goes on with vanilla: it tells what the patch brought from what the steps did.
 
     Raises:
-        ValueError: no seeds or a repeated one, experts or a patch for every run, or `out` holds a comparison with other
-            settings.
+        ValueError: no seeds or a repeated one, experts or a patch for every run, a patch without a DiT, or `out` holds
+            a comparison with other settings.
     """
     if config.experts or config.patch:
         raise ValueError("a comparison needs one network a run: leave out --experts (--companions experts adds a row)")
+    if "patch" in companions and config.model != "dit":
+        raise ValueError(f"a patch adds prompts to tokens: companions patch needs --model dit; got {config.model}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one; got {list(seeds)}")
-    cells: dict[str, TrainConfig] = {method: _method(config, method) for method in (*ANCHORS, *methods)}
-    cells |= {companion: _companion(config, companion) for companion in companions}
     data = load_data(config.data, image_size=config.image_size)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in cells}
+    results: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
-        for name, settings in cells.items():
-            cell = replace(settings, seed=seed)
+        for name, cell in _cells(replace(config, seed=seed), methods, companions, out).items():
             folder = out / f"{name}-seed{seed}"
             found = _finished(cell, folder)
             if found is None:
                 if progress:
-                    print(f"{LABELS[name]}, seed {seed}", flush=True)
+                    print(f"{name}, seed {seed}", flush=True)
                 found = execute(cell, folder, data=data, progress=progress)
             if found is None:
                 return None
-            results[name].append(found)
+            results.setdefault(name, []).append(found)
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
-    drawn = results["sum"][0]["timesteps"]
-    title = f"{data.name}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
+    drawn = results["linear"][0]["timesteps"]
+    title = f"{data.name}, {config.model}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
     text = comparison_table(results, title)
     write_atomically(out / "table.txt", (text + "\n").encode())
     save_comparison(results, results["vanilla"][0]["intervals"], title, out / "comparison.png")
     return results
 
 
-def _method(config: TrainConfig, method: Method) -> TrainConfig:
-    return replace(config, method=method, timesteps="uniform" if method == "vanilla" else config.timesteps)
-
-
-def _companion(config: TrainConfig, companion: Companion) -> TrainConfig:
-    on: dict[str, Any] = {companion: 4 if companion == "experts" else True}
-    return replace(_method(config, "vanilla"), **on)
+def _cells(
+    config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], out: Path
+) -> dict[str, TrainConfig]:
+    """The settings of every row for the seed of `config`."""
+    cells: dict[str, TrainConfig] = {
+        method: replace(config, method=method, timesteps="uniform" if method == "vanilla" else config.timesteps)
+        for method in (*ANCHORS, *methods)
+    }
+    vanilla, more = cells["vanilla"], max(1, config.steps // 4)
+    for companion in companions:
+        if companion == "patch":
+            cells["longer"] = replace(vanilla, steps=config.steps + more)
+            cells["patch"] = replace(
+                vanilla, patch=str(out / f"vanilla-seed{config.seed}"), steps=more, lr=PATCH_LR, curriculum=False
+            )
+        else:
+            on: dict[str, Any] = {companion: 4 if companion == "experts" else True}
+            cells[companion] = replace(vanilla, **on)
+    return cells
 
 
 def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """The results in `folder`, or None if it is yet to be run or finished. A new folder gets its config.json here."""
     if not (folder / "config.json").exists():
-        start_run(config, folder)
+        _start(config, folder)
         return None
     saved = TrainConfig.load(folder / "config.json")
     if replace(saved, device=config.device) != config:
@@ -96,6 +108,17 @@ def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
         return None
     loaded: dict[str, Any] = json.loads(results.read_text())
     return loaded
+
+
+def _start(config: TrainConfig, folder: Path) -> None:
+    if config.patch:
+        start_patch(Path(config.patch), folder, steps=config.steps, lr=config.lr, device=config.device)
+        return
+    start_run(config, folder)
+    vanilla = folder.with_name(f"vanilla-seed{config.seed}")
+    if folder.name.startswith("longer"):  # its first steps are vanilla's, bit for bit: take them over
+        shutil.copytree(vanilla / "checkpoints", folder / "checkpoints")
+        shutil.copy(vanilla / "metrics.csv", folder)
 
 
 @dataclass(frozen=True)
@@ -131,45 +154,48 @@ def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: 
     """The comparison as text: means and standard deviations over training seeds, and what may be said about them."""
     data, spans = results["vanilla"][0]["data"], results["vanilla"][0]["intervals"]
     shares = np.array([stop - start for start, stop in spans])
-    heads = [
-        f"FD ({data}-CNN)",
-        "precision",
-        "recall",
-        "held-out loss",
-        *(f"t {start}..{stop - 1}" for start, stop in spans),
-    ]
-    lines = [title, "", f"{'':<9}" + "".join(f"{head:>18}" for head in heads)]
+    spans_text = [f"t {start}..{stop - 1}" for start, stop in spans]
+    rows = [["", f"FD ({data}-CNN)", "precision", "recall", "held-out loss", *spans_text]]
     fds, losses = {}, {}
-    for method, cells in results.items():
+    for name, cells in results.items():
         by_cluster = np.array([cell["held_out_losses"] for cell in cells])  # [seeds, K]
-        fds[method] = [cell["fd"]["mean"] for cell in cells]
-        losses[method] = list(by_cluster @ shares / shares.sum())
-        columns = [fds[method], *([cell[name]["mean"] for cell in cells] for name in ("precision", "recall"))]
-        columns += [losses[method], *by_cluster.T]
-        lines.append(f"{LABELS[method]:<9}" + "".join(f"{_mean_sd(column):>18}" for column in columns))
+        fds[name] = [cell["fd"]["mean"] for cell in cells]
+        losses[name] = list(by_cluster @ shares / shares.sum())
+        columns = [fds[name], *([cell[metric]["mean"] for cell in cells] for metric in ("precision", "recall"))]
+        rows.append([name, *map(_mean_sd, [*columns, losses[name], *by_cluster.T])])
     floor = results["vanilla"][0]["anchors"]["held-out images (floor)"]
-    floors = [f"{floor[name]:.3g}" for name in ("fd", "precision", "recall")]
-    lines += [f"{'floor':<9}" + "".join(f"{text:>18}" for text in floors), "", *_verdicts(fds, losses)]
-    return "\n".join(lines)
+    known = [f"{floor[metric]:.3g}" for metric in ("fd", "precision", "recall")]
+    rows.append(["floor", *known, *[""] * (1 + len(spans))])
+    return "\n".join([title, "", *_aligned(rows), "", *_verdicts(fds, losses)])
 
 
 def _verdicts(fds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[float]]) -> list[str]:
-    """One line a method and metric against vanilla, and the rule."""
-    others = [method for method in fds if method != "vanilla"]
+    """One line a row against what it is held against, and the rule."""
+    others = [name for name in fds if name != "vanilla"]
     comparisons = 2 * len(others)
-    lines = []
-    for name, values in (("FD", fds), ("held-out loss", losses)):
-        for method in others:
-            found = difference(values[method], values["vanilla"], comparisons)
+    rows = [["difference", "FD", "noise", "", "held-out loss", "noise", ""]]
+    for name in others:
+        reference = REFERENCE.get(name, "vanilla")
+        row = [f"{name} - {reference}"]
+        for values in (fds, losses):
+            found = difference(values[name], values[reference], comparisons)
             if found is None:
                 return ["One training seed: the spread is not known, so nothing is said about differences."]
-            word = ("lower" if found.mean < 0 else "higher") if found.beyond_noise else "no difference beyond noise"
-            lines.append(f"{name}: {LABELS[method]} - vanilla = {found.mean:+.3g} (noise {found.noise:.2g}): {word}")
+            word = ("lower" if found.mean < 0 else "higher") if found.beyond_noise else "within noise"
+            row += [f"{found.mean:+.3g}", f"{found.noise:.2g}", word]
+        rows.append(row)
     rule = (
-        f"Mean ± SD over training seeds. A difference counts when it exceeds the {CONFIDENCE:.0%} Student interval "
-        f"of its pooled standard error, Bonferroni-corrected for the {comparisons} differences above."
+        f"Mean ± SD over training seeds. A difference counts when it exceeds its noise, the {CONFIDENCE:.0%} Student "
+        f"interval of the pooled standard error, Bonferroni-corrected for the {comparisons} differences above."
     )
-    return [*lines, rule]
+    return [*_aligned(rows), "", rule]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rights = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join([f"{row[0]:<{widths[0]}}", *right[1:]]).rstrip() for row, right in zip(rows, rights, strict=True)]
 
 
 def _mean_sd(values: Sequence[float] | np.ndarray) -> str:

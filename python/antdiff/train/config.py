@@ -6,15 +6,21 @@ No torch here: the command line builds its help from this file alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-Method = Literal["vanilla", "sum", "uw", "pcgrad", "nash"]
+from antdiff import balancing
+
+METHODS = ("vanilla", *balancing.names())  # vanilla: the batch's mean loss, as everyone trains
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[METHODS]
 Timesteps = Literal["auto", "uniform", "stratified", "stratified-weighted"]
 Model = Literal["unet", "dit"]
-Companion = Literal["curriculum", "routing", "experts"]
+PATCH_LR = 1e-4  # of the prompts, as published; the gate's is ten times that
+Companion = Literal["curriculum", "routing", "experts", "patch"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class TrainConfig:
     # Gram matrix, weights, combination) and, where no two clusters conflict, follows vanilla's own objective. It is
     # not the default because it wins: at this scale no method beats vanilla by more than the noise of the metric.
     method: Method = "pcgrad"
-    """How the K cluster losses become one update: vanilla (mean over the batch), sum (plain mean over clusters), uw
-    (Uncertainty Weighting), pcgrad, nash (NashMTL)."""
+    """How the K cluster losses become one update: vanilla (mean over the batch), linear (plain mean over clusters), or
+    any other method of antdiff.balancing; docs/balancing.md says what each does."""
 
     timesteps: Timesteps = "auto"
     """How t is drawn: uniform; stratified (equal shares of the batch a cluster, which changes p(t) when clusters differ
@@ -64,6 +70,10 @@ class TrainConfig:
     """Interval experts (MEME): so many networks; the noisier the interval, the more attention and the less convolution.
     Each step trains one of them, in turn, on timesteps of its own: method is vanilla. 0: one network."""
 
+    specialist: int | None = None
+    """Train on the timesteps of this cluster alone (0: least noise), uniformly drawn: what antdiff analyze transfer
+    compares a run with. Method is vanilla."""
+
     patch: str = ""
     """The run whose DiT this run patches with a mixture of prompts (DMP). Set by antdiff patch."""
 
@@ -77,7 +87,8 @@ class TrainConfig:
     """AdamW's learning rate (no decay, no warm-up)."""
 
     ema: float = 0.995
-    """Decay of the exponential moving average of the weights. Samples and metrics use the average."""
+    """Decay of the exponential moving average of the weights, which samples and metrics use. Early it is less: after n
+    steps at most (1 + n) / (10 + n), so that a short run is not measured by what it started from."""
 
     seed: int = 0
     """One seed for the weights at the start, the order of the data, the noise, the timesteps and the balancing."""
@@ -89,7 +100,14 @@ class TrainConfig:
     """Steps between two rows of metrics.csv; each row is the mean over them."""
 
     checkpoint_every: int = 200
-    """Steps between two checkpoints; the last two are kept."""
+    """Steps between two checkpoints."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept, the newest ones. antdiff analyze averages over them."""
+
+    grid_every: int = 200
+    """Steps between two grids of samples in samples/, always from the same noise; each costs about two training steps.
+    0: none."""
 
     eval_samples: int = 1500
     """Images drawn for each of the quality metrics' sampling seeds."""
@@ -107,8 +125,10 @@ class TrainConfig:
         for name in ("k", "image_size", "batch_size", "log_every", "checkpoint_every", "eval_seeds", "sample_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0; got {self.steps}")
+        require_rows(self.k, self.batch_size)
+        for name in ("steps", "grid_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.eval_samples < 10:
             raise ValueError(
                 f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"
@@ -123,8 +143,12 @@ class TrainConfig:
             raise ValueError(f"patience must be at least 0; got {self.patience}")
         if self.curriculum and self.patience == 0:  # settled here, so that a run resumed with more steps keeps it
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
+        if self.keep_checkpoints < 2:
+            raise ValueError(f"keep_checkpoints must be at least 2, one in reserve; got {self.keep_checkpoints}")
         if self.experts:
             self._check_experts()
+        if self.specialist is not None and (self.method != "vanilla" or self.companions):
+            raise ValueError("a specialist is trained with method vanilla and no companion: give --method vanilla")
 
     def _check_experts(self) -> None:
         if not 2 <= self.experts <= 100:
@@ -145,9 +169,10 @@ class TrainConfig:
         """Names of the companions that are on."""
         return [name for name in ("curriculum", "routing", "experts", "patch") if getattr(self, name)]
 
-    def label(self, methods: Mapping[str, str]) -> str:
-        """The method, as `methods` writes it, and the companions: what tables and titles call a run."""
-        return " + ".join([methods[self.method], *self.companions])
+    @property
+    def label(self) -> str:
+        """The method and the companions: what a title calls a run."""
+        return " + ".join([self.method, *self.companions])
 
     @property
     def timestep_sampling(self) -> str:
@@ -173,6 +198,15 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"{path} has settings this version of antdiff does not know: {', '.join(sorted(unknown))}")
         return TrainConfig(**saved)
+
+
+def require_rows(k: int, batch_size: int) -> None:
+    """A ValueError where a step cannot have a sample of each of `k` clusters: some loss would always be missing."""
+    if k > batch_size:
+        raise ValueError(
+            f"k must be at most batch_size, so that each step has a sample of every cluster; got k={k} with "
+            f"batch_size={batch_size}. Take fewer clusters or a larger batch"
+        )
 
 
 def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:

@@ -1,93 +1,159 @@
-"""The numbers of a run, gathered on the device and read every ``log_every`` steps into CSV and TensorBoard."""
+"""Where the rows of a run go: metrics.csv, TensorBoard, Weights & Biases, or an object of your own with ``log``."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import math
+import re
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
+import numpy as np
 
 from antdiff.train.checkpoint import write_atomically
 
+IMAGE_EVERY = 10  # rows between two pictures of the cosines in TensorBoard, which shows ten of a kind at most
 
-class Meter:
-    """Sums of a step's numbers, kept on the device so that a step costs no host synchronisation.
 
-    Per-cluster losses are averaged over samples (each step's mean times its count), everything else over steps.
-    """
+class Logger(Protocol):
+    """What takes the rows of a run."""
 
-    def __init__(self, k: int, device: torch.device) -> None:
-        self.k = k
-        self.sums = torch.zeros(4, k, dtype=torch.float64, device=device)  # losses x counts, counts, weights, conflicts
-        self.steps = 0
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """One row of numbers, means over the steps since the row before; NaN stands for what was not measured."""
 
-    @torch.no_grad()
-    def add(
-        self, losses: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor, gram: torch.Tensor | None = None
-    ) -> None:
-        """Take in one step: mean losses [K] and counts [K] of the clusters, their weights [K], and G [K, K] or None."""
-        rows = [losses.double() * counts, counts.double(), weights.double()]
-        # For each cluster, the share of the other clusters whose gradient points against its own.
-        rows.append((gram < 0).double().mean(1) * self.k / max(1, self.k - 1) if gram is not None else 0 * rows[1])
-        self.sums += torch.stack(rows)
-        self.steps += 1
-
-    def read(self, clusters_share: torch.Tensor) -> dict[str, float]:
-        """The means since the last read, as plain numbers; the one host synchronisation. Then starts again.
-
-        ``loss`` is what the mean over uniformly drawn t would be, whatever the sampling of t: the sum over clusters of
-        `clusters_share` [K] (interval length / T) times the cluster's loss.
-        """
-        sums, steps = self.sums.cpu().clone(), self.steps  # .cpu() of a CPU tensor is itself
-        self.sums.zero_()
-        self.steps = 0
-        weighted_losses, counts, weights, conflicts = sums.unbind()
-        losses = weighted_losses / counts  # an interval without a sample in the whole window gives NaN: not 0
-        seen = counts > 0
-        share = clusters_share.double().cpu()
-        row = {"loss": float((losses[seen] * share[seen]).sum() / share[seen].sum())}
-        row |= {f"loss_{i}": float(losses[i]) for i in range(self.k)}
-        row |= {f"weight_{i}": float(weights[i] / steps) for i in range(self.k)}
-        row["conflict_rate"] = float(conflicts.mean() / steps)
-        return row
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.steps = int(state["steps"])
+    def close(self) -> None:
+        """No more rows will come."""
 
 
 class MetricLog:
-    """``metrics.csv`` and TensorBoard events of a run folder. Rows after `start` (from a run that died) are dropped."""
+    """``metrics.csv``, TensorBoard events and what else was given. Rows after `start` (of a run that died) are dropped.
 
-    def __init__(self, folder: Path, *, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    Args:
+        folder: of the run.
+        start: the step of the checkpoint that the run goes on from, or 0.
+        also: further loggers.
+    """
 
-        self.path = folder / "metrics.csv"
-        rows = read_csv(self.path) if self.path.exists() else []
-        kept = [row for row in rows if row["step"] <= start]
-        write_atomically(self.path, _to_csv(kept).encode())
+    def __init__(self, folder: Path, *, start: int, also: Sequence[Logger] = ()) -> None:
+        self.loggers: list[Logger] = [
+            CsvLogger(folder / "metrics.csv", start=start),
+            TensorBoardLogger(folder / "tensorboard", start=start),
+            *also,
+        ]
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log(step, row)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+class CsvLogger:
+    """Appends rows to a CSV file; each is on the disk when `log` returns."""
+
+    def __init__(self, path: Path, *, start: int) -> None:
+        self.path = path
+        kept = [row for row in read_csv(path) if row["step"] <= start] if path.exists() else []
+        write_atomically(path, _to_csv(kept).encode())
         self.has_header = bool(kept)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=start)  # type: ignore[no-untyped-call]
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Append one row; on the disk when this returns."""
+    def log(self, step: int, row: Mapping[str, float]) -> None:
         text = _to_csv([{"step": step, **row}], header=not self.has_header)
         with self.path.open("a") as file:
             file.write(text)
         self.has_header = True
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoardLogger:
+    """Scalars by kind (``loss/cluster_0``), and now and then the K x K cosines as a picture."""
+
+    def __init__(self, folder: Path, *, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.events = SummaryWriter(str(folder), purge_step=start)  # type: ignore[no-untyped-call]
+        self.rows = 0
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
         for key, value in row.items():
-            group, _, cluster = key.partition("_")
-            tag = f"{group}/cluster_{cluster}" if cluster.isdigit() else f"train/{key}"
-            self.events.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+            tag = scalar_tag(key)
+            if tag is not None and not math.isnan(value):
+                self.events.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        cosines = cosine_matrix(row)  # [K, K]
+        if self.rows % IMAGE_EVERY == 0 and np.isfinite(cosines).all() and len(cosines) > 1:
+            from matplotlib import colormaps
+
+            side = max(1, 240 // len(cosines))  # pixels a cell
+            picture = colormaps["cividis"]((cosines + 1) / 2).repeat(side, 0).repeat(side, 1)[..., :3]
+            self.events.add_image("cosines", picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self.rows += 1
 
     def close(self) -> None:
         self.events.close()  # type: ignore[no-untyped-call]
+
+
+class WandbLogger:
+    """Rows to Weights & Biases, which has to be installed. A resumed run goes on with the same page.
+
+    Args:
+        project: the project's name.
+        run: the run folder; its name is the page's, and the page's id is kept there in ``wandb-id``.
+        config: the settings shown with it.
+
+    Raises:
+        RuntimeError: wandb is not installed.
+    """
+
+    def __init__(self, project: str, run: Path, config: Mapping[str, Any]) -> None:
+        wandb = import_wandb()
+        kept = run / "wandb-id"
+        if not kept.exists():
+            write_atomically(kept, uuid.uuid4().hex[:16].encode())
+        self.page: Any = wandb.init(
+            project=project, name=run.name, dir=str(run), id=kept.read_text(), resume="allow", config=dict(config)
+        )
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        # After a crash the rows since the checkpoint come a second time; wandb keeps the first ones.
+        tags = {scalar_tag(key) or key: value for key, value in row.items() if not math.isnan(value)}
+        self.page.log(tags, step=step)
+
+    def close(self) -> None:
+        self.page.finish()
+
+
+def import_wandb() -> Any:
+    """The wandb module; a RuntimeError that says what to do if it is not there."""
+    try:
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError as error:
+        raise RuntimeError("wandb is not installed: pip install wandb, or leave out --wandb") from error
+    return wandb
+
+
+def scalar_tag(column: str) -> str | None:
+    """Where dashboards show a column: ``loss_0`` as loss/cluster_0, ``loss`` as train/loss; None for a cosine."""
+    name, _, cluster = column.rpartition("_")
+    if re.fullmatch(r"cosine_\d+", name):
+        return None  # K (K - 1) / 2 of them: a picture says more
+    return f"{name}/cluster_{cluster}" if cluster.isdigit() else f"train/{column}"
+
+
+def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
+    """The cosines of a row as float64 [K, K] with ones on the diagonal; NaN for pairs that were not measured."""
+    found = {key: re.fullmatch(r"cosine_(\d+)_(\d+)", key) for key in row}
+    pairs = {key: (int(match[1]), int(match[2])) for key, match in found.items() if match}
+    matrix = np.eye(1 + max((j for _, j in pairs.values()), default=0))
+    for key, (i, j) in pairs.items():
+        matrix[i, j] = matrix[j, i] = row[key]
+    return matrix
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from antdiff import StratifiedTimesteps, TimestepClusters, balancing, ops
+from antdiff import StratifiedTimesteps, TimestepClusters, ops
+from antdiff.analysis import Telemetry
 from antdiff.companions import RestrictedTimesteps
 from antdiff.distributed import ClusterGradients, global_losses, reduce_gradients
+from antdiff.gradients.routes import Route
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts, cluster_weights, make_model, make_timesteps, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, to_unit
 from antdiff.train.distributed import Team
-from antdiff.train.log import Meter, MetricLog
+from antdiff.train.log import Logger, MetricLog
+from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.plots import save_progress_grid
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 
 
@@ -38,11 +43,13 @@ class DivergenceError(RuntimeError):
     """A loss or a weight is no longer finite; the message says since when and which checkpoint is good."""
 
 
-def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True) -> bool:
+def train(
+    config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True, loggers: Sequence[Logger] = ()
+) -> bool:
     """Train into the folder `run`, going on from its last checkpoint if it has one. Its clusters.json is there already.
 
-    Leaves metrics.csv, TensorBoard events and checkpoints there. SIGINT (Ctrl-C) and SIGTERM let the
-    current step finish and a checkpoint be written; the second one acts at once.
+    Leaves metrics.csv, TensorBoard events, sample grids and checkpoints there; `loggers` get the rows too. SIGINT
+    (Ctrl-C) and SIGTERM let the current step finish and a checkpoint be written; the second one acts at once.
 
     Returns:
         True when all of config.steps are done, False when a signal stopped the run.
@@ -51,7 +58,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
         DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
     from tqdm import tqdm
 
     # ---- the usual parts -----------------------------------------------------------------------------------------
@@ -62,7 +69,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     schedule = noise_schedule()
     model = make_model(config, data.shape, run, seed=rng["weights"].initial_seed()).to(device)
     # An expert is trained every N-th step: its average reaches back as many steps of its own.
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema ** (1 / max(1, config.experts))))
+    ema = AveragedModel(model, multi_avg_fn=moving_average(config.ema ** (1 / max(1, config.experts))))
     if (prompts := prompts_of(model)) is not None:
         prompts.generator = rng["prompts"]
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
@@ -74,20 +81,24 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
     K = clusters.k
     timesteps = make_timesteps(config, clusters, model, device)
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
+    epoch = math.ceil(len(data.train) / B)
+    balancer = make_balancer(config.method, K, optimizer, generator=rng["balancing"], epoch=epoch)
+    # The weights of a "sum" method add K gradients up: 1/K keeps the learning rate's meaning.
+    scale = 1 / K if balancer.scale == "sum" else 1.0
     # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
-    gradients = ClusterGradients(model, K, route="split" if config.patch or team.size > 1 else "auto")
-    balancer = make_balancer(config, K, optimizer, rng["balancing"])
+    route: Route = "split" if config.patch or team.size > 1 else "auto"
+    # GradDrop looks at all of J, so every rank holds it.
+    gradients = ClusterGradients(model, K, route, scheme="all_reduce" if balancer.needs == "J" else "auto")
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
-    share = torch.as_tensor(clusters.sizes, device=device) / clusters.T  # [K], of all timesteps
     importance = cluster_weights(timesteps, device)
-    meter = Meter(K, device)
+    telemetry = Telemetry(K, window=config.log_every, share=clusters.sizes / clusters.T, device=device)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
-             "balancer": balancer, "meter": meter}  # fmt: skip
+             "balancer": balancer, "telemetry": telemetry}  # fmt: skip
     start = restore(run, parts, rng)
     stack = ExitStack()
     if team.leads:
-        log = MetricLog(run, start=start)
+        log = MetricLog(run, start=start, also=loggers)
         stack.callback(log.close)
     stop = stack.enter_context(stop_requests(patient=team.size > 1))
     bar = stack.enter_context(
@@ -106,16 +117,20 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             noise = torch.randn((B, *x0.shape[1:]), generator=rng["noise"], device=device)[part]
             xt = schedule.add_noise(x0, noise, t)
 
-            if balancer.needs == "gram":
+            if balancer.needs != "losses":
                 # 2a. K cluster gradients for about one backward: J, a list of [K, *shape].
                 batch, shares = (xt, noise, t, weight), team.counts(shares)
                 J = gradients.compute(partial(sample_losses, model), batch, cluster, counts=shares)
                 # 3a. Their K x K inner products are all that a balancing method looks at.
                 G = gradients.gram(J)
-                w = balancer.weights(G) / (K if balancer.scale == "sum" else 1)
-                # 4a. Every p.grad becomes the weighted sum of its K gradients.
-                gradients.combine(w, J)
                 losses, counts = gradients.losses, gradients.counts
+                if balancer.needs == "gram":
+                    # 4a. Every p.grad becomes the weighted sum of its K gradients.
+                    w = balancer.weights(G) * scale
+                    gradients.combine(w, J)
+                else:  # but for GradDrop, which chooses for each parameter: there are no weights to log
+                    write_direction(balancer.direction(J), scale, model)
+                    w = torch.full_like(losses, torch.nan)
             else:
                 # 2b. K losses from one forward, one backward of what the method makes of them.
                 optimizer.zero_grad()
@@ -123,7 +138,7 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
                 losses, counts = global_losses(losses, counts)
                 (balancer.loss(losses, counts) + model.auxiliary_loss() / team.size).backward()
                 reduce_gradients(model, skip_unused=True)
-                G, w = None, balancer.weights(losses) / K
+                G, w = None, balancer.weights(losses) * scale
 
             # 5. Nothing else changes.
             optimizer.step()
@@ -132,23 +147,26 @@ def train(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = T
             unweighted = losses.detach() / drawn  # [K]
             if curriculum is not None:
                 curriculum.update((unweighted * counts).sum() / counts.sum())
-            meter.add(unweighted, counts, w, G)
+            telemetry.add(unweighted, counts, w, G)
             bar.update()
             if step % config.log_every == 0 or step == config.steps:
-                row = meter.read(share)
-                gradients.check()  # names the rank
-                check_finite(row["loss"], step, run)
+                row = telemetry.read()
                 if curriculum is not None:
                     row["stage"] = float(curriculum.stage)
                 if team.leads:
-                    log.write(step, row)
+                    log.log(step, row)
+                gradients.check()  # names the rank
+                check_finite(row["loss"], step, run)  # after the row, which shows where it happened
                 each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             stopping = team.any(stop.is_set(), device, now=step % config.log_every == 0)
             if step % config.checkpoint_every == 0 or step == config.steps or stopping:
                 check_finite(sum(p.detach().abs().sum().item() for p in model.parameters()), step, run)
                 if team.leads:
-                    save_checkpoint(run / "checkpoints", step, snapshot(step, parts, rng))
+                    state = snapshot(step, parts, rng)
+                    save_checkpoint(run / "checkpoints", step, state, keep=config.keep_checkpoints)
+            if team.leads and config.grid_every and (step % config.grid_every == 0 or step == config.steps):
+                save_progress_grid(ema.module, schedule, data.shape, run, step, config.sample_steps, device)
             if stopping:
                 return step == config.steps
     return True
@@ -190,41 +208,15 @@ class Batches:
         self.left = state["left"]
 
 
-class BatchMean:
-    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
+    """What AveragedModel does after n updates: an exponential moving average whose decay grows to `decay`."""
 
-    needs, scale = "losses", "sum"
+    @torch.no_grad()
+    def update(averaged: Tensors, current: Tensors, n: torch.Tensor | int) -> None:
+        done = int(n)  # AveragedModel has read it already: this waits for nothing
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
 
-    def loss(self, losses: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """losses [K] and counts [K] -> the mean over the batch."""
-        return (losses * counts).sum() / counts.sum()
-
-    def weights(self, losses: torch.Tensor) -> torch.Tensor:
-        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
-        return torch.ones_like(losses)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-def make_balancer(config: TrainConfig, k: int, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> Any:
-    """The balancing method the settings name; its own parameters, if it has any, join the optimizer."""
-    if config.method == "vanilla":
-        return BatchMean()
-    method = balancing.get("linear" if config.method == "sum" else config.method)
-    if method.needs == "gram":
-        # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
-        options: dict[str, Any] = {"generator": generator} if config.method == "pcgrad" else {}
-        return method(nonfinite="poison", **options)
-    balancer = method(k)
-    if hasattr(balancer, "param_groups"):
-        balancer.to(generator.device)
-        for group in balancer.param_groups():
-            optimizer.add_param_group(group)
-    return balancer
+    return update
 
 
 def choose_device(name: str) -> torch.device:

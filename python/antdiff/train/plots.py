@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from antdiff.train.data import to_uint8
+from antdiff.train.models import draw_samples
+
 if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PROGRESS_IMAGES = 16
+
 # One hue from light to dark in the order of the noise: the clusters are ordered, so their colours are too.
 CLUSTER_COLOURS = "viridis"
-METHOD_COLOURS = {"vanilla": "#4d4d4d", "sum": "#999999", "uw": "#0072b2", "pcgrad": "#d55e00", "nash": "#009e73",
-                  "curriculum": "#cc79a7", "routing": "#56b4e9", "experts": "#e69f00"}  # fmt: skip
-LABELS = {"vanilla": "vanilla", "sum": "sum", "uw": "UW", "pcgrad": "PCGrad", "nash": "NashMTL",
-          "curriculum": "curriculum", "routing": "routing", "experts": "4 experts"}  # fmt: skip
 
 
 def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int = 64, gap: int = 4) -> None:
@@ -38,6 +40,29 @@ def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int 
         )
         sheet[top : top + height, left : left + width] = image
     Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+
+
+def save_progress_grid(
+    model: torch.nn.Module,
+    schedule: DDPMScheduler,
+    shape: tuple[int, int, int],
+    run: Path,
+    step: int,
+    sample_steps: int,
+    device: torch.device,
+) -> None:
+    """16 samples of `model` after `step` steps as ``<run>/samples/step-<step>.png``.
+
+    They start from the same noise at every step and in every run, of a generator that is nobody else's, so that grids
+    can be compared and training does not notice. `model` is left in the mode it was in.
+    """
+    was_training = model.training
+    generator = torch.Generator(device).manual_seed(0)
+    images = draw_samples(model, schedule, PROGRESS_IMAGES, shape, steps=sample_steps, generator=generator)
+    model.train(was_training)
+    path = run / "samples" / f"step-{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_grid(to_uint8(images), path, columns=8, side=40, gap=2)
 
 
 def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -104,36 +129,29 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 def save_comparison(
     results: Mapping[str, Sequence[Mapping[str, Any]]], intervals: Sequence[tuple[int, int]], title: str, path: Path
 ) -> None:
-    """FD of every training seed with its mean and SD, and the held-out loss of each cluster relative to vanilla."""
-    sheet, (left, right) = figure(11, 4.2, columns=2)
-    reference = np.mean([cell["held_out_losses"] for cell in results["vanilla"]], axis=0)  # [K]
-    width = 0.8 / len(results)
-    for place, (method, cells) in enumerate(results.items()):
-        colour = METHOD_COLOURS[method]
-        fds = np.array([cell["fd"]["mean"] for cell in cells])
-        left.plot(place + np.linspace(-0.12, 0.12, len(fds)), fds, "o", color=colour, alpha=0.55, markersize=5)
-        spread = fds.std(ddof=1) if len(fds) > 1 else 0.0
-        left.errorbar(place, fds.mean(), spread, fmt="_", color=colour, capsize=5, markersize=18, elinewidth=1.5)
-        relative = np.array([cell["held_out_losses"] for cell in cells]) / reference - 1  # [seeds, K]
-        x = np.arange(len(intervals)) + (place - (len(results) - 1) / 2) * width
-        error = relative.std(0, ddof=1) * 100 if len(cells) > 1 else None
-        right.bar(
-            x,
-            relative.mean(0) * 100,
-            width,
-            yerr=error,
-            color=colour,
-            label=LABELS[method],
-            error_kw={"linewidth": 0.9},
-        )
-    left.set_xticks(range(len(results)), [LABELS[method] for method in results])
-    left.set(
-        title="FD of each training seed, mean and SD", ylabel=f"FD ({next(iter(results.values()))[0]['data']}-CNN)"
-    )
-    left.set_ylim(bottom=0)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_xticks(range(len(intervals)), [f"{start}..{stop - 1}" for start, stop in intervals])
-    right.set(title="held-out loss against vanilla, mean and SD", xlabel="timesteps of the cluster", ylabel="%")
-    sheet.legend(loc="outside lower center", ncols=len(results), fontsize=9, frameon=False)
+    """A line a row of `results`: FD, and the held-out loss of each cluster relative to vanilla's; every training seed,
+    their mean (a bar) and standard deviation. The relative losses are linear up to 5 % and logarithmic beyond, so that
+    a method that fails does not hide the others."""
+    losses = {name: np.array([cell["held_out_losses"] for cell in cells]) for name, cells in results.items()}
+    reference = losses["vanilla"].mean(0)  # [K], of [seeds, K]
+    columns = [[np.array([cell["fd"]["mean"] for cell in cells]) for cells in results.values()]]
+    for i, vanilla in enumerate(reference):
+        columns.append([100 * (each[:, i] / vanilla - 1) for each in losses.values()])
+    sheet, axes = figure(3.4 + 1.7 * len(intervals), 1.5 + 0.27 * len(results), columns=len(columns))
+    for ax, column, colour in zip(axes, columns, ["#d55e00", *cluster_colours(len(intervals))], strict=True):
+        for place, values in enumerate(column):
+            ax.plot(values, np.full(len(values), place), "o", color=colour, alpha=0.45, markersize=4)
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            ax.errorbar(values.mean(), place, xerr=spread, fmt="|", color=colour, capsize=3, markersize=10)
+        ax.axvline(column[0].mean(), color="black", linewidth=0.8, alpha=0.5)
+        ax.set_yticks(range(len(results)), list(results) if ax is axes[0] else [])
+        ax.set_ylim(len(results) - 0.5, -0.5)
+    axes[0].set(title=f"FD ({next(iter(results.values()))[0]['data']}-CNN)", xlim=(0, None))
+    for ax, column, (start, stop) in zip(axes[1:], columns[1:], intervals, strict=True):
+        low, high = 1.3 * min(-5.0, *map(np.min, column)), 1.3 * max(5.0, *map(np.max, column))
+        ax.set_xscale("symlog", linthresh=5)
+        ax.set_xticks([tick for tick in (-50, -5, 5, 50, 500) if low < tick < high])
+        ax.xaxis.set_major_formatter("{x:+g}")
+        ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, %", xlim=(low, high))
     sheet.suptitle(title)
     sheet.savefig(path)

@@ -1,6 +1,6 @@
 """A run folder from the first step to the closing table: train, load, measure, picture.
 
-config.json  clusters.json  metrics.csv  tensorboard/  checkpoints/     while it trains
+config.json  clusters.json  environment.json  metrics.csv  tensorboard/  samples/  checkpoints/     while it trains
 results.json  samples.png  curves.png  model/                           when it is done
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,16 +19,17 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff.diffusion import log_snr
+from antdiff.info import collect
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
 from antdiff.train.companions import BASE, Experts, make_model
-from antdiff.train.config import TrainConfig
+from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.distributed import Team
-from antdiff.train.log import read_csv
+from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import choose_device, sensible_threads, train
 from antdiff.train.metrics import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.train.models import Denoiser, draw_samples, noise_schedule
-from antdiff.train.plots import LABELS, save_curves, save_grid
+from antdiff.train.plots import save_curves, save_grid
 
 GRID_IMAGES = 60
 
@@ -59,6 +61,9 @@ def start_run(config: TrainConfig, run: Path) -> None:
     if (run / "config.json").exists():
         raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
+    require_rows(clusters.k, config.batch_size)  # a file of clusters has a k of its own
+    if config.specialist is not None and not 0 <= config.specialist < clusters.k:
+        raise ValueError(f"specialist must be a cluster, one of 0 .. {clusters.k - 1}; got {config.specialist}")
     run.mkdir(parents=True, exist_ok=True)
     clusters.save(run / "clusters.json")
     write_atomically(run / "config.json", config.to_json().encode())
@@ -108,7 +113,12 @@ def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
 
 
 def execute(
-    config: TrainConfig, run: Path, *, data: ImageData | None = None, progress: bool = True
+    config: TrainConfig,
+    run: Path,
+    *,
+    data: ImageData | None = None,
+    progress: bool = True,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any] | None:
     """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results.
 
@@ -117,7 +127,9 @@ def execute(
     team = Team()
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
-        if not train(config, data, run, progress=progress):
+        if team.leads:
+            write_atomically(run / "environment.json", (json.dumps(collect()[0], indent=2) + "\n").encode())
+        if not train(config, data, run, progress=progress, loggers=loggers):
             return None
         team.part_ways()
         return evaluate(config, data, run, progress=progress) if team.leads else {}
@@ -181,7 +193,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
     model.save(run / "model")
     rows = read_csv(run / "metrics.csv")
     if rows:
-        title = f"{data.name}, {config.label(LABELS)}, {config.timestep_sampling} timesteps, seed {config.seed}"
+        title = f"{data.name}, {config.label}, {config.timestep_sampling} timesteps, seed {config.seed}"
         save_curves(rows, intervals(clusters), title, run / "curves.png")
     return results
 
@@ -223,6 +235,6 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     lines += [
         "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them,",
         "not an FID. It depends on the number of images (for held-out images, theirs): compare it between runs.",
-        "Precision and recall, higher is better. Measured with the averaged (EMA) weights, which lag in a short run.",
+        "Precision and recall, higher is better. Measured with the averaged (EMA) weights.",
     ]
     return "\n".join(lines)

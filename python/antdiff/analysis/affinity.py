@@ -1,0 +1,404 @@
+"""Task affinity: do the gradients of two timesteps point the same way?
+
+Go et al., "Addressing Negative Transfer in Diffusion Models", NeurIPS 2023 (arXiv 2306.00354), the first observation:
+TAS(s, t) is the mean over checkpoints of cos(grad L_s, grad L_t). What differs here: gradients are taken from two
+independent halves of the data, so that noise does not shrink the cosines, and are streamed into rows that stay within
+a stated memory, sketched where they must be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from antdiff.analysis import estimate
+from antdiff.analysis.plan import Plan, make_plan
+from antdiff.analysis.projection import Columns, Projection
+from antdiff.analysis.state import Rows, save_arrays
+from antdiff.clustering import TimestepClusters
+from antdiff.diffusion import log_snr as named_log_snr
+from antdiff.gradients import ClusterGradients
+
+Loss = Callable[..., Tensor]
+
+_FORMAT = "antdiff.TaskAffinity-1"
+
+
+@dataclass
+class TaskAffinity:
+    """Affinities of timesteps, and what they were made from. Tensors are float64 on the CPU unless said.
+
+    Attributes:
+        affinity: ``[n, n]``, noise-corrected cosines, the mean over checkpoints; NaN where no checkpoint has one.
+        timesteps: int64 ``[n]``, the grid.
+        log_snr: ``[T]``, of all timesteps.
+        raw: ``[n, n]``, cosines of the whole data's gradients, not corrected; the mean over checkpoints.
+        checkpoints: ``[C, n, n]``: ``affinity`` of each checkpoint.
+        products: ``[C, n]``: <a_i, b_i>, the denominators, each an unbiased squared norm of the timestep's gradient.
+        signal: ``[C, n]``: the split-half cosine, 1 where the gradient is all signal and 0 where it is all noise.
+        layers: ``[L, n, n]``: ``affinity`` of each group of parameters alone.
+        layer_names: of the L groups.
+        stats: plain numbers: sizes, counts, memory, and, where sketched, the bound on the sketch's error.
+    """
+
+    affinity: Tensor
+    timesteps: Tensor
+    log_snr: Tensor
+    raw: Tensor
+    checkpoints: Tensor
+    products: Tensor
+    signal: Tensor
+    layers: Tensor
+    layer_names: tuple[str, ...]
+    stats: dict[str, Any]
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        """Number of timesteps of the schedule."""
+        return len(self.log_snr)
+
+    def full(self) -> Tensor:
+        """``[T, T]``: interpolated to all timesteps, see :func:`antdiff.analysis.estimate.interpolate`."""
+        return estimate.interpolate(self.affinity, self.timesteps, self.T)
+
+    def clusters(self, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
+        """Gradient clusters: ``TimestepClusters.from_affinity`` of :meth:`full`."""
+        return TimestepClusters.from_affinity(self.full(), k, min_size=min_size, max_size=max_size)
+
+    def gap_correlations(
+        self, *, resamples: int = 500, generator: torch.Generator | None = None
+    ) -> dict[str, estimate.Correlation]:
+        """Spearman's correlations of affinity with the gap in ``"t"`` and in ``"log_snr"``: the first observation."""
+        positions = {"t": self.timesteps, "log_snr": self.log_snr[self.timesteps]}
+        return {
+            name: estimate.gap_correlation(self.affinity, x, resamples=resamples, generator=generator)
+            for name, x in positions.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an npz: every attribute under its name; whole or, on an error, not at all."""
+        arrays = {name: value.numpy() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        texts = {"layer_names": np.array(self.layer_names), "stats": np.array(json.dumps(self.stats))}
+        save_arrays(Path(path), {"format": np.array(_FORMAT), **arrays, **texts})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TaskAffinity:
+        """Reads what :meth:`save` wrote. A ValueError if it is something else."""
+        try:
+            with np.load(path) as archive:
+                if str(archive["format"]) != _FORMAT:
+                    raise ValueError(f"format is {archive['format']}")
+                values = {name: archive[name] for name in archive.files if name != "format"}
+        except (ValueError, KeyError, EOFError) as error:
+            raise ValueError(f"{path} must be an npz written by TaskAffinity.save; {error}.") from error
+        names, stats = tuple(values.pop("layer_names").tolist()), json.loads(str(values.pop("stats")))
+        return cls(**{k: torch.from_numpy(v) for k, v in values.items()}, layer_names=names, stats=stats)
+
+
+def epsilon_loss(log_snr: Tensor) -> Loss:
+    """The denoising loss of a variance-preserving schedule: ``loss(model, x0, noise, t, *conditions)`` -> ``[b]``.
+
+    ``x_t = sqrt(sigmoid(l)) x_0 + sqrt(sigmoid(-l)) noise`` with l = log_snr[t], and the mean squared error of
+    ``model(x_t, t, *conditions)`` as an estimate of the noise.
+    """
+    signal, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()  # [T]
+
+    def loss(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        a, s = (level.to(x0)[t].view(-1, *[1] * (x0.dim() - 1)) for level in (signal, sigma))  # [b, 1, ...]
+        error = model(a * x0 + s * noise, t, *conditions) - noise
+        per_sample: Tensor = error.square().flatten(1).mean(1)
+        return per_sample
+
+    return loss
+
+
+def task_affinity(
+    model: nn.Module,
+    data: Tensor | Sequence[Tensor],
+    timesteps: int | Sequence[int] | Tensor = 100,
+    *,
+    log_snr: str | Tensor = "cosine",
+    loss: Loss | None = None,
+    checkpoints: Iterable[Mapping[str, Any]] | None = None,
+    groups: Callable[[str], str] | None = None,
+    sketch: int | Literal["auto"] | None = "auto",
+    memory: int = 2**30,
+    batch_size: int = 64,
+    folder: str | os.PathLike[str] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> TaskAffinity:
+    """Cosines of the gradients of the denoising losses of different timesteps, averaged over checkpoints.
+
+    All timesteps see the same images and the same noise, split at random into two halves. A gradient is streamed into a
+    row as it is, or sketched; see :mod:`antdiff.analysis.projection` for the sketch and its error bound. Costs one
+    forward and backward for every image, timestep and checkpoint. The model is in eval mode meanwhile (no dropout); its
+    mode, weights and ``.grad`` are as before afterwards.
+
+    Args:
+        model: the network; samples must be independent of one another (no BatchNorm in training).
+        data: clean samples, float ``[N, ...]`` with N even, or a sequence of such and of conditions ``[N, ...]`` that
+            ``loss`` and ``model`` take after t. Draw them as training does: they are taken as independent draws.
+        timesteps: the grid: how many, evenly spaced from 0 to T-1, or which.
+        log_snr: name of a schedule, or ``[T]``. Sets T, and the default loss.
+        loss: ``loss(model, x0, noise, t, *conditions)`` -> per-sample losses ``[b]``; default :func:`epsilon_loss`.
+        checkpoints: state dicts of ``model`` to average over, loaded one after the other; default its weights as they
+            are.
+        groups: the group (layer) of a parameter, by name, for affinities of each group; default a single group;
+            :func:`antdiff.analysis.module_groups` gives top-level modules.
+        sketch: None: exact. An int d: groups of more than d parameters are sketched to d numbers. ``"auto"``: exact if
+            2 n P numbers fit the memory, else the largest power of two that does (at most 16,384).
+        memory: bytes to stay within, for everything but the network, its activations on ``batch_size`` samples, and the
+            data.
+        batch_size: samples of a forward.
+        folder: where to keep the state, so that the same call goes on if interrupted (``loss`` is not checked to be the
+            same), and exact rows that do not fit the memory: there 2 n P numbers take disk space instead.
+        generator: of the halves, the noise and the sketch, on the CPU; default one of seed 0, so that a repeated call
+            goes on.
+        progress: show a bar.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit (the message says which, and the remedy), memory that does
+            not suffice, or a folder with the state of another computation.
+    """
+    levels = levels_of(log_snr)
+    grid = _grid(timesteps, len(levels))
+    samples = _samples(data)
+    generator = generator or torch.Generator().manual_seed(0)
+    halves = _halves(samples, generator)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    group_of = groups or (lambda name: "all")
+    plan = make_plan(named, group_of, len(grid), sketch=sketch, memory=memory, on_disk=folder is not None)
+    projection = Projection(model, group_of, plan.dim, generator)
+    store = Rows(
+        None if folder is None else Path(folder),
+        _fingerprint(named, halves, grid, levels, projection, batch_size),
+        (2, len(grid), projection.columns),
+        plan.dtype,
+    )
+    stream = _Stream(model, loss or epsilon_loss(levels), halves, grid, batch_size, plan, projection, store)
+    found, training = [], model.training
+    before = None if checkpoints is None else {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        model.eval()
+        for c, state in enumerate([None] if checkpoints is None else checkpoints):
+            if state is not None:
+                model.load_state_dict(state)
+            found.append(stream.run(c, progress))
+    finally:
+        if before is not None:
+            model.load_state_dict(before)
+        model.train(training)
+    if not found:
+        raise ValueError("checkpoints must hold at least one state dict; got none.")
+    return _average(found, grid, levels, projection.groups, plan, len(samples[0]))
+
+
+class _Stream:
+    """The rows of one checkpoint after another, a block of timesteps at a time, and their inner products."""
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, halves: list[list[Tensor]], grid: Tensor, batch_size: int, plan: Plan,
+        projection: Projection, store: Rows,
+    ) -> None:  # fmt: skip
+        self.model, self.loss, self.halves, self.grid, self.batch_size = model, loss, halves, grid, batch_size
+        self.plan, self.projection, self.store = plan, projection, store
+        # Each slice of the split route is one timestep's: no network is too odd for it, and no activations are kept.
+        self.gradients = ClusterGradients(model, plan.block, route="split", dtype=plan.dtype)
+
+    def run(self, checkpoint: int, progress: bool) -> dict[str, Tensor]:
+        """The estimates of the weights that the model has now."""
+        weights = _digest(self.model)
+        result = self.store.finished(checkpoint, weights)
+        if result is not None:
+            return result
+        done, n = self.store.done(checkpoint, weights), len(self.grid)
+        with _bar(n, done, f"checkpoint {checkpoint}", progress) as advance:
+            for start in range(done, n, self.plan.block):
+                stop = min(start + self.plan.block, n)
+                for half, samples in enumerate(self.halves):
+                    self._gradients(self.grid[start:stop], samples, self.store.rows[half, start:stop])
+                self.store.advance(checkpoint, weights, stop)
+                advance(stop - start)
+        result = self._estimates()
+        self.store.finish(checkpoint, weights, result)
+        return result
+
+    def _gradients(self, ts: Tensor, samples: list[Tensor], out: Tensor) -> None:
+        """out [k, D]: the gradients of the mean loss over the samples at each of ts [k]."""
+        k, device = len(ts), next(self.model.parameters()).device
+
+        def losses(t: Tensor, x0: Tensor, noise: Tensor, *conditions: Tensor) -> Tensor:
+            return self.loss(self.model, x0, noise, t, *conditions)
+
+        for parts in zip(*(x.split(self.batch_size) for x in samples), strict=True):
+            b = len(parts[0])
+            batch = [x.to(device).repeat(k, *[1] * (x.dim() - 1)) for x in parts]  # each [k b, ...]
+            t = ts.to(device).repeat_interleave(b)  # [k b]
+            cluster = torch.arange(k, device=device).repeat_interleave(b)
+            counts = [b] * k + [0] * (self.plan.block - k)
+            self.gradients.accumulate(losses, (t, *batch), cluster, counts=counts)
+        self.projection.write(self.gradients.mean(), out)
+
+    def _estimates(self) -> dict[str, Tensor]:
+        rows = self.store.rows.flatten(0, 1)  # [2n, D]
+        total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        layers = []
+        for group in self.projection.groups:
+            G = gram_of_rows(rows[:, group.start : group.stop], self.plan.slab)
+            layers.append(estimate.corrected_cosine(G))
+            total += G
+        result = {
+            "affinity": estimate.corrected_cosine(total),
+            "raw": estimate.raw_cosine(total),
+            "products": estimate.split_half_products(total),
+            "signal": estimate.split_half_cosine(total),
+            "layers": torch.stack(layers),
+        }
+        if self.projection.dim is not None:
+            result["sketch_sd"] = estimate.sketch_sd(total, self.projection.dim)
+        return result
+
+
+def gram_of_rows(rows: Tensor, slab: int) -> Tensor:
+    """``rows rows^T`` in float64, ``slab`` columns at a time. For many rows: few are ``ops.gram``'s."""
+    G = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(slab, dim=1):
+        part = part.double()  # products of float32 are exact in it
+        G.addmm_(part, part.T)
+    return (G + G.T) / 2
+
+
+def _average(
+    found: list[dict[str, Tensor]], grid: Tensor, levels: Tensor, groups: list[Columns], plan: Plan, samples: int
+) -> TaskAffinity:
+    def stacked(name: str) -> Tensor:
+        return torch.stack([result[name] for result in found])  # [C, ...]
+
+    affinity = stacked("affinity").nanmean(0)
+    stats: dict[str, Any] = {
+        "parameters": sum(group.size for group in groups),
+        "samples": samples,
+        "checkpoints": len(found),
+        "gradients": len(found) * len(grid) * samples,
+        "block": plan.block,
+        "memory_bytes": plan.bytes,
+        "sketch_dim": plan.dim,
+        "nan_share": float(affinity.isnan().double().mean()),
+    }
+    if "sketch_sd" in found[0]:
+        # Errors of checkpoints share their signs, so their mean is not smaller than the mean of the bounds.
+        sd = stacked("sketch_sd").nanmean(0)
+        off = sd[torch.triu(torch.ones_like(sd), 1).bool()]
+        off = off[off.isfinite()]
+        if len(off):
+            stats |= {"sketch_sd_median": float(off.median()), "sketch_sd_max": float(off.max())}
+    return TaskAffinity(
+        affinity=affinity,
+        timesteps=grid,
+        log_snr=levels,
+        raw=stacked("raw").nanmean(0),
+        checkpoints=stacked("affinity"),
+        products=stacked("products"),
+        signal=stacked("signal"),
+        layers=stacked("layers").nanmean(0),
+        layer_names=tuple(group.name for group in groups),
+        stats=stats,
+    )
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def levels_of(log_snr: object) -> Tensor:
+    """Log-SNR float64 [T] on the CPU, of a named schedule or as given; a TypeError for anything else."""
+    if isinstance(log_snr, str):
+        return named_log_snr(log_snr)
+    if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point() or log_snr.dim() != 1 or not len(log_snr):
+        came = f"{log_snr.dtype} {list(log_snr.shape)}" if isinstance(log_snr, Tensor) else type(log_snr).__name__
+        raise TypeError(f"log_snr must be the name of a schedule or a float tensor [T]; got {came}.")
+    return log_snr.detach().to("cpu", torch.float64)
+
+
+def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
+    if isinstance(timesteps, int) and not isinstance(timesteps, bool):
+        if not 2 <= timesteps <= T:
+            raise ValueError(f"timesteps must be from 2 to T={T}; got {timesteps}.")
+        return torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()  # distinct, as steps are >= 1
+    grid = torch.as_tensor(timesteps)
+    if grid.dtype not in (torch.int64, torch.int32) or grid.dim() != 1:
+        raise TypeError(f"timesteps must be an int or a list of ints; got {grid.dtype} of shape {list(grid.shape)}.")
+    grid = grid.long().cpu()
+    if len(grid) < 2 or bool((grid.diff() <= 0).any()) or not 0 <= int(grid[0]) <= int(grid[-1]) < T:
+        raise ValueError(f"timesteps must be two or more, ascending in 0 .. T-1={T - 1}; got {grid.tolist()}.")
+    return grid
+
+
+def _samples(data: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    samples = [data] if isinstance(data, Tensor) else list(data)
+    if not samples or not all(isinstance(x, Tensor) and x.dim() for x in samples):
+        raise TypeError("data must be a float tensor [N, ...], or a sequence of it and of conditions [N, ...].")
+    if not samples[0].is_floating_point():
+        raise TypeError(f"data must be float, scaled as in training; got {samples[0].dtype}.")
+    N = len(samples[0])
+    if N < 2 or N % 2:
+        raise ValueError(f"data must have an even number N >= 2 of samples, for two equal halves; got N={N}.")
+    lengths = [len(x) for x in samples]
+    if any(length != N for length in lengths):
+        raise ValueError(f"data and conditions must have the same first dimension N; got {lengths}.")
+    return samples
+
+
+def _halves(samples: list[Tensor], generator: torch.Generator) -> list[list[Tensor]]:
+    """Two halves of (x0, noise, *conditions)."""
+    x0, *conditions = samples
+    order = torch.randperm(len(x0), generator=generator)  # [N]
+    noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+    return [[x[rows.to(x.device)] for x in (x0, noise, *conditions)] for rows in order.chunk(2)]
+
+
+# ---- the state -------------------------------------------------------------------------------------------------------
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of all weights and buffers."""
+    sha = hashlib.sha256()
+    for name, x in model.state_dict().items():
+        sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        sha.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _fingerprint(
+    named: list[tuple[str, nn.Parameter]], halves: list[list[Tensor]], grid: Tensor, levels: Tensor,
+    projection: Projection, batch_size: int,
+) -> str:  # fmt: skip
+    """SHA-256 (hex) of all that the rows depend on, apart from weights and loss."""
+    sha = hashlib.sha256(f"{_FORMAT} {batch_size} {projection.digest()}".encode())
+    sha.update(repr([(name, p.dtype, tuple(p.shape)) for name, p in named]).encode())
+    for x in (grid, levels, *(x for half in halves for x in half)):
+        sha.update(f"{x.dtype} {tuple(x.shape)}".encode())
+        sha.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@contextmanager
+def _bar(total: int, done: int, title: str, progress: bool) -> Iterator[Callable[[int], Any]]:
+    """What to call with the number of timesteps that are done."""
+    if not progress:
+        yield lambda steps: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, desc=title, unit="timestep", dynamic_ncols=True) as bar:
+        yield bar.update

@@ -1,0 +1,39 @@
+"""What may be said of a mean over few seeds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """A mean over independent repetitions and its two-sided 95 % Student interval. float64, one shape."""
+
+    mean: Tensor
+    low: Tensor  # NaN with fewer than two repetitions: the spread is then not known
+    high: Tensor
+
+    @property
+    def beyond_zero(self) -> Tensor:
+        """Whether the interval leaves zero out; False where it is not known."""
+        return (self.low > 0) | (self.high < 0)
+
+
+def student_interval(values: Tensor, confidence: float = 0.95) -> Interval:
+    """Mean and interval of ``values [S, ...]`` over the first dimension; NaN entries are left out of both.
+
+    Entries are taken to be independent and about normal: training seeds, or independent draws of the data. One interval
+    at a time: among twenty of them, one leaves the truth out.
+    """
+    from scipy.stats import t as student
+
+    seen = values.isfinite()
+    n = seen.sum(0)  # [...]
+    mean = torch.where(seen, values, 0).sum(0) / n
+    variance = torch.where(seen, values - mean, 0).square().sum(0) / (n - 1)
+    quantile = torch.from_numpy(np.asarray(student.ppf((1 + confidence) / 2, (n - 1).clamp(min=1).numpy())))
+    half = torch.where(n > 1, quantile * (variance / n).sqrt(), torch.nan)
+    return Interval(mean, mean - half, mean + half)

@@ -1,0 +1,112 @@
+"""What a computation has done so far, on the disk, so that an interrupted one goes on where it stopped, bit for bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """The gradients' rows ``[2, n, D]``, in memory or, given a folder, in a file there, and how many are done.
+
+    A folder holds ``rows.bin``, ``progress.json`` (what is computed, for which checkpoint, how many timesteps are done)
+    and ``checkpoint-<c>.npz`` of each checkpoint that is finished. Rows reach the disk before the progress that counts
+    them, and a file is replaced whole or not at all.
+
+    Args:
+        folder: where to keep them; made if missing. None: in memory, and nothing is kept.
+        fingerprint: names all that the rows depend on, apart from the weights.
+        shape, dtype: of the rows.
+
+    Raises:
+        ValueError: the folder holds the state of another computation.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        self._state: dict[str, Any] = {}
+        self._file: np.memmap[Any, Any] | None = None
+        if folder is None:
+            self.rows = torch.empty(shape, dtype=dtype)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        progress, rows = folder / "progress.json", folder / "rows.bin"
+        if progress.exists():
+            self._state = json.loads(progress.read_text())
+            if self._state.get("fingerprint") != fingerprint:
+                raise self._other("other data, noise, timesteps, loss settings, network or sketch")
+        size = int(np.prod(shape)) * dtype.itemsize
+        whole = rows.exists() and rows.stat().st_size == size
+        kind = np.dtype(str(dtype).removeprefix("torch."))
+        self._file = np.memmap(rows, kind, "r+" if whole else "w+", shape=shape)
+        self.rows = torch.from_numpy(self._file)
+        if not whole:
+            self._state.pop("done", None)
+
+    def finished(self, checkpoint: int, weights: str) -> dict[str, Tensor] | None:
+        """What :meth:`finish` was given for this checkpoint; None if it is yet to be done."""
+        path = self._result(checkpoint)
+        if path is None or not path.exists():
+            return None
+        with np.load(path) as archive:
+            if str(archive["weights"]) != weights:
+                raise self._other(f"other weights of checkpoint {checkpoint}")
+            return {name: torch.from_numpy(archive[name]) for name in archive.files if name != "weights"}
+
+    def done(self, checkpoint: int, weights: str) -> int:
+        """Timesteps of this checkpoint whose rows are there."""
+        if self._state.get("checkpoint") != checkpoint or "done" not in self._state:
+            return 0
+        if self._state["weights"] != weights:
+            raise self._other(f"other weights of checkpoint {checkpoint}")
+        return int(self._state["done"])
+
+    def advance(self, checkpoint: int, weights: str, done: int) -> None:
+        """Keeps that the first ``done`` timesteps of this checkpoint have their rows."""
+        if self._file is None or self.folder is None:
+            return
+        self._file.flush()
+        state = {"fingerprint": self.fingerprint, "checkpoint": checkpoint, "weights": weights, "done": done}
+        write_whole(self.folder / "progress.json", json.dumps(state).encode())
+
+    def finish(self, checkpoint: int, weights: str, arrays: dict[str, Tensor]) -> None:
+        """Keeps the results of this checkpoint."""
+        path = self._result(checkpoint)
+        if path is not None:
+            save_arrays(path, {"weights": np.array(weights), **{k: v.numpy() for k, v in arrays.items()}})
+
+    def _result(self, checkpoint: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"checkpoint-{checkpoint}.npz"
+
+    def _other(self, what: str) -> ValueError:
+        return ValueError(f"{self.folder} holds the state of another computation ({what}): give another, or delete it.")
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes an npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Writes a file so that it holds either what it held before or all of ``payload``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # beside it: a rename must not change file system
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

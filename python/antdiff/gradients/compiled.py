@@ -1,0 +1,251 @@
+"""Route ``grouped`` under torch.compile: the same rules, run while the graph is traced.
+
+Dynamo captures the loss function as a graph of torch functions, with the parameters among its inputs, and guards what
+it assumed. The backend here runs that graph under a :class:`TracedMode`, so that every rule sees the calls it would see
+in eager mode, and hands the result to the backend that the user asked for. What differs is where gradients go: a traced
+graph must not write into J as a side effect, so each parameter enters as a *leaf* ``[k, *shape]``, the parameter
+expanded without a copy, and a tap returns its K gradients as the gradient of that leaf.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from antdiff.gradients.grouped import LEAK, SECOND_ORDER, GroupedMode, Write, no_autocast, own_tensors, pull_back
+from antdiff.gradients.grouping import GroupingError, PaddedRows, Rows
+from antdiff.gradients.sinks import Collected, Sink
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+LossFn = Callable[..., Tensor]
+
+
+class CompiledLoss:
+    """Compiles loss functions for the grouped route. The graphs are those of Dynamo's cache, one for each set of
+    guards. Of each there are at most k programs for k different tuples of cluster sizes, as stratified sampling of
+    any batch size has them; for further tuples one in which every cluster has the same room, for each room that is
+    asked for. Its weight gradients cost more: clusters are filled up with zeros.
+
+    Args:
+        backend: of torch.compile.
+        fullgraph: of torch.compile. Graph breaks are sound: what an eager piece does to a parameter is found as a leak.
+
+    Attributes:
+        programs: how many have been compiled.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, fullgraph: bool, separable: Iterable[Any] = ()) -> None:
+        self.model, self.separable = model, tuple(separable)
+        self.programs = 0
+        self._inner, self._fullgraph = backend, fullgraph
+        self._last: tuple[LossFn, LossFn] | None = None
+        self._now: tuple[Rows, dict[int, Tensor]] | None = None
+
+    def __call__(
+        self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, sinks: list[Sink]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The per-sample losses ``[B]``, and for every sink the leaf ``[k, *shape]`` that will have its gradients."""
+        if self._last is None or self._last[0] is not loss_fn:
+            loss = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
+            self._last = loss_fn, torch.compile(loss, backend=self._capture, fullgraph=self._fullgraph, dynamic=False)
+        leaves = [s.tensor.detach().expand(rows.k, *s.tensor.shape).requires_grad_() for s in sinks]
+        self._now = rows, {id(s.tensor): leaf for s, leaf in zip(sinks, leaves, strict=True)}
+        try:
+            return self._last[1](*batch), leaves
+        finally:
+            self._now = None
+
+    def _capture(self, graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        """The backend: Dynamo calls it once a graph."""
+        programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+        def run(*inputs: Any) -> Any:
+            if self._now is None:
+                raise GroupingError("a graph compiled for cluster gradients is called outside of compute().")
+            rows, leaves = self._now
+            values = [*(leaves.get(id(x), x) for x in inputs), rows.cluster]
+            trained = tuple(id(x) in leaves for x in inputs)
+            key: tuple[Any, ...] = (tuple(rows.sizes), trained, torch.is_grad_enabled())
+            if key not in programs and len(programs) >= rows.k:
+                step = -(-rows.B // (4 * rows.k))  # a quarter of a mean cluster: few rooms, and few zeros
+                room = -(-max(rows.sizes) // step) * step
+                key = (room, *key[1:])
+                values += PaddedRows.fill(rows, room)
+            if key not in programs:
+                self.programs += 1
+                own = {id(x): "" for x in own_tensors(self.model)}
+                own.update((id(x), name) for name, x in self.model.named_parameters())
+                names = {i: own[id(x)] for i, x in enumerate(inputs) if id(x) in own}
+                traced = partial(_traced, graph, len(inputs), rows.sizes, names, trained, self.separable)
+                n_outputs = len(graph.graph.output_node().args[0])  # type: ignore[arg-type]
+                programs[key] = self._inner(_single_call(traced, len(values), n_outputs), values)
+            return programs[key](*values)
+
+        return run
+
+
+def compiler_of(
+    model: nn.Module, options: Mapping[str, Any] | None, separable: Iterable[Any] = ()
+) -> CompiledLoss | None:
+    """By the options of torch.compile, or, if None, as the model or a part of it is compiled; None if it is not."""
+    whole: Any = next((m for m in model.modules() if hasattr(m, "_orig_mod")), None) if options is None else None
+    if whole is None:
+        if options is None and all(m._compiled_call_impl is None for m in model.modules()):
+            return None
+        whole = torch.compile(nn.Identity(), **(options or {}))
+    # What torch.compile made of backend, mode and options. There is no public way to ask for it.
+    backend = whole.dynamo_ctx.callback
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return CompiledLoss(model, backend, bool((options or {}).get("fullgraph")), separable)
+
+
+def _traced(
+    graph: fx.GraphModule,
+    n_inputs: int,
+    sizes: list[int],
+    names: dict[int, str],
+    trained: tuple[bool, ...],
+    separable: tuple[Any, ...],
+    *values: Any,
+) -> Any:
+    """The graph with taps; run by AOTAutograd on fake tensors.
+
+    Args:
+        names: of the inputs that are the model's own tensors; those that are
+        trained: come as their leaves.
+        values: the inputs; the cluster of each sample; for further tuples of sizes, how clusters are filled up.
+    """
+    inputs, (cluster, *padding) = list(values[:n_inputs]), values[n_inputs:]
+    rows = PaddedRows(cluster, len(sizes), *padding) if padding else Rows(cluster, sizes, None)
+    leaves = {i: inputs[i] for i in names if trained[i]}
+    for i, leaf in leaves.items():
+        inputs[i] = _Parameter.apply(leaf, names[i])  # type: ignore[no-untyped-call]
+    shared = {i: inputs[i] for i in names}
+    with TracedMode(graph, rows, names, shared, leaves, separable):
+        return graph(*inputs)
+
+
+def _single_call(f: Callable[..., Any], n_inputs: int, n_outputs: int) -> fx.GraphModule:
+    """A graph of one node: compilers want a graph, and this one must be run, not rewritten."""
+
+    def traced(*values: Any) -> Any:
+        return f(*values)
+
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"x{i}") for i in range(n_inputs)]
+    out = graph.call_function(traced, tuple(inputs))
+    graph.output(tuple(graph.call_function(operator.getitem, (out, i)) for i in range(n_outputs)))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+class TracedMode(GroupedMode):
+    """Without side effects.
+
+    Args:
+        graph: whose own tensors are shared, besides
+        shared: the inputs that are parameters or buffers, by their position.
+        leaves: the ``[k, *shape]`` of each that is trained.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        rows: Rows,
+        names: dict[int, str],
+        shared: dict[int, Tensor],
+        leaves: dict[int, Tensor],
+        separable: Iterable[Any],
+    ) -> None:
+        super().__init__(graph, rows, [Sink(names[i], shared[i], rows.k) for i in leaves], separable)
+        self._shared.update((id(x), x) for x in shared.values())
+        self._leaves = {id(shared[i]): leaf for i, leaf in leaves.items()}
+
+    def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        leaves = [self._leaf_of(x) for x in users]
+        return _Tap.apply(out, partial(self._collect, write, users), len(leaves), *leaves, *(x.detach() for x in saved))  # type: ignore
+
+    def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return x.detach()
+        return _Leaf.apply(x.detach(), partial(self._collect, write, (user,)), self._leaf_of(user))  # type: ignore
+
+    def _leaf_of(self, x: Tensor | None) -> Tensor | None:
+        """Of a tensor computed from parameters: its expansion, whose gradient goes back to theirs."""
+        if x is None or not self.trains(x):
+            return None
+        if id(x) not in self._leaves:
+            roots = [s.tensor for s in self._roots]
+            values = x.detach().expand(self.rows.k, *x.shape)
+            leaves = [self._leaves[id(r)] for r in roots]
+            self._leaves[id(x)] = _Derived.apply(  # type: ignore[no-untyped-call]
+                values, lambda rows: pull_back([x], [rows], roots), *leaves
+            )
+        return self._leaves[id(x)]
+
+    def _collect(
+        self, write: Write, users: Sequence[Tensor | None], grad: Tensor, *saved: Tensor
+    ) -> list[Tensor | None]:
+        if torch.is_grad_enabled():
+            raise GroupingError(SECOND_ORDER)
+        sinks = [None if x is None or not self.trains(x) else Collected("", x, self.rows.k) for x in users]
+        with torch._C.DisableTorchFunction(), no_autocast(grad.device.type):
+            write(self.rows, sinks, grad, *saved)
+        return [None if s is None else s.total for s in sinks]
+
+
+class _Parameter(torch.autograd.Function):
+    """A parameter, from its leaf. Gradients are to reach the leaf through taps alone."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return leaf[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise GroupingError(f"{ctx.name} {LEAK}")
+
+
+class _Derived(torch.autograd.Function):
+    """A leaf for a tensor computed from parameters; its K gradients are pulled back to their leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pull_back: Callable[[Tensor], Any], *_leaves: Tensor) -> Tensor:
+        ctx.pull_back = pull_back
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.pull_back(rows)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, collect: Callable[..., Any], n: int, *tensors: Any) -> Tensor:
+        ctx.save_for_backward(*tensors[n:])
+        ctx.collect = collect
+        return torch.ops.aten._unsafe_view(out, out.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        return grad, None, None, *ctx.collect(grad, *saved), *(None for _ in saved)
+
+
+class _Leaf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collect: Callable[..., Any], _leaf: Tensor) -> Tensor:
+        ctx.collect = collect
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.collect(grad)

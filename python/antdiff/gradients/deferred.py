@@ -1,0 +1,135 @@
+"""The Gram matrix without J, for a J of K x P numbers that does not fit.
+
+The K gradients of a parameter are taken as in route ``grouped``, multiplied with each other, and thrown away. What made
+them stays: the input of the op and the gradient of its output, from which, once the weights are known, one product
+gives the combined gradient, ``sum_k w_k grad_k``. Weight gradients are thus taken twice: 4/3 of a plain step. Where the
+K gradients are smaller than what makes them (biases; layers that see many tokens), they stay instead, at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from antdiff import ops
+from antdiff.gradients.grouped import GroupedMode, Write
+from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.sinks import Sink, Sinks
+
+
+class Recipe(NamedTuple):
+    """How to take a weight gradient again; None for sinks that keep their rows."""
+
+    write: Write
+    sinks: Sinks
+    grad: Tensor
+    saved: tuple[Tensor, ...]
+
+    def price(self) -> int:
+        """Bytes that stay."""
+        return sum(x.nbytes for x in (self.grad, *self.saved))
+
+
+class GramMode(GroupedMode):
+    """Records one forward; :meth:`backward` leaves the Gram matrix, :meth:`combine` the combined gradient.
+
+    Attributes:
+        gram: float64 ``[k, k]``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gram = torch.zeros(self.rows.k, self.rows.k, dtype=torch.float64, device=self.rows.cluster.device)
+        self._recipes: list[Recipe] = []
+        self._uses: dict[Sink, int] = {}
+        self._keeps: dict[Sink, bool] = {}
+        self._folded: set[Sink] = set()
+
+    def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
+        self._count(users)
+        return super().tap(out, write, users, *saved)
+
+    def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
+        self._count([user])
+        return super().leaf(x, write, user)
+
+    def _count(self, users: Sequence[Tensor | None]) -> None:
+        """Uses in the forward. What a checkpoint runs again in the backward was counted, or is the only use."""
+        if not self._in_backward and torch.is_grad_enabled():
+            for sink in filter(None, map(self.sink_of, users)):
+                self._uses[sink] = self._uses.get(sink, 0) + 1
+
+    def sink(self, x: Tensor) -> Sink:
+        known = id(x) in self._sinks
+        sink = super().sink(x)
+        if not known:  # computed from parameters: they get their rows at the end, all K
+            roots = {id(s.tensor): s for s in self._roots}
+            self._keeps.update((roots[id(p)], True) for p in _parameters_behind(x) if id(p) in roots)
+            self._keeps[sink] = True
+        return sink
+
+    def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        mine = [s for s in sinks if s is not None]
+        late = [s.name for s in mine if s in self._folded]
+        if late:
+            raise GroupingError(
+                f"{', '.join(late)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
+                "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
+            )
+        write(self.rows, sinks, grad, *saved)
+        recipe = Recipe(write, sinks, grad, saved)
+        price = recipe.price()
+        for sink in mine:
+            self._uses[sink] = self._uses.get(sink, 0) - 1
+        for sink in dict.fromkeys(mine):
+            if not self._keeps.setdefault(sink, sink.rows.nbytes <= price) and self._uses[sink] <= 0:
+                self.gram += ops.gram([sink.rows])
+                self._folded.add(sink)
+                sink.drop()
+        later = [None if s is None or self._keeps[s] else s for s in sinks]
+        if any(s is not None for s in later):
+            self._recipes.append(recipe._replace(sinks=later))
+
+    def _finish(self) -> None:
+        left = [s for s in self._roots if not s.fresh and s not in self._folded]
+        if left:
+            self.gram += ops.gram([s.rows for s in left])
+
+    def combine(self, weights: Tensor) -> None:
+        """``p.grad = sum_k weights_k J_k`` for every parameter; frees what was kept.
+
+        Args:
+            weights: ``[k]``.
+        """
+        once = Rows(torch.zeros_like(self.rows.cluster), [self.rows.B], None)
+        kept, again = [], {}
+        for s in self._roots:
+            grad = s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)
+            if self._keeps.get(s, False):
+                kept.append((s.rows, grad))
+            else:
+                again[s] = Sink(s.name, s.tensor, 1, grad[None])
+        with torch.no_grad():
+            if kept:
+                ops.combine(weights, [rows for rows, _ in kept], out=[grad for _, grad in kept])
+            for write, sinks, grad, saved in self._recipes:
+                factors = weights.to(grad.dtype)[self.rows.row_cluster(self.rows.repeats(grad))]
+                scaled = grad * factors.view(-1, *[1] * (grad.dim() - 1))
+                write(once, [None if s is None else again[s] for s in sinks], scaled, *saved)
+            for total in again.values():
+                total.finish()
+        self._recipes.clear()
+
+
+def _parameters_behind(x: Tensor) -> Iterator[Tensor]:
+    seen, stack = set(), [x.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable
+            stack.extend(f for f, _ in node.next_functions)

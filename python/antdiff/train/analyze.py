@@ -1,0 +1,295 @@
+"""Analyses of a run folder: task affinity and conflict. Each leaves arrays (npz), summary.json and figures.
+
+RUN/analysis/affinity/  affinity.npz  summary.json  clusters.json  affinity.png  gaps.png  layers.png
+RUN/analysis/conflict/  conflict.npz  summary.json  conflict.png
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from antdiff import TimestepClusters
+from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
+from antdiff.analysis.plots import caption, save_conflict, save_gaps, save_heat_map, save_layers, within
+from antdiff.analysis.state import save_arrays
+from antdiff.diffusion import log_snr
+from antdiff.train.checkpoint import checkpoints, load_checkpoint, write_atomically
+from antdiff.train.companions import Experts, make_model
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import ImageData, load_data, to_unit
+from antdiff.train.loop import choose_device, sensible_threads
+from antdiff.train.models import Denoiser, noise_schedule
+
+LAYERS_SHOWN = 15  # the largest ones
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What an analysis needs of a run; the model has the weights of no checkpoint yet."""
+
+    config: TrainConfig
+    data: ImageData
+    model: Denoiser | Experts
+    clusters: TimestepClusters
+    log_snr: torch.Tensor  # float64 [T]
+    checkpoints: list[Path]  # oldest first
+
+    @property
+    def steps(self) -> list[int]:
+        """The training step of each checkpoint."""
+        return [int(path.stem.removeprefix("step-")) for path in self.checkpoints]
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The train images, float [N, C, H, W] in [-1, 1]."""
+        return to_unit(self.data.train)
+
+    def title(self) -> str:
+        """Data, method and steps, for captions."""
+        steps = self.steps
+        counted = (
+            f"checkpoints of steps {steps[0]} to {steps[-1]} ({len(steps)})" if len(steps) > 1 else f"step {steps[0]}"
+        )
+        return f"{self.data.name}, {self.config.model}, method {self.config.method}, seed {self.config.seed}, {counted}"
+
+
+def open_run(run: Path, device: torch.device) -> LoadedRun:
+    """Reads a run folder.
+
+    Raises:
+        ValueError: it is not a run, or has no checkpoint yet.
+    """
+    config = TrainConfig.load(run / "config.json")
+    paths = checkpoints(run / "checkpoints")
+    if not paths:
+        raise ValueError(f"{run} has no checkpoint yet: train it first (antdiff train --resume {run})")
+    data = load_data(config.data, image_size=config.image_size)
+    model = make_model(config, data.shape, run, seed=0).to(device)
+    clusters = TimestepClusters.load(run / "clusters.json")
+    return LoadedRun(config, data, model, clusters, log_snr(noise_schedule()), paths)
+
+
+def analyze_affinity(
+    run: Path,
+    *,
+    timesteps: int = 100,
+    images: int = 256,
+    sketch: int | Literal["auto"] | None = "auto",
+    memory: int = 2**30,
+    k: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Task affinity of a run, averaged over its checkpoints (the weights as trained, not their average).
+
+    Goes on where an interrupted call with the same settings stopped. Arguments as for
+    :func:`antdiff.analysis.task_affinity`; `images` are drawn from the train images with replacement, `k` is the number
+    of clusters to draw and to save (default the run's), `out` defaults to RUN/analysis/affinity.
+
+    Returns:
+        What summary.json holds.
+    """
+    began = time.process_time()
+    where = choose_device(device)
+    loaded = open_run(run, where)
+    out = out or run / "analysis" / "affinity"
+    out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    train = loaded.images
+    x0 = train[torch.randint(len(train), (images,), generator=generator)]
+    with sensible_threads(loaded.data.shape[1], where):
+        found = task_affinity(
+            loaded.model, x0, timesteps, log_snr=loaded.log_snr, generator=generator,
+            checkpoints=(load_checkpoint(path)["model"] for path in loaded.checkpoints),
+            groups=module_groups(loaded.model), sketch=sketch, memory=memory, folder=out / "state", progress=progress,
+        )  # fmt: skip
+    found.save(out / "affinity.npz")
+    full = found.full()
+    k = k or loaded.clusters.k
+    clusterings = {
+        "timestep": TimestepClusters.uniform(found.T, k),
+        "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
+        "gradient affinity": TimestepClusters.from_affinity(full, k),
+    }
+    clusterings["gradient affinity"].save(out / "clusters.json")
+    correlations = found.gap_correlations(generator=generator)
+    summary = {
+        "run": str(run),
+        "steps": loaded.steps,
+        "seed": seed,
+        "timesteps": timesteps,
+        "images": images,
+        "spearman": {name: value._asdict() for name, value in correlations.items()},
+        "signal": {"min": float(found.signal.min()), "median": float(found.signal.median())},
+        "clusters": {name: {"starts": c.starts.tolist(), "within": within(full, c)} for name, c in clusterings.items()},
+        "layers": _layer_summary(found, loaded.model),
+        "cpu_seconds": round(time.process_time() - began, 1),
+        **found.stats,
+    }
+    _draw(found, full, clusterings, correlations, loaded, summary, out)
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    shutil.rmtree(out / "state")
+    return summary
+
+
+def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+    """Of each group its parameters, and the mean affinity of different timesteps: how much it is shared."""
+    sizes = layer_sizes(model)
+    off = ~torch.eye(len(found.timesteps), dtype=torch.bool)
+    return {
+        name: {"parameters": sizes[name], "mean_affinity": float(layer[off].nanmean())}
+        for name, layer in zip(found.layer_names, found.layers, strict=True)
+    }
+
+
+def layer_sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Trainable parameters of each top-level module."""
+    group_of, sizes = module_groups(model), dict[str, int]()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            sizes[group_of(name)] = sizes.get(group_of(name), 0) + p.numel()
+    return sizes
+
+
+def _draw(
+    found: TaskAffinity, full: torch.Tensor, clusterings: dict[str, TimestepClusters], correlations: Any,
+    loaded: LoadedRun, summary: dict[str, Any], out: Path,
+) -> None:  # fmt: skip
+    n = len(found.timesteps)
+    how = "exact" if found.stats["sketch_dim"] is None else f"sketched to {found.stats['sketch_dim']} numbers a layer"
+    made = f"{loaded.title()}; {n} timesteps, {found.stats['samples']} images a timestep in two halves, {how}."
+    save_heat_map(
+        full, loaded.log_snr, clusterings,
+        caption(f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: the "
+                f"{next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
+                "conflict. t = 0 is the least noise.", 175),
+        out / "affinity.png",
+    )  # fmt: skip
+    save_gaps(
+        found, correlations,
+        caption("Each grey point is a pair of different timesteps; lines are medians over bins with equal numbers of "
+                f"pairs. In brackets the 95 % interval of a bootstrap over timesteps. {made}", 130),
+        out / "gaps.png",
+    )  # fmt: skip
+    sizes = layer_sizes(loaded.model)
+    shown = sorted(range(len(found.layer_names)), key=lambda i: -sizes[found.layer_names[i]])[:LAYERS_SHOWN]
+    shown.sort()  # in the order of the network
+    save_layers(
+        [found.layer_names[i] for i in shown], found.layers[shown],
+        [sizes[found.layer_names[i]] for i in shown], found.timesteps,
+        caption(f"Affinity of the gradients of each part of the network alone; grey: no estimate. {made}", 150),
+        out / "layers.png",
+    )  # fmt: skip
+
+
+def analyze_conflict(
+    run: Path,
+    *,
+    batch_size: int | None = None,
+    batches: int = 32,
+    repeats: int = 5,
+    clusters: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Conflict between the clusters of a run at each of its checkpoints, see :func:`antdiff.analysis.cluster_conflict`.
+
+    `batch_size` defaults to the run's, `clusters` to the run's own, `out` to RUN/analysis/conflict.
+
+    Returns:
+        What summary.json holds.
+    """
+    from tqdm import tqdm
+
+    where = choose_device(device)
+    loaded = open_run(run, where)
+    chosen = loaded.clusters if clusters is None else TimestepClusters.load(clusters)
+    out = out or run / "analysis" / "conflict"
+    out.mkdir(parents=True, exist_ok=True)
+    B, images = batch_size or loaded.config.batch_size, loaded.images
+    found: dict[int, Conflict] = {}
+    with sensible_threads(loaded.data.shape[1], where):
+        for step, path in tqdm(
+            list(zip(loaded.steps, loaded.checkpoints, strict=True)), unit="checkpoint", disable=not progress
+        ):
+            loaded.model.load_state_dict(load_checkpoint(path)["model"])
+            # The same images, noise and timesteps at every checkpoint: what changes is the network.
+            generator = torch.Generator().manual_seed(seed)
+            found[step] = cluster_conflict(
+                loaded.model, images, chosen, log_snr=loaded.log_snr, batch_size=B, batches=batches, repeats=repeats,
+                generator=generator,
+            )  # fmt: skip
+    arrays = {
+        name: np.stack([getattr(conflict, name).numpy() for conflict in found.values()])
+        for name in ("cosine", "batch_cosine", "rate")
+    }
+    save_arrays(out / "conflict.npz", {"steps": np.array(list(found)), "starts": chosen.starts.numpy(), **arrays})
+    summary = {
+        "run": str(run), "seed": seed, "starts": chosen.starts.tolist(), "batch_size": B, "batches": batches,
+        "repeats": repeats, "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},
+    }  # fmt: skip
+    save_conflict(
+        found, chosen,
+        caption(f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from "
+                "products of different batches. Right: circles count every batch as it comes, with 95 % Student "
+                "intervals over repetitions (other images, noise and timesteps, one network); squares count pairs of "
+                "expected gradients whose interval is wholly below zero. Dotted: what noise alone gives.", 140),
+        out / "conflict.png",
+    )  # fmt: skip
+    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def _conflict_summary(conflict: Conflict) -> dict[str, Any]:
+    share, expected = conflict.share(), conflict.expected()
+    return {
+        "batch_share": {name: float(value) for name, value in share._asdict().items()},
+        "expected_pairs": conflict.conflicting_pairs(),
+        "cosine": {name: value.tolist() for name, value in expected._asdict().items()},
+        "batch_cosine": conflict.batch_cosine.mean(0).tolist(),
+    }
+
+
+def affinity_table(summary: dict[str, Any]) -> str:
+    """The summary as text."""
+    spearman, signal = summary["spearman"], summary["signal"]
+    lines = [
+        f"{len(summary['steps'])} checkpoints, {summary['timesteps']} timesteps, {summary['images']} images, "
+        f"{summary['cpu_seconds']} s of CPU",
+        *(
+            f"Spearman of affinity with the gap in {name}: {spearman[key]['value']:+.2f}, 95 % over timesteps "
+            f"[{spearman[key]['low']:+.2f}, {spearman[key]['high']:+.2f}]"
+            for key, name in (("t", "t"), ("log_snr", "log-SNR"))
+        ),
+        f"signal in the gradients of a half: median {signal['median']:.2f}, least {signal['min']:.2f}",
+    ]
+    if summary["sketch_dim"] is not None:
+        lines.append(f"sketch: standard deviation at most {summary['sketch_sd_median']:.3f} for the median pair, "
+                     f"{summary['sketch_sd_max']:.3f} for the worst")  # fmt: skip
+    for name, found in summary["clusters"].items():
+        lines.append(f"{name:>18}: {found['starts']}, mean affinity within clusters {found['within']:.3f}")
+    return "\n".join(lines)
+
+
+def conflict_table(summary: dict[str, Any]) -> str:
+    """The summary as text."""
+    k = len(summary["starts"])
+    lines = [f"{'step':>8} {'conflicting pairs of a batch':>30} {'of expected gradients':>23}"]
+    for step, found in summary["checkpoints"].items():
+        share = found["batch_share"]
+        half = "" if not np.isfinite(share["low"]) else f" ± {(share['high'] - share['low']) / 2:.1%}"
+        text = f"{share['mean']:.1%}{half}"
+        lines.append(f"{step:>8} {text:>30} {found['expected_pairs']:>14} of {k * (k - 1) // 2:>2}")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""The balancing method of a run: any of the registry, or vanilla, which is training as everyone does it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff import balancing
+
+
+class BatchMean:
+    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+
+    needs, scale = "losses", "sum"
+
+    def loss(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """losses [K] and counts [K] -> the mean over the batch."""
+        return (losses * counts).sum() / counts.sum()
+
+    def weights(self, losses: Tensor) -> Tensor:
+        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
+        return torch.ones_like(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""
+
+
+def make_balancer(
+    name: str, k: int, optimizer: torch.optim.Optimizer, *, generator: torch.Generator, epoch: int
+) -> Any:
+    """The balancing method `name`; its own parameters, if it has any, join the optimizer.
+
+    Of the run a method gets what its constructor names: the number of clusters `k`, the `generator` of its draws, and
+    the number of steps in an `epoch`, the period of some papers.
+    """
+    method = BatchMean if name == "vanilla" else balancing.get(name)
+    # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
+    run = {"k": k, "generator": generator, "epoch": epoch, "nonfinite": "poison"}
+    named = inspect.signature(method).parameters
+    balancer = method(**{option: value for option, value in run.items() if option in named})
+    if isinstance(balancer, torch.nn.Module):
+        balancer.to(generator.device)
+    for group in balancer.param_groups() if hasattr(balancer, "param_groups") else ():
+        optimizer.add_param_group(group)
+    return balancer
+
+
+def write_direction(direction: Sequence[Tensor | None], scale: float, model: torch.nn.Module) -> None:
+    """What `combine` is to K weights: p.grad of every trainable parameter becomes `scale` times its part."""
+    parts = [d for d in direction if d is not None]
+    for p, d in zip((p for p in model.parameters() if p.requires_grad), parts, strict=True):
+        p.grad = (d * scale).to(p.dtype)

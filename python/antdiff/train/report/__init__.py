@@ -1,0 +1,99 @@
+"""``antdiff report``: a run, or a comparison, as one HTML file that needs nothing but a browser.
+
+What a run folder holds is shown, whatever it is: a run that has only begun, one that diverged, a method without cluster
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from antdiff.train.checkpoint import write_atomically
+from antdiff.train.report import sections
+from antdiff.train.report.folder import Run
+from antdiff.train.report.page import document, figure, grid, image, section, table, wide
+from antdiff.train.report.svg import number
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a run folder, or of the folder of a comparison; the path of the file.
+
+    Args:
+        out: where to write; None is ``<folder>/report.html``.
+
+    Raises:
+        ValueError: the folder holds neither.
+    """
+    if (folder / "config.json").exists():
+        page = run_page(Run.load(folder))
+    elif cells := sorted(path.parent for path in folder.glob("*/config.json")):
+        page = comparison_page(folder, cells)
+    else:
+        raise ValueError(
+            f"{folder} must be the folder of a run (antdiff train) or of a comparison (antdiff compare); it has no "
+            "config.json, nor has a folder in it"
+        )
+    out = out or folder / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page.encode())
+    return out
+
+
+def run_page(run: Run) -> str:
+    """The whole HTML document."""
+    config = run.config
+    lead = f"{Path(config.data).name}, {run.method}, {config.timestep_sampling} timesteps, seed {config.seed}"
+    status, bad = run.status
+    head = (
+        f"<h1>{escape(run.folder.resolve().name)}</h1><p class='lead'>{escape(lead)}</p>"
+        f"<p class='status{' bad' if bad else ''}'>{escape(status)}</p>{sections.headline(run)}"
+    )
+    parts = [
+        section("quality", "Quality", sections.quality(run)),
+        section("samples", "Samples over time", sections.samples(run)),
+        section("clusters", "Clusters", sections.clusters(run)),
+        section("losses", "Losses and weights", sections.losses_and_weights(run)),
+        section("gradients", "Gradients", sections.gradients(run)),
+        section("analysis", "Analysis", sections.analysis(run)),
+        section("configuration", "Configuration", sections.configuration(config)),
+        section("environment", "Environment", sections.environment(run.environment)),
+    ]
+    source = "Numbers: metrics.csv and results.json of the run folder. This file holds everything it shows."
+    return document(f"{run.folder.resolve().name}: antdiff report", head, parts, len(run.intervals), source)
+
+
+def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
+    """The whole HTML document of a comparison: its table, its pictures, and a row for each of its runs."""
+    runs = [Run.load(cell) for cell in cells]
+    rows = []
+    for run in runs:
+        fd = number(run.results["fd"]["mean"]) if run.results is not None else "-"
+        config, (status, _) = run.config, run.status
+        method = run.method, config.timestep_sampling, str(config.seed)
+        rows.append((run.folder.name, *method, status, fd))
+    done = sum(run.results is not None for run in runs)
+    name = folder.resolve().name
+    head = f"<h1>{escape(name)}</h1><p class='lead'>A comparison of {len(runs)} runs, {done} of them measured</p>"
+    parts = []
+    if (folder / "table.txt").exists():
+        text = (folder / "table.txt").read_text(encoding="utf-8")
+        parts.append(wide("", f"<pre>{escape(text)}</pre>", "Comparison"))
+    else:
+        parts.append("<p>Not all runs are done: the same <code>antdiff compare</code> goes on with them.</p>")
+    means = "The table as a picture, with every training seed and its spread."
+    means_not = "a winner, where the spreads overlap, or what other data or a longer training would bring."
+    for path in sorted(folder.glob("*.png")):
+        title = path.stem.replace("_", " ")
+        picture = image(path, f"{title}: the methods of the table with their spread over training seeds")
+        parts.append(grid([figure(title, picture, means, means_not, kind="wide")]))
+    heads = ("run", "method", "timesteps", "seed", "state", "FD")
+    shown = [
+        section("comparison", "Comparison", parts),
+        section("runs", "Runs", [table("", heads, rows, text=True)]),
+        section("configuration", "Configuration of the first run", sections.configuration(runs[0].config)),
+        section("environment", "Environment", sections.environment(runs[0].environment)),
+    ]
+    source = "antdiff report of one run's folder shows its curves and gradients."
+    return document(f"{name}: antdiff comparison", head, shown, 1, source)

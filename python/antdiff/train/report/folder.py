@@ -1,0 +1,125 @@
+"""What a run folder holds, for its report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from antdiff import TimestepClusters
+from antdiff.info import collect
+from antdiff.train.config import TrainConfig
+from antdiff.train.log import read_csv
+from antdiff.train.run import intervals
+
+CLOSING = 0.1  # of the rows: what "at the end" is a mean over
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is of a run so far."""
+
+    folder: Path
+    config: TrainConfig
+    intervals: list[tuple[int, int]]
+    rows: list[dict[str, float]]
+    results: dict[str, Any] | None
+    environment: dict[str, str]
+
+    @staticmethod
+    def load(folder: Path) -> Run:
+        """Read a run folder. A ValueError names what is missing or unreadable."""
+        config = TrainConfig.load(folder / "config.json")
+        try:
+            clusters = TimestepClusters.load(folder / "clusters.json")
+        except FileNotFoundError:
+            raise ValueError(f"{folder} must be the folder of a run; it has no clusters.json") from None
+        metrics = folder / "metrics.csv"
+        environment = _read_json(folder / "environment.json")
+        return Run(
+            folder,
+            config,
+            intervals(clusters),
+            read_csv(metrics) if metrics.exists() else [],
+            _read_json(folder / "results.json"),
+            environment if environment is not None else collect()[0] | {"seen": "when this report was made"},
+        )
+
+    @property
+    def step(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def method(self) -> str:
+        """The balancing method and the companions, as titles call them."""
+        return self.config.label
+
+    @property
+    def labels(self) -> list[str]:
+        return [f"{start}..{stop - 1}" for start, stop in self.intervals]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of metrics.csv [rows]; NaN where it was not measured or not yet written."""
+        return np.array([row.get(name, np.nan) for row in self.rows], dtype=float)
+
+    def closing(self, name: str) -> float:
+        """The column's mean over the last tenth of the rows."""
+        values = self.column(name)
+        values = values[-max(1, round(CLOSING * len(values))) :]
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if len(values) else float("nan")
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last row's loss is not finite; a resumed run drops that row."""
+        return bool(self.rows) and not np.isfinite(self.rows[-1]["loss"])
+
+    @property
+    def silent(self) -> str:
+        """Why there is no curve to draw; empty if there is one."""
+        if not self.rows:
+            return "<p>No row of metrics has been written yet.</p>"
+        return "" if np.isfinite(self.column("loss")).any() else "<p>No row of metrics has a finite loss.</p>"
+
+    @property
+    def status(self) -> tuple[str, bool]:
+        """In words, and whether something went wrong."""
+        steps = f"{self.step:,} of {self.config.steps:,} steps"
+        if self.diverged:
+            return f"diverged: the loss was not finite at step {self.step:,}", True
+        if self.step < self.config.steps:
+            return f"unfinished: {steps}", False
+        return (f"finished: {steps}", False) if self.results else (f"trained, not measured: {steps}", False)
+
+
+def caption_of(picture: Path) -> str:
+    """The caption that a JSON file beside `picture` gives it: ``caption`` in the one of its name, or its entry under
+    ``captions`` or ``figures`` in any."""
+    own = picture.with_suffix(".json")
+    for path in [own, *(other for other in sorted(picture.parent.glob("*.json")) if other != own)]:
+        try:
+            found = _read_json(path) or {}
+        except ValueError:
+            continue  # a report is not the place to fail over somebody's caption
+        if path == own and isinstance(found.get("caption"), str):
+            return str(found["caption"])
+        for key in ("captions", "figures"):
+            of_figures = found.get(key)
+            entry = of_figures.get(picture.name, of_figures.get(picture.stem)) if isinstance(of_figures, dict) else None
+            entry = entry.get("caption") if isinstance(entry, dict) else entry
+            if isinstance(entry, str):
+                return entry
+    return ""
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,289 @@
+"""``antdiff analyze``: on a run folder from end to end, and on a linear problem whose transfer gap is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from antdiff import TimestepClusters
+from antdiff.analysis import TaskAffinity
+from antdiff.analysis import affinity as streaming
+from antdiff.cli import main
+from antdiff.diffusion import log_snr
+from antdiff.train import loop, run, transfer
+from antdiff.train.config import TrainConfig
+from antdiff.train.data import ImageData, to_uint8
+from antdiff.train.metrics import Quality
+from antdiff.train.models import noise_schedule
+
+TINY = ["--steps", "3", "--batch-size", "8", "--eval-samples", "12", "--eval-seeds", "1", "--sample-steps", "2",
+        "--device", "cpu"]  # fmt: skip
+T = 1000
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+# ---- a run, from end to end ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
+def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "--checkpoint-every", "1", "--keep-checkpoints", "3", "--out", "r"]) == 0
+    assert len(list(Path("r/checkpoints").iterdir())) == 3
+    command = ["analyze", "affinity", "r", "--timesteps", "6", "--images", "8", "--k", "3", "--device", "cpu"]
+
+    compute, calls = streaming._Stream._gradients, [0]
+
+    def interrupted(self: Any, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 4:  # two calls a checkpoint: in the middle of the second one
+            raise KeyboardInterrupt
+        compute(self, *args)
+
+    monkeypatch.setattr(streaming._Stream, "_gradients", interrupted)
+    assert main(command) == 130
+    out = Path("r/analysis/affinity")
+    assert (out / "state" / "checkpoint-0.npz").exists()
+    assert main(command) == 0
+    assert calls[0] == 4 + 4  # the first checkpoint was not done again
+    text = capsys.readouterr().out
+    assert "Spearman of affinity with the gap in t:" in text
+    assert not (out / "state").exists()
+
+    found = TaskAffinity.load(out / "affinity.npz")
+    assert found.checkpoints.shape == (3, 6, 6)
+    assert found.layer_names[:2] == ("conv_in", "time_embedding")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == [1, 2, 3]
+    assert summary["gradients"] == 3 * 6 * 8
+    assert -1 <= summary["spearman"]["t"]["low"] <= summary["spearman"]["t"]["high"] <= 1
+    for name in ("affinity.png", "gaps.png", "layers.png"):
+        assert pixels(out / name).std() > 10
+
+    # the clusters train, and the run keeps them
+    clusters = TimestepClusters.load(out / "clusters.json")
+    assert clusters == found.clusters(3)
+    assert summary["clusters"]["gradient affinity"]["starts"] == clusters.starts.tolist()
+    assert main(["train", *TINY, "--clusters", str(out / "clusters.json"), "--out", "gradient"]) == 0
+    assert TimestepClusters.load("gradient/clusters.json") == clusters
+    results = json.loads(Path("gradient/results.json").read_text())
+    assert len(results["held_out_losses"]) == 3
+    assert all(np.isfinite(results["held_out_losses"]))
+
+    capsys.readouterr()
+    assert main(["analyze", "conflict", "r", "--batches", "2", "--repeats", "2", "--batch-size", "10"]) == 0
+    assert "conflicting pairs of a batch" in capsys.readouterr().out
+    with np.load("r/analysis/conflict/conflict.npz") as archive:
+        assert archive["steps"].tolist() == [1, 2, 3]
+        assert archive["cosine"].shape == (3, 2, 5, 5)
+        rate = archive["rate"]
+        assert ((rate >= 0) & (rate <= 1)).all()
+    conflict = json.loads(Path("r/analysis/conflict/summary.json").read_text())
+    assert conflict["checkpoints"]["3"]["batch_share"]["mean"] == pytest.approx(rate[2].sum() / (2 * 5 * 4))
+    assert pixels(Path("r/analysis/conflict/conflict.png")).std() > 10
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *TINY, "--ema", "0", "-k", "2", "--out", "r"]) == 0
+    trained: list[Path] = []
+    train, allowed = transfer.train, [2]
+
+    def counted(config: TrainConfig, data: ImageData, folder: Path, **options: Any) -> bool:
+        if len(trained) == allowed[0]:
+            return False  # as a signal would
+        trained.append(folder)
+        return train(config, data, folder, **options)
+
+    monkeypatch.setattr(transfer, "train", counted)
+    command = ["analyze", "transfer", "r", "--seeds", "0", "--samples", "12"]
+    assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    allowed[0] = 99
+    assert main(command) == 0
+    # the run itself is the joint model, since steps and seed are its own; two clusters, two budgets
+    names = [str(folder.relative_to("r/analysis/transfer/seed0")) for folder in trained]
+    assert names == ["cluster0-iterations", "cluster1-iterations", "cluster0-samples", "cluster1-samples"]
+    assert "one seed: nothing is said" in capsys.readouterr().out
+    summary = json.loads(Path("r/analysis/transfer/summary.json").read_text())
+    assert summary["ntg_fd"]["samples"]["intervals"][0]["low"] is None
+    with np.load("r/analysis/transfer/transfer.npz") as archive:
+        assert archive["loss_samples"].shape == (1, 2)
+    assert main(command) == 0  # nothing left to train
+    assert len(trained) == 4
+    assert main([*command, "--steps", "2"]) == 0  # the run has three: a joint model of its own
+    assert trained[4].name == "joint"
+    assert main([*command, "--steps", "1"]) == 1
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert pixels(Path("r/analysis/transfer/transfer.png")).std() > 10
+
+
+# ---- a known gap -----------------------------------------------------------------------------------------------------
+
+
+class OneNumber(nn.Module):
+    """A denoiser with one parameter: noise estimate c x."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.c * x
+
+    def auxiliary_loss(self) -> float:
+        return 0.0
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+class SecondMoment:
+    """In the judge's place: a distance of distributions of pixels that needs no features."""
+
+    def __init__(self, data: ImageData, net: Any) -> None:
+        pass
+
+    def measure(self, images: Tensor) -> Quality:
+        return Quality(float(images.double().std()), 0.0, 0.0)
+
+
+def levels() -> tuple[Tensor, Tensor]:
+    x = log_snr(noise_schedule())
+    return x.sigmoid(), (-x).sigmoid()  # a_t^2 and s_t^2, [T]
+
+
+def test_the_gap_of_linear_denoisers_is_that_of_their_optima(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For x_t = a x_0 + s e with E x_0^2 = m, the loss of c x_t is (1 - c s)^2 + c^2 a^2 m, so the best c for a set of
+    timesteps is sum s / sum (s^2 + a^2 m): the specialists are better, by a known amount.
+
+    Training ends within |dc| < 0.02 of it (steps of the averaged Adam at lr 0.02), which costs (s^2 + a^2 m) dc^2 <
+    4e-4; the losses are means over 8 x 400 x 16 errors, whose noise is common to both and leaves 2 % of the gap.
+    """
+    generator = torch.Generator().manual_seed(5)  # 0 is the seed of the noise that losses are measured with
+    x0 = to_uint8(0.8 * torch.randn(400, 1, 4, 4, generator=generator).sign())
+    data = ImageData("gaussian", x0, x0, None, None)
+    for module in (loop, run):
+        monkeypatch.setattr(module, "make_model", OneNumber)
+    monkeypatch.setattr(transfer, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(transfer, "feature_net", lambda data: None)
+    monkeypatch.setattr(transfer, "Judge", SecondMoment)
+    clusters = TimestepClusters(T, [0, 300])
+    clusters.save(tmp_path / "two.json")
+    config = TrainConfig(
+        method="vanilla", clusters=str(tmp_path / "two.json"), k=2, steps=360, batch_size=32, lr=0.02, device="cpu",
+        sample_steps=4, log_every=360, checkpoint_every=360,
+    )  # fmt: skip
+    run.start_run(config, tmp_path / "r")
+
+    summary = transfer.analyze_transfer(tmp_path / "r", seeds=(0, 1), steps=360, samples=10, progress=False)
+    assert summary is not None
+    a2, s2 = levels()
+    m = float((x0.double() / 127.5 - 1).square().mean())
+
+    def best(start: int, stop: int) -> float:
+        return float(s2[start:stop].sqrt().sum() / (s2 + a2 * m)[start:stop].sum())
+
+    def loss(c: float, start: int, stop: int) -> float:
+        at = [start + (2 * probe + 1) * (stop - start) // 16 for probe in range(8)]  # as held_out_losses probes
+        return float(((1 - c * s2[at].sqrt()).square() + c * c * a2[at] * m).mean())
+
+    for i, span in enumerate(((0, 300), (300, 1000))):
+        want = loss(best(*span), *span) - loss(best(0, T), *span)
+        assert want < -0.005
+        for budget in ("iterations", "samples"):
+            found = summary["ntg_loss"][budget]["intervals"][i]
+            assert found["mean"] == pytest.approx(want, rel=0.05, abs=1e-3), (span, budget)
+        assert summary["ntg_loss"]["samples"]["verdicts"][i] == "the specialist is better: negative transfer"
+    assert summary["specialist_steps"] == {"iterations": [360, 360], "samples": [108, 252]}
+
+
+def test_a_chain_changes_hands_at_the_edges_of_the_interval() -> None:
+    from antdiff.train.models import draw_samples
+
+    class Constant(OneNumber):
+        def __init__(self, c: float) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+            nn.init.constant_(self.c, c)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.seen.append(int(t[0]))
+            return super().forward(x, t)
+
+    schedule = noise_schedule()
+
+    def draw(model: nn.Module) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return draw_samples(model, schedule, 3, (1, 2, 2), steps=10, generator=generator)
+
+    joint, special = Constant(0.3), Constant(0.9)
+    assert torch.equal(draw(transfer.switched(joint, joint, (200, 500), T)), draw(joint))
+    joint.seen.clear()
+    for span in ((200, 500), (0, 200), (500, T)):
+        hybrid = draw(transfer.switched(joint, special, span, T))
+        assert all(span[0] <= t < span[1] for t in special.seen)
+        assert not any(span[0] <= t < span[1] for t in joint.seen)
+        assert len(special.seen) + len(joint.seen) == 10
+        assert special.seen
+        joint.seen.clear()
+        special.seen.clear()
+        assert not torch.equal(hybrid, draw(joint))
+        joint.seen.clear()
+
+
+def test_steps_and_averages_of_specialists() -> None:
+    clusters = TimestepClusters(T, [0, 100, 400])
+    config = TrainConfig(method="vanilla", steps=200)
+    assert [transfer.specialist_steps(config, clusters, i, "samples") for i in range(3)] == [20, 60, 120]
+    assert transfer.specialist_steps(config, clusters, 0, "iterations") == 200
+    balanced = TrainConfig(method="pcgrad", steps=200)  # each cluster gets a third of the batch
+    assert [transfer.specialist_steps(balanced, clusters, i, "samples") for i in range(3)] == [67, 67, 67]
+    assert transfer.with_average(TrainConfig()) == TrainConfig()  # the default run is its own joint model
+    assert transfer.with_average(replace(config, steps=80)).ema == pytest.approx(0.9)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    run.start_run(TrainConfig(), Path("new"))
+    run.start_run(TrainConfig(curriculum=True), Path("companion"))
+    for args, message in (
+        (["affinity", "nowhere"], "nowhere must be the folder of a run"),
+        (["affinity", "new"], "new has no checkpoint yet: train it first"),
+        (["conflict", "new"], "new has no checkpoint yet: train it first"),
+        (["transfer", "nowhere"], "nowhere must be the folder of a run"),
+        (["transfer", "companion"], "run must be of one plain network on all timesteps; got curriculum"),
+        (["transfer", "new", "--seeds", "1", "1"], "seeds must be different numbers"),
+        (["transfer", "new", "--samples", "2"], "samples must be at least 10"),
+        (["transfer", "new", "--steps", "0"], "steps must be at least 1"),
+    ):
+        assert main(["analyze", *args]) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a specialist is trained with method vanilla"):
+        TrainConfig(specialist=0)
+    with pytest.raises(ValueError, match=r"specialist must be a cluster, one of 0 \.\. 4; got 5"):
+        run.start_run(TrainConfig(method="vanilla", specialist=5), Path("five"))
+    with pytest.raises(ValueError, match="keep_checkpoints must be at least 2"):
+        TrainConfig(keep_checkpoints=1)

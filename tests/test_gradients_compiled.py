@@ -1,0 +1,335 @@
+"""The grouped route under torch.compile: the rules of eager mode, traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from gradient_cases import (
+    LAYERS,
+    Attention,
+    B,
+    Convolutions,
+    DiT,
+    Images,
+    K,
+    Products,
+    Tables,
+    Tied,
+    WeightNorm,
+    by_hand,
+    cluster_ids,
+    denoising,
+    diffusion_batch,
+    spread,
+    transformer,
+    unet,
+    worst,
+)
+from torch import Tensor, nn
+
+from antdiff import BalancedBackward, ClusterGradients, balancing
+from antdiff.gradients import GroupingError
+
+pytestmark = [  # Dynamo's own, where it looks at tensors between two graphs and at autograd Functions
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),  # imported by inductor
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),
+]
+EXACT = 1e-11  # as in test_gradients_grouped
+TRACED = {"backend": "aot_eager", "fullgraph": True}
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def double(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return spread(make().double())
+
+
+def squares(model: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).flatten(1).square().mean(1)
+
+
+def sequences() -> Tensor:
+    return torch.randn(B, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("make", LAYERS, ids=lambda m: m.__name__)
+def test_layers(make: Callable[[], nn.Module]) -> None:
+    model, x, cluster = double(make), sequences(), cluster_ids(shuffled=True)
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_dit(reentrant: bool | None) -> None:
+    model, (x, *rest), cluster = double(lambda: DiT(reentrant=reentrant)), diffusion_batch(), cluster_ids(shuffled=True)
+    batch = (x.requires_grad_(reentrant is True), *rest)
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    J = cg.compute(denoising(model), batch, cluster)
+    model.reentrant = None
+    assert worst(J, by_hand(model, denoising(model)(*batch), cluster)) < EXACT
+
+
+@pytest.mark.parametrize("make", [lambda: unet(16), transformer], ids=["unet", "transformer"])
+def test_networks_of_diffusers(make: Callable[[], nn.Module]) -> None:
+    pytest.importorskip("diffusers")
+    model = double(make).eval()  # the transformer drops labels at random in training
+    x, t, y, noise = diffusion_batch()
+    batch, cluster = (x, t.long(), y % 10, noise), cluster_ids()
+    loss_fn = denoising(lambda x, t, y: model(x, t, class_labels=y).sample)
+    cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
+    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    model, x, cluster = double(Images), sequences(), cluster_ids()
+    cg = ClusterGradients(model, K, "grouped", compile={"fullgraph": True})
+    for _ in range(2):
+        assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert cg._network.compiled.programs == 1
+
+
+class Small(nn.Module):
+    def __init__(self, middle: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.a, self.b, self.middle = nn.Linear(8, 8), nn.Linear(8, 8), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.middle(self.a(x)))
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, **TRACED)  # type: ignore[return-value]
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(**TRACED)
+    return model
+
+
+def a_part(model: nn.Module) -> nn.Module:
+    model.a = torch.compile(model.a, **TRACED)
+    return model
+
+
+def loss_alone(model: nn.Module) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize("compiled", [whole, a_part, loss_alone, in_place], ids=lambda f: f.__name__)
+def test_auto_traces_what_is_compiled(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part the user has compiled, with his own backend where it can be known."""
+    eager = double(Small)
+    model, x, cluster = compiled(double(Small)), sequences(), cluster_ids()
+    loss_fn = squares(model)
+    if compiled is loss_alone:
+        loss_fn = torch.compile(loss_fn, **TRACED)
+    if compiled in (loss_alone, in_place):  # torch tells nobody which backend that was, so the default would be taken
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cg = ClusterGradients(model, K)
+    for _ in range(2):
+        assert worst(cg.compute(loss_fn, (x,), cluster), by_hand(eager, squares(eager)(x), cluster)) < EXACT
+    assert cg.explain().startswith("route 'grouped': on 7 samples it differs from 'loop' by")
+    assert "compiled" in cg.explain()
+    assert cg._network.compiled.programs == 1
+    assert cg.verify(loss_fn, (x,), cluster) < 1e-10
+
+
+def test_equal_counts_compile_once() -> None:
+    """Not the samples, not the values of the parameters, not a loss function made anew in every step."""
+    model = double(Small)
+    cg = ClusterGradients(model, 2, compile=TRACED, route="grouped")
+    compiled = cg._network.compiled
+    for step in range(3):
+        x = torch.randn(8, 6, 8, dtype=torch.float64)
+        cluster = torch.arange(8) // 4
+        cluster = cluster.flip(0) if step == 1 else cluster
+        J = cg.compute(squares(model), (x,), cluster)
+        assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
+        with torch.no_grad():
+            model.a.weight.add_(0.1)
+    assert compiled.programs == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    cluster[0] = 1 - cluster[0]  # other sizes: the graph stays, a second program
+    J = cg.compute(squares(model), (x,), cluster)
+    assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
+    assert compiled.programs == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    cg.compute(squares(model), (x,), torch.arange(8) // 4)
+    assert compiled.programs == 2
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "make", [Tied, WeightNorm, Convolutions, Products, Tables, Attention], ids=lambda m: m.__name__
+)
+def test_counts_that_keep_changing_share_a_program(make: Callable[[], nn.Module]) -> None:
+    """After k exact programs one for any sizes, k = 2; "eager" runs the traced rules as they are."""
+    model, x = double(make), sequences()
+    cg = ClusterGradients(model, 2, "grouped", compile={"backend": "eager"})
+    for size in (10, 9, 12, 10, 11, 8):
+        cluster = (torch.arange(B) >= size).long()
+        J = cg.compute(squares(model), (x,), cluster)
+        assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
+    assert cg._network.compiled.programs == 3
+    cluster = (torch.arange(B) >= 3).long()  # a larger room
+    cg.compute(squares(model), (x,), cluster)
+    cg.compute(squares(model), (x,), 1 - cluster)
+    assert cg._network.compiled.programs == 4
+
+
+def test_frozen_parameters_and_another_batch_are_seen() -> None:
+    model, x = double(Small), sequences()
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    cg.compute(squares(model), (x,), cluster_ids())
+    model.a.bias.requires_grad_(False)
+    J = cg.compute(squares(model), (x,), cluster_ids())
+    assert J[1] is None
+    assert worst(J, by_hand(model, squares(model)(x), cluster_ids())) < EXACT
+    x, cluster = x[:9], cluster_ids()[:9]
+    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+
+
+def test_micro_batches_and_the_dtype_of_j() -> None:
+    model, x, cluster = double(Small), sequences(), cluster_ids()
+    want = by_hand(model, squares(model)(x), cluster)
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    for _ in range(2):
+        for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):
+            cg.accumulate(squares(model), (x[piece],), cluster[piece])
+        assert worst(cg.mean(), want) < EXACT
+    half = ClusterGradients(model, K, "grouped", compile=TRACED, dtype=torch.bfloat16)
+    assert worst(half.compute(squares(model), (x,), cluster), want) < 2.0**-8
+    assert {j.dtype for j in half.J} == {torch.bfloat16}
+
+
+def test_autocast_and_a_scaler() -> None:
+    model, x, cluster = double(Small).float(), sequences().float(), cluster_ids()
+
+    def loss_fn(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return squares(model)(x)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    eager = ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster, scaler=scaler)
+    # The same products of the same bfloat16 numbers; compilers may leave out a rounding between two ops.
+    assert worst(cg.compute(loss_fn, (x,), cluster, scaler=scaler), eager) < 2.0**-7
+    assert float(cg.scale) == 8
+
+
+def test_balanced_backward() -> None:
+    model, x, cluster = double(Small), sequences(), cluster_ids()
+    got = BalancedBackward(whole(model), balancing.PCGrad(update_every=2), K)
+    for _ in range(2):  # solved and traced; then the user's own compiled model, and one plain backward
+        losses = got(squares(got.gradients.model), (x,), cluster)
+        grads = [p.grad for p in model.parameters()]
+        want = BalancedBackward(model, balancing.PCGrad(), K, route="loop")
+        torch.testing.assert_close(losses, want(squares(model), (x,), cluster))
+        for a, p in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+
+def test_graph_breaks_are_sound() -> None:
+    """Either right, or an error: a parameter used between two graphs is a leak."""
+
+    def breaks(h: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return h.tanh()
+
+    model, x, cluster = double(lambda: Small(breaks)), sequences(), cluster_ids()
+    cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
+    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+
+    @torch.compiler.disable
+    def eager(h: Tensor) -> Tensor:
+        return h * model.a.bias
+
+    model.middle = eager
+    with pytest.raises(GroupingError, match=r"a\.bias received a gradient that is not split by cluster"):
+        cg.compute(squares(model), (x,), cluster)
+    auto = ClusterGradients(model, K, compile={"backend": "aot_eager"})
+    assert worst(auto.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert auto.explain().startswith("route 'split': 'grouped' does not compile: GroupingError: a.bias received")
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad * w, (grad * x).flatten(0, 1).sum(0)
+
+
+class Hazard(Small):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.kind == "hidden":
+            return Twice.apply(h, self.b.bias)
+        if self.kind == "no rule":
+            return torch.cdist(h, self.b.weight)
+        if self.kind == "batch norm":
+            return nn.functional.batch_norm(h, None, None, training=True)
+        return h.transpose(0, 1).contiguous() * self.b.bias.expand(6, 1, 8)  # sequence first
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hidden", r"b\.bias"),
+        ("no rule", r"cdist applies b\.weight to the batch .* no grouped rule"),
+        ("batch norm", "BatchNorm in training mode mixes"),
+        ("sequence first", r"no multiple of the batch size|in a way that has no grouped rule"),
+    ],
+)
+def test_hazards_are_found_while_tracing(kind: str, message: str) -> None:
+    model, x = double(lambda: Hazard(kind)), sequences()
+    cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
+    with pytest.raises(GroupingError, match=message):
+        cg.compute(squares(model), (x,), cluster_ids())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_inside_the_forward() -> None:
+    model, x = double(Tied), sequences()
+
+    def penalty(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return slope.flatten(1).square().mean(1)
+
+    cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
+    # Dynamo breaks its graph at the gradient, and AOTAutograd has no second derivatives of the piece before it.
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        cg.compute(penalty, (x,), cluster_ids())
+
+
+def test_the_batch_form_is_refused() -> None:
+    cg = ClusterGradients(double(Small), K, "grouped", compile=TRACED)
+    with pytest.raises(ValueError, match=r"call compute\(\)"), cg.batch(cluster_ids()):
+        pass

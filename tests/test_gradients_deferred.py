@@ -1,0 +1,164 @@
+"""G without J: the Gram matrix and the combined gradient against the definition; the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gradient_cases import (
+    LAYERS,
+    B,
+    DiT,
+    K,
+    Tied,
+    by_hand,
+    cluster_ids,
+    denoising,
+    diffusion_batch,
+    peak,
+    spread,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from antdiff import BalancedBackward, ClusterGradients, balancing, ops
+from antdiff.gradients import GroupingError
+
+# Relative to the largest: G and the combination are sums over all parameters of float64 products, each taken in another
+# order: some hundred roundings.
+EXACT = 1e-12
+WEIGHTS = torch.tensor([0.3, -1.2, 0.7, 5.0, 2.0], dtype=torch.float64)
+
+
+def agrees(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, cluster: Tensor, **options: Any) -> None:
+    cg = ClusterGradients(model, K, "grouped", **options)
+    J = by_hand(model, loss_fn(*batch), cluster)
+    for _ in range(2):
+        G = cg.gram(loss_fn, batch, cluster)
+        want = ops.gram(J)
+        assert float((G - want).norm() / want.norm()) < EXACT
+        assert all(p.grad is None for p in model.parameters())
+        cg.combine(WEIGHTS)
+        total = [torch.tensordot(WEIGHTS, j, 1) for j in J if j is not None]
+        size = torch.stack([x.norm() for x in total]).norm()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p, x in zip(trained, total, strict=True):
+            assert float((p.grad - x).norm() / size) < EXACT
+            p.grad = None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def case(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[Tensor], Tensor], tuple[Tensor]]:
+    torch.manual_seed(0)
+    model = spread(make().double())
+    return model, lambda x: model(x).flatten(1).square().mean(1), (torch.randn(B, 6, 8, dtype=torch.float64),)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("make", LAYERS, ids=lambda m: m.__name__)
+def test_layers(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn, batch = case(make)
+    agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
+    monkeypatch.setattr("antdiff.gradients.deferred.Recipe.price", lambda *_: -1)  # nothing is worth keeping
+    agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_dit_and_checkpoints(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model, plain = spread(DiT(reentrant=reentrant)).double(), spread(DiT()).double()
+    plain.load_state_dict(model.state_dict())
+    x, *rest = diffusion_batch()
+    batch, cluster = (x.requires_grad_(reentrant is True), *rest), cluster_ids()
+    J = by_hand(plain, denoising(plain)(*batch), cluster)
+    cg = ClusterGradients(model, K, "grouped")
+    torch.testing.assert_close(cg.gram(denoising(model), batch, cluster), ops.gram(J), rtol=1e-11, atol=1e-14)
+    cg.combine(WEIGHTS)
+    for p, j in zip(model.parameters(), J, strict=True):
+        torch.testing.assert_close(p.grad, torch.tensordot(WEIGHTS, j, 1), rtol=1e-9, atol=1e-12)
+    assert cg.losses[3] == 0
+
+
+def test_a_parameter_inside_a_reentrant_checkpoint_and_outside() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=True))
+
+    torch.manual_seed(0)
+    model, x = Both().double(), torch.randn(B, 32, dtype=torch.float64, requires_grad=True)
+    cg = ClusterGradients(model, K, "grouped")
+    with pytest.raises(GroupingError, match=r"a\.weight is used inside a checkpoint and again elsewhere"):
+        cg.gram(lambda x: model(x).square().mean(1), (x,), cluster_ids())
+
+
+def test_memory_is_that_of_a_plain_step_and_one_parameter() -> None:
+    """Six layers of 128 x 128 and 20 samples: K x P numbers are 6 K times a layer, activations next to nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(6)])
+    x, cluster = torch.randn(B, 128), cluster_ids()
+    loss_fn = lambda x: model(x).square().mean(1)  # noqa: E731
+    layer = 4 * 128 * 128
+
+    def layers(step: Callable[[], Any]) -> float:
+        step()
+        for p in model.parameters():
+            p.grad = None
+        return peak(step) / layer
+
+    cg = ClusterGradients(model, K, "grouped")
+
+    def deferred() -> None:
+        cg.gram(loss_fn, (x,), cluster)
+        cg.combine(WEIGHTS)
+
+    plain = layers(lambda: loss_fn(x).mean().backward())
+    assert 6 < plain < 8
+    assert layers(deferred) < plain + K + 0.5
+    assert cg.J == []
+    full = layers(lambda: ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster))
+    assert full > 6 * K
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_balanced_backward(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = spread(DiT()).to(torch.float64 if dtype is None else torch.float32)
+    batch, cluster = diffusion_batch(dtype=next(model.parameters()).dtype), cluster_ids(shuffled=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if dtype is torch.float16 else None
+
+    def loss_fn(*batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return denoising(model)(*batch)
+
+    grads = {}
+    for keep in ("jacobian", "gram"):
+        balancer = balancing.NashMTL(nonfinite="poison" if scaler else "raise")
+        backward = BalancedBackward(model, balancer, K, route="grouped", scaler=scaler, keep=keep)
+        losses = backward(loss_fn, batch, cluster)
+        grads[keep] = torch.cat([p.grad.flatten() for p in model.parameters()]), backward.gram, losses
+    for a, b, exact in zip(*grads.values(), (1e-9, 1e-11, 1e-12), strict=True):
+        # In half precision the gradients of outputs are rounded once more, after they were weighted.
+        assert float((a - b).norm() / b.norm()) < (exact if dtype is None else 2.0**-7)
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    model, loss_fn, batch = case(Tied)
+    with pytest.raises(ValueError, match=r"gram\(\) needs the grouped route .* use compute\(\)"):
+        ClusterGradients(model, K, "split").gram(loss_fn, batch, cluster_ids())
+    with pytest.raises(RuntimeError, match=r"call gram\(loss_fn, batch, cluster\) first"):
+        ClusterGradients(model, K, "grouped").combine(WEIGHTS)
+    with pytest.raises(ValueError, match="keep must be"):
+        BalancedBackward(model, balancing.PCGrad(), K, keep="nothing")
+    with pytest.raises(ValueError, match="micro_batch must be None with keep='gram'"):
+        BalancedBackward(model, balancing.PCGrad(), K, keep="gram", micro_batch=4)
+    empty = ClusterGradients(model, K, "grouped")
+    G = empty.gram(loss_fn, (batch[0][:0],), torch.zeros(0, dtype=torch.int64))
+    empty.combine(WEIGHTS)
+    assert G.eq(0).all()
+    assert all(p.grad.eq(0).all() for p in model.parameters())
