@@ -17,7 +17,8 @@ from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.log import read_csv
 
 LIMIT = 240.0  # seconds: a run takes ten to thirty on an idle machine
-SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--device", "cpu",
+SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--grid-every", "0",
+            "--device", "cpu",
             "--eval-samples", "10", "--eval-seeds", "1", "--sample-steps", "1"]  # fmt: skip
 
 
