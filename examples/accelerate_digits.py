@@ -62,6 +62,9 @@ def main(steps: int, cpu: bool) -> None:
                 break
     same = accelerator.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()[None])
     accelerator.print(f"weights alike on {accelerator.num_processes} ranks: {bool((same == same[0]).all())}")
+    # What holds the process group goes before it does: its threads must not outlive the interpreter.
+    model, optimizer, loader, backward = accelerator.free_memory(model, optimizer, loader, backward)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
