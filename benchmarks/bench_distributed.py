@@ -5,10 +5,10 @@
 Each number of ranks is that many processes on this machine over gloo, on 127.0.0.1. Two counts by the kernel: what this
 process's TCP sockets have sent (tcpi_bytes_sent of TCP_INFO, summed over ranks), and what the loopback interface has
 (/proc/net/dev, everybody's, with TCP/IP headers: right only while nothing else uses it). The formula is
-``antdiff.distributed.cost_model``'s. Batches are stratified and cut into contiguous chunks for ``cluster``, dealt out in
-turn for the others. ``ddp`` is DistributedDataParallel's ordinary step; ``fsdp`` one of ``fully_shard``,
-and ``fsdp, K rows`` ours on it (gloo's reduce_scatter sends as much as an all_reduce). Held are J, buffers and p.grad,
-with what gloo's all-to-all needs to receive into. Times are of processes that share cores and a loopback: they compare
+``antdiff.distributed.cost_model``'s. Batches are stratified and cut into contiguous chunks for ``cluster``, dealt out
+in turn for the others. ``ddp`` is an ordinary step of DistributedDataParallel, ``fsdp`` one of ``fully_shard``, and
+``fsdp, K rows`` ours on it (gloo's reduce_scatter sends as much as an all_reduce). Held are J, buffers and p.grad, with
+what gloo's all-to-all needs to receive into. Times are of processes that share cores and a loopback: they compare
 nothing but themselves.
 """
 
@@ -146,9 +146,7 @@ def main(rank: int, R: int, ks: list[int], folder: str) -> None:
         for name, formula, step, cg in candidates(K, rank, R):
             sent, through, seconds = count(step, R)
             expected = distributed.cost_model(P, K, R)[formula].bytes if formula else float("nan")
-            held = (
-                next(iter(cg._exchanges.values())).nbytes() if cg is not None else 4 * P // (R if "fsdp" in name else 1)
-            )
+            held = cg.nbytes() if cg is not None else 4 * P // (R if "fsdp" in name else 1)
             rows.append([R, K, P, name, f"{expected:.0f}", f"{sent:.0f}", f"{through:.0f}", held, f"{seconds:.3e}"])
             if rank == 0:
                 print(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,14 @@ def other_routes(rank: int, world: int) -> dict[Any, Any]:
             errors[route, deal] = relative(got, want), relative([cg.losses], [losses])
             if cg.counts.tolist() != cluster.bincount(minlength=K).tolist():
                 errors[route, deal] = cg.counts
+    early = distributed.ClusterGradients(network(), K)
+    early.ranks.size = 1  # as if made before init_process_group
+    try:
+        early.compute(losses_of(early.model), (x, y), cluster)
+    except RuntimeError as error:
+        assert "must be made after" in str(error)  # noqa: PT017
+    else:
+        errors["made too early"] = (1.0,)
     for route in ("split", "grouped"):
         model = network()
         cg = distributed.ClusterGradients(model, K, route, scheme="reduce_scatter")
@@ -183,17 +193,22 @@ def wrapped(rank: int, world: int) -> dict[Any, Any]:
     mine = torch.arange(B) % world == rank
     errors: dict[Any, Any] = {}
     x, y = samples(B)
-    for name in ("through", "past"):
-        ddp = nn.parallel.DistributedDataParallel(network())
+    for name in ("through", "past", "lacking clusters"):
+        inner = network()
+        inner.register_buffer("table", torch.ones(3))  # which DDP would broadcast in a forward
+        ddp = nn.parallel.DistributedDataParallel(inner)
+        if name == "lacking clusters":
+            mine = cluster % world == rank
         cg = distributed.ClusterGradients(ddp, K, scheme="reduce_scatter")
-        J = cg.compute(losses_of(ddp if name == "through" else ddp.module), (x[mine], y[mine]), cluster[mine])
+        J = cg.compute(losses_of(ddp.module if name == "past" else ddp), (x[mine], y[mine]), cluster[mine])
         cg.combine(balancing.NashMTL().weights(cg.gram(J)), J)
         errors[f"DDP {name}"] = relative(grads(ddp.module), want), relative([cg.losses], [losses])
-    for pieces in (None, 3):
+    for pieces in (None, "lacking clusters", 3):
         model = sharded()
-        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=pieces)
+        mine = cluster % world == rank if pieces == "lacking clusters" else torch.arange(B) % world == rank
+        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=3 if pieces == 3 else None)
         rows = mine.nonzero().flatten()
-        if pieces:
+        if pieces == 3:
             rows = rows[: B // world]  # the same number on every rank: FSDP2 gathers weights in step
             short = torch.cat([(torch.arange(B) % world == r).nonzero().flatten()[: B // world] for r in range(world)])
             want_, losses_ = one_process_of(short, "nash", K, cluster)
@@ -463,6 +478,101 @@ def full_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value.full_tensor() if hasattr(value, "full_tensor") else value for s in states for value in s.values()]
 
 
+def the_documented_loops(rank: int, world: int) -> dict[str, Any]:
+    """The code of docs/distributed.md, block by block; weights at the end, and whether they moved."""
+    from torch.distributed.fsdp import fully_shard
+
+    clusters = antdiff.TimestepClusters.uniform(1000, 5)
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    ends: dict[str, Any] = {}
+    for name in ("ddp", "fsdp2", "own", "losses", "cluster"):
+        code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+        assert code
+        model = network(torch.float32)
+        start = [p.detach().clone() for p in model.parameters()]
+        generator = torch.Generator().manual_seed(rank)
+        loader = [torch.randn(10, WIDTH, generator=generator) for _ in range(3)]
+        sampler = distributed.StratifiedTimesteps(clusters)
+        t, cluster, weight = sampler.sample(10)
+        names: dict[str, Any] = {
+            "DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fully_shard,
+            "distributed": distributed, "balancing": balancing, "ops": ops, "model": model, "blocks": [model[0]],  # type: ignore[index]
+            "loader": loader, "sampler": sampler, "clusters": clusters, "K": 5, "x0": loader[0],
+            "t": t, "cluster": cluster, "weight": weight, "balancer": balancing.PCGrad(),
+        }  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def denoising_losses(x0: Tensor, t: Tensor, weight: Tensor, names: dict[str, Any] = names) -> Tensor:
+            return (names["model"](x0) - t[:, None] / 1000).square().mean(1) * weight
+
+        if name == "losses":
+            names |= {"balancer": balancing.UncertaintyWeighting(5), "noise": torch.zeros(10, 5), "xt": loader[0]}
+            names["model"] = Unconditional(model)
+        if name == "cluster":
+            names["backward"] = distributed.BalancedBackward(model, balancing.PCGrad(), 5)
+        if name == "fsdp2":  # the optimizer is made after sharding
+
+            class Optimizer:
+                def step(self, names: dict[str, Any] = names) -> None:
+                    torch.optim.SGD(names["model"].parameters(), lr=0.1).step()
+
+            names["optimizer"] = Optimizer()
+        else:
+            names["optimizer"] = optimizer
+        names["denoising_losses"] = denoising_losses
+        exec(code.group(1), names)
+        if name not in ("ddp", "fsdp2"):
+            optimizer.step()
+        end = full(model) if name == "fsdp2" else [p.detach() for p in model.parameters()]
+        ends[name] = end, all(not torch.equal(a, b) for a, b in zip(start, end, strict=True))
+    return ends
+
+
+class Unconditional(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def loop_settings() -> dict[str, Any]:
+    """Runs of antdiff train that take every way through its loop."""
+    from antdiff.train.config import TrainConfig
+
+    tiny = TrainConfig(steps=4, batch_size=9, log_every=2, checkpoint_every=4, grid_every=0, device="cpu")
+    return {
+        "pcgrad": tiny,
+        "uniform": replace(tiny, method="nash", timesteps="uniform"),
+        "uw": replace(tiny, method="uw"),
+        "curriculum": replace(tiny, method="vanilla", curriculum=True, patience=1),
+        "experts": replace(tiny, experts=2),
+        "routing": replace(tiny, routing=True),
+        "graddrop": replace(tiny, method="graddrop"),
+    }
+
+
+def train_into(folder: Path) -> None:
+    from antdiff.train.data import load_data
+    from antdiff.train.loop import train
+    from antdiff.train.run import start_run
+
+    data = load_data("digits")
+    for name, config in loop_settings().items():
+        run = folder / name
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            start_run(config, run)
+        if dist.is_initialized():
+            dist.barrier()
+        assert train(config, data, run, progress=False)
+
+
+def the_training_loop(rank: int, world: int) -> None:
+    train_into(FOLDER.parent / "runs of two")
+
+
 def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
     """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
     x, y = samples(20)
@@ -489,4 +599,4 @@ FOUR = [
     bytes_on_the_wire,
     sharded_checkpoint_save,
 ]
-TWO = [sharded_checkpoint_load, a_rank_that_dies]
+TWO = [sharded_checkpoint_load, the_documented_loops, the_training_loop, a_rank_that_dies]

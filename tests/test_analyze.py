@@ -20,13 +20,18 @@ from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.train import loop, run, transfer
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData, to_uint8
+from antdiff.train.data import ImageData, load_data, to_uint8
+from antdiff.train.log import read_csv
 from antdiff.train.metrics import Quality
 from antdiff.train.models import noise_schedule
 
-TINY = ["--steps", "3", "--batch-size", "8", "--eval-samples", "12", "--eval-seeds", "1", "--sample-steps", "2",
-        "--device", "cpu"]  # fmt: skip
+TINY = TrainConfig(steps=3, batch_size=8, device="cpu", sample_steps=2)
 T = 1000
+
+
+def trained(config: TrainConfig, folder: Path) -> None:
+    run.start_run(config, folder)
+    assert loop.train(config, load_data(config.data), folder, progress=False)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -43,7 +48,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, "--checkpoint-every", "1", "--keep-checkpoints", "3", "--out", "r"]) == 0
+    trained(replace(TINY, checkpoint_every=1, keep_checkpoints=3), Path("r"))
     assert len(list(Path("r/checkpoints").iterdir())) == 3
     command = ["analyze", "affinity", "r", "--timesteps", "6", "--images", "8", "--k", "3", "--device", "cpu"]
 
@@ -79,11 +84,11 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     clusters = TimestepClusters.load(out / "clusters.json")
     assert clusters == found.clusters(3)
     assert summary["clusters"]["gradient affinity"]["starts"] == clusters.starts.tolist()
-    assert main(["train", *TINY, "--clusters", str(out / "clusters.json"), "--out", "gradient"]) == 0
+    trained(replace(TINY, clusters=str(out / "clusters.json")), Path("gradient"))
     assert TimestepClusters.load("gradient/clusters.json") == clusters
-    results = json.loads(Path("gradient/results.json").read_text())
-    assert len(results["held_out_losses"]) == 3
-    assert all(np.isfinite(results["held_out_losses"]))
+    (row,) = read_csv(Path("gradient/metrics.csv"))
+    assert all(np.isfinite(row[f"loss_{i}"]) for i in range(3))
+    assert "loss_3" not in row
 
     capsys.readouterr()
     assert main(["analyze", "conflict", "r", "--batch-size", "0"]) == 1  # 0 is not "not given"
@@ -110,14 +115,16 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *TINY, "--ema", "0", "-k", "2", "--out", "r"]) == 0
-    trained: list[Path] = []
+    trained(replace(TINY, ema=0.0, k=2), Path("r"))
+    monkeypatch.setattr(transfer, "feature_net", lambda data: None)
+    monkeypatch.setattr(transfer, "Judge", SecondMoment)
+    folders: list[Path] = []
     train, allowed = transfer.train, [2]
 
     def counted(config: TrainConfig, data: ImageData, folder: Path, **options: Any) -> bool:
-        if len(trained) == allowed[0]:
+        if len(folders) == allowed[0]:
             return False  # as a signal would
-        trained.append(folder)
+        folders.append(folder)
         return train(config, data, folder, **options)
 
     monkeypatch.setattr(transfer, "train", counted)
@@ -127,7 +134,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     allowed[0] = 99
     assert main(command) == 0
     # the run itself is the joint model, since steps and seed are its own; two clusters, two budgets
-    names = [str(folder.relative_to("r/analysis/transfer/seed0")) for folder in trained]
+    names = [str(folder.relative_to("r/analysis/transfer/seed0")) for folder in folders]
     assert names == ["cluster0-iterations", "cluster1-iterations", "cluster0-samples", "cluster1-samples"]
     assert "one seed: nothing is said" in capsys.readouterr().out
     summary = json.loads(Path("r/analysis/transfer/summary.json").read_text())
@@ -135,15 +142,17 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     with np.load("r/analysis/transfer/transfer.npz") as archive:
         assert archive["loss_samples"].shape == (1, 2)
     assert main(command) == 0  # nothing left to train
-    assert len(trained) == 4
+    assert len(folders) == 4
     before = summary["ntg_loss"]
-    assert main(["train", "--resume", "r", "--steps", "4"]) == 0
+    longer = replace(TrainConfig.load(Path("r/config.json")), steps=4)
+    Path("r/config.json").write_text(longer.to_json())
+    assert train(longer, load_data("digits"), Path("r"), progress=False)
     for asked in ([], ["--steps", "2"]):  # neither what was measured nor the specialists are those of other steps
         assert main([*command, *asked]) == 1
         assert "cluster0-iterations holds a run with other settings" in capsys.readouterr().err
-    assert len(trained) == 4
+    assert len(folders) == 4
     assert main([*command, "--steps", "2", "--out", "two"]) == 0  # the run has four: a joint model of its own
-    assert trained[4] == Path("two/seed0/joint")
+    assert folders[4] == Path("two/seed0/joint")
     assert json.loads(Path("two/summary.json").read_text())["ntg_loss"] != before
     clusters = TimestepClusters.load("r/clusters.json")
     TimestepClusters(clusters.T, [0, 100]).save("r/clusters.json")

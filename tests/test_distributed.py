@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from ranks import run
 from tolerances import UNIT_ROUNDOFF
 
 from antdiff import TimestepClusters, distributed
+from antdiff.train.run import start_run
 
 # p.grad of several ranks against one process's, in relative norm: what is asked of the package. Sums of some hundred
 # terms in another order leave far less, 1e-15 and 1e-6.
@@ -125,6 +129,53 @@ def test_a_sharded_checkpoint_goes_from_four_ranks_to_two(four: Results, two: Re
         assert len(state) == len(saved_state) == 12
 
 
+def test_the_documented_loops_train_all_ranks_alike(two: Results) -> None:
+    for name, (weights, moved) in two[0]["the_documented_loops"].items():
+        assert moved, name
+        assert all(map(torch.equal, weights, two[1]["the_documented_loops"][name][0])), name
+
+
+def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Path, tmp_path: Path) -> None:
+    from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
+    from antdiff.train.companions import make_model
+    from antdiff.train.loop import generators
+
+    assert two
+    cases.train_into(tmp_path)
+    for name, config in cases.loop_settings().items():
+        one, both = (
+            latest_checkpoint(runs / name / "checkpoints") for runs in (tmp_path, checkpoints.parent / "runs of two")
+        )
+        assert one is not None
+        assert both is not None
+        a, b = load_checkpoint(one), load_checkpoint(both)
+        assert all(torch.equal(state, b["rng"][key]) for key, state in a["rng"].items()), name
+        assert a["timesteps"] == b["timesteps"] or name == "curriculum"
+        # Adam turns the sign of a gradient near zero into a whole step of the rate, so: against the way that was gone.
+        seed = generators(config.seed, torch.device("cpu"))["weights"].initial_seed()
+        start = make_model(config, (1, 8, 8), tmp_path / name, seed=seed).state_dict()
+        names = [key for key in start if start[key].is_floating_point()]
+        way = sum(float((a["model"][key] - start[key]).square().sum()) for key in names)
+        off = sum(float((a["model"][key] - b["model"][key]).square().sum()) for key in names)
+        assert off < (1e-3) ** 2 * way, (name, (off / way) ** 0.5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(two: Results, checkpoints: Path, tmp_path: Path) -> None:
+    from antdiff.train.data import load_data
+    from antdiff.train.log import read_csv
+    from antdiff.train.loop import train
+
+    assert two
+    config = replace(cases.loop_settings()["pcgrad"], steps=8)
+    runs = [checkpoints.parent / "runs of two" / "pcgrad", tmp_path / "one"]
+    start_run(config, runs[1])
+    for run_ in runs:
+        assert train(config, load_data("digits"), run_, progress=False)
+    both, one = (read_csv(run_ / "metrics.csv") for run_ in runs)
+    assert [row["step"] for row in both] == [2, 4, 6, 8]
+    assert both[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-3)
+
+
 def test_a_lost_rank_is_an_error_with_a_name(two: Results) -> None:
     name, message = two[0]["a_rank_that_dies"]
     assert name == "LostRankError"
@@ -166,6 +217,11 @@ def costs_of_ddp(P: int, R: int) -> float:
     return distributed.cost_model(P, 5, R)["ddp"].bytes
 
 
+def test_the_tables_of_the_documentation_are_those_of_the_code() -> None:
+    script = Path(__file__).resolve().parents[1] / "docs" / "distributed_table.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0, f"run {script}"
+
+
 def test_one_process_needs_no_torch_distributed() -> None:
     model = cases.network()
     cluster = cases.mixed(5, 23)
@@ -176,6 +232,10 @@ def test_one_process_needs_no_torch_distributed() -> None:
     assert "one process" in cg.explain()
     sampler = distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5))
     assert sampler.counts(5) == [[1, 1, 1, 1, 1]]
+    sampler.sample(7)
+    again = distributed.StratifiedTimesteps(TimestepClusters.uniform(10, 5), seed=1)
+    again.load_state_dict(sampler.state_dict())
+    assert all(map(torch.equal, sampler.sample(7), again.sample(7)))
     values = torch.ones(3)
     assert distributed.global_losses(values, values)[0] is values
 

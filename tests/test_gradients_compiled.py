@@ -333,3 +333,31 @@ def test_the_batch_form_is_refused() -> None:
     cg = ClusterGradients(double(Small), K, "grouped", compile=TRACED)
     with pytest.raises(ValueError, match=r"call compute\(\)"), cg.batch(cluster_ids()):
         pass
+
+
+def test_dropout_and_another_network_in_the_loss() -> None:
+    """A frozen teacher's values are the batch's; a trained one beside the model keeps its plain gradient."""
+    model, teacher, x, cluster = double(lambda: Small(nn.Dropout(0.5))), double(Small), sequences(), cluster_ids()
+    loss_fn = lambda x: (model(x) - teacher(x)).flatten(1).square().mean(1)  # noqa: E731
+    torch.manual_seed(3)
+    per_sample = loss_fn(x)
+    want = by_hand(model, per_sample, cluster)
+    total = sum(per_sample[cluster == i].mean() for i in set(cluster.tolist()))
+    (plain,) = torch.autograd.grad(total, teacher.b.bias)
+    cg = ClusterGradients(model, K, "grouped", compile=TRACED)
+    torch.manual_seed(3)
+    assert worst(cg.compute(loss_fn, (x,), cluster), want) < EXACT
+    torch.testing.assert_close(teacher.b.bias.grad, plain)
+    teacher.requires_grad_(False)
+    torch.manual_seed(3)
+    assert worst(cg.compute(loss_fn, (x,), cluster), want) < EXACT
+
+
+def test_declared_operators_are_traced() -> None:
+    class Distances(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(self.a(x), self.b.weight)
+
+    model, x, cluster = double(Distances), sequences(), cluster_ids(shuffled=True)
+    cg = ClusterGradients(model, K, "grouped", separable=[torch.cdist], compile=TRACED)
+    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT

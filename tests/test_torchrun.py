@@ -17,20 +17,27 @@ from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.log import read_csv
 
 LIMIT = 240.0  # seconds: a run takes ten to thirty on an idle machine
-SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--device", "cpu",
+SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--grid-every", "0",
+            "--device", "cpu",
             "--eval-samples", "10", "--eval-seeds", "1", "--sample-steps", "1"]  # fmt: skip
 
 
-def start(ranks: int, out: Path, *more: str, restarts: int = 0) -> subprocess.Popen[str]:
+def start(ranks: int, out: Path, *, restarts: int = 0) -> subprocess.Popen[str]:
+    return launch(ranks, ["-m", "antdiff", "train", *SETTINGS, "--out", str(out)], restarts)
+
+
+def launch(ranks: int, program: list[str], restarts: int = 0) -> subprocess.Popen[str]:
     package = Path(sys.modules["antdiff"].__file__ or "").parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), "GLOO_SOCKET_IFNAME": "lo"}
-    environment.pop("WORLD_SIZE", None)
-    train = ["-m", "antdiff", "train", *SETTINGS, "--out", str(out), *more]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}",
-              "--monitor-interval=0.1"]  # fmt: skip
-    command = [sys.executable, *(launch if ranks > 1 else []), *train]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                f"--max-restarts={restarts}", "--monitor-interval=0.1"]  # fmt: skip
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        [sys.executable, *(torchrun if ranks > 1 else []), *program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -102,3 +109,12 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_els
         for name, value in whole[part].items():
             assert torch.equal(killed[part][name], value), name
     assert [row["step"] for row in read_csv(run / "metrics.csv")] == [10, 20, 30, 40]
+
+
+def test_the_accelerate_example_trains_alike_on_two_ranks() -> None:
+    example = Path(__file__).resolve().parents[1] / "examples" / "accelerate_digits.py"
+    output = finish(launch(2, [str(example), "--cpu", "--steps", "40"]))
+    losses = [float(line.split()[3]) for line in output.splitlines() if line.startswith("step")]
+    assert len(losses) == 2, "the first process alone prints"
+    assert losses[1] < losses[0] < 1, "guessing nothing costs 1"
+    assert "weights alike on 2 ranks: True" in output

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antdiff import balancing, diffusion, ops
+    from antdiff import balancing, diffusion, distributed, ops
     from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
     from antdiff.gradients import BalancedBackward, ClusterGradients
 
@@ -16,6 +16,7 @@ __all__ = [
     "UniformTimesteps",
     "balancing",
     "diffusion",
+    "distributed",
     "ops",
 ]
 

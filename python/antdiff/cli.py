@@ -26,6 +26,10 @@ def main(args: Sequence[str] | None = None) -> int:
         print(report())
         return 0
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
+            raise ValueError(
+                f"only antdiff train shares its work between ranks; run {' '.join(argv[:1])} without torchrun"
+            )
         return _run(argv)
     except KeyboardInterrupt:
         print("\nantdiff: stopped", file=sys.stderr)
@@ -362,7 +366,8 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
             results = None
     if results is None:
-        print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
+        if ranks.leads:
+            print(f"\nstopped; the last checkpoint is whole. Go on with: antdiff train --resume {run}", file=sys.stderr)
         return 130
     if results:  # of several ranks, the first has them
         print(

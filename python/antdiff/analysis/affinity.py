@@ -8,7 +8,6 @@ a stated memory, sketched where they must be.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from antdiff.analysis import estimate
 from antdiff.analysis.plan import Plan, make_plan
 from antdiff.analysis.projection import Columns, Projection
-from antdiff.analysis.state import Rows, save_arrays
+from antdiff.analysis.state import Rows, digest, save_arrays
 from antdiff.clustering import TimestepClusters
 from antdiff.diffusion import log_snr as named_log_snr
 from antdiff.gradients import ClusterGradients
@@ -218,7 +217,7 @@ class _Stream:
 
     def run(self, checkpoint: int, progress: bool) -> dict[str, Tensor]:
         """The estimates of the weights that the model has now."""
-        weights = _digest(self.model)
+        weights = _weights(self.model)
         result = self.store.finished(checkpoint, weights)
         if result is not None:
             return result
@@ -371,26 +370,19 @@ def _halves(samples: list[Tensor], generator: torch.Generator) -> list[list[Tens
 # ---- the state -------------------------------------------------------------------------------------------------------
 
 
-def _digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of all weights and buffers."""
-    sha = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        sha.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        sha.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+def _weights(model: nn.Module) -> str:
+    """Names the weights and buffers."""
+    return digest(*(part for item in model.state_dict().items() for part in item))
 
 
 def _fingerprint(
     named: list[tuple[str, nn.Parameter]], halves: list[list[Tensor]], grid: Tensor, levels: Tensor,
     projection: Projection, batch_size: int,
 ) -> str:  # fmt: skip
-    """SHA-256 (hex) of all that the rows depend on, apart from weights and loss."""
-    sha = hashlib.sha256(f"{_FORMAT} {batch_size} {projection.digest()}".encode())
-    sha.update(repr([(name, p.dtype, tuple(p.shape)) for name, p in named]).encode())
-    for x in (grid, levels, *(x for half in halves for x in half)):
-        sha.update(f"{x.dtype} {tuple(x.shape)}".encode())
-        sha.update(x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    """Names all that the rows depend on, apart from weights and loss."""
+    parameters = repr([(name, p.dtype, tuple(p.shape)) for name, p in named])
+    tensors = (x for half in halves for x in half)
+    return digest(_FORMAT, str(batch_size), projection.digest(), parameters, grid, levels, *tensors)
 
 
 @contextmanager

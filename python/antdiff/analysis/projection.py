@@ -15,12 +15,13 @@ blocks of M have no larger norm than M, so the bound holds for the whole as well
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from antdiff.analysis.state import digest
 
 
 class Columns(NamedTuple):
@@ -85,13 +86,11 @@ class Projection:
                 _fold(x, signs, shifts, out[:, group.start : group.stop])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the layout and the random numbers."""
-        sha = hashlib.sha256(repr(self.groups).encode())
+        """Names the layout and the random numbers."""
+        parts: list[str | Tensor] = [repr(self.groups)]
         for _, offset, signs, shifts in self._parts:
-            sha.update(f"{offset} {shifts}".encode())
-            if signs is not None:
-                sha.update(signs.numpy().tobytes())
-        return sha.hexdigest()
+            parts += [f"{offset} {shifts}"] if signs is None else [f"{offset} {shifts}", signs]
+        return digest(*parts)
 
 
 def _fold(x: Tensor, signs: Tensor, shifts: Sequence[int], out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -88,6 +89,18 @@ class Rows:
 
     def _other(self, what: str) -> ValueError:
         return ValueError(f"{self.folder} holds the state of another computation ({what}): give another, or delete it.")
+
+
+def digest(*parts: str | Tensor) -> str:
+    """SHA-256 (hex) of texts and tensors, in order."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(part.encode())
+    return sha.hexdigest()
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
         rows = Rows.of(cluster, self.k, counts)
-        self._clear()  # before the forward, after which FSDP2 may show gathered parameters in place of its own
+        self._clear()
         with self.gradients.unsynchronised():
             per_sample = loss_fn(*batch)
             check_losses(per_sample, rows.B)
@@ -143,6 +143,10 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
             (self.balancer.loss(losses, counts_) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
         return losses.detach()
+
+    def _clear(self) -> None:
+        for p in self.gradients.params:
+            p.grad = None
 
     def _reduce(self) -> None:
         if not self.gradients.is_sharded:  # FSDP has done it

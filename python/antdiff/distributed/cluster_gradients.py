@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from antdiff import gradients, ops
-from antdiff.distributed.exchange import Counts, Exchange, Shards
+from antdiff.distributed.exchange import Counts, Exchange
 from antdiff.distributed.ranks import Ranks, Work, refuse_nonfinite, wait
 from antdiff.distributed.schemes import Scheme, choose
+from antdiff.distributed.shards import Shards, sharded_parameters
+from antdiff.distributed.stream import stream
 from antdiff.gradients.cluster_gradients import Scaler, loss_scale
-from antdiff.gradients.grouping import Rows, check_losses, cut
+from antdiff.gradients.grouping import Rows
 from antdiff.gradients.routes import LossFn, Route, refuse_batch_norm
 
 
@@ -32,6 +35,8 @@ class ClusterGradients:
 
     Row i is the gradient of the mean over the samples of cluster i on all ranks, whatever their numbers, zero included:
     ``p.grad`` is what one process would compute from the whole batch, up to rounding, and needs no further reduction.
+    Unlike there, :meth:`gram` and :meth:`combine` take J: its parts on the other ranks belong to both.
+
     How the rows are summed (``antdiff.distributed.exchange`` describes the schemes):
 
     - ``"reduce_scatter"``: for any batch. With route ``split`` a row travels while the next one is computed, and a rank
@@ -84,12 +89,10 @@ class ClusterGradients:
             raise ValueError(f"scheme must be one of {', '.join(map(repr, get_args(Scheme)))}; got {scheme!r}.")
         self._wrapped = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self.model: nn.Module = model if self._wrapped is None else self._wrapped.module
-        self._dtensors = [hasattr(p, "to_local") for p in self.model.parameters() if p.requires_grad]
-        if self.is_sharded:
-            self._check_sharded(route)
+        self.ranks = Ranks(group)
+        self._shards = sharded_parameters(self.model, self.ranks, route)
         self.local = gradients.ClusterGradients(self.model, k, route, dtype=dtype, separable=separable)
         self.k, self.route, self.scheme, self.dtype, self.nonfinite = k, route, scheme, dtype, nonfinite
-        self.ranks = Ranks(group)
         self.J: list[Tensor | None] | list[Tensor] = []
         self.losses: Tensor
         self.counts: Tensor
@@ -129,6 +132,7 @@ class ClusterGradients:
             TypeError, ValueError, GroupingError: as there.
             LostRankError: another rank has died or hangs.
         """
+        self.ranks.require_all()
         if self.ranks.size == 1 and not self.is_sharded:
             mine = self.counts_here(counts)
             self.J = self.local.compute(loss_fn, batch, cluster, counts=mine, scaler=scaler)
@@ -148,20 +152,19 @@ class ClusterGradients:
                 return self.scale / total[i].clamp(min=1)
 
             first = next((i for i, n in enumerate(rows.sizes) if n), 0)
-            self._sums = self._stream(loss_fn, batch, rows, factor, exchange)
+            refuse_batch_norm("split", self.model)
+            self._sums = stream(loss_fn, batch, rows, factor, exchange, self.unsynchronised)
             if rows.B == 0:
                 wait(work, "the sum of counts")
         else:
-            J = self.local.compute(
-                loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler
-            )  # of this rank's means; counts turn them into parts of the global ones
+            # Means over this rank's samples, which counts make parts of the global ones.
+            J = self.local.compute(loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler)
             self.scale = self.local.scale
             wait(work, "the sum of counts")
             self._send(exchange, J, rows.counts / total.clamp(min=1))
             self._sums = self.local.losses.double() * rows.counts
         self._total = total
-        self.J = exchange.finish()
-        return self.J
+        return self._finish(exchange)
 
     def accumulate(
         self,
@@ -174,6 +177,7 @@ class ClusterGradients:
     ) -> None:
         """Adds a micro-batch of this rank; :meth:`mean` ends it, and only there rows are exchanged. Arguments as for
         :meth:`compute`. Ranks may add different numbers of them, but not under FSDP2."""
+        self.ranks.require_all()
         if not self.is_sharded:
             self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
             return
@@ -185,7 +189,7 @@ class ClusterGradients:
         if first:
             self.scale = loss_scale(scaler, cluster.device)
         try:
-            sums = self._stream(loss_fn, batch, rows, lambda _: self.scale, exchange)
+            sums = stream(loss_fn, batch, rows, lambda _: self.scale, exchange, self.unsynchronised)
         except BaseException:
             self._partial = None
             raise
@@ -213,18 +217,16 @@ class ClusterGradients:
             exchange.begin(None)
             wait(work, "the sum of counts")
             self._send(exchange, J, mine / self._total.clamp(min=1))
-            self.J = exchange.finish()
-            return self.J
+            return self._finish(exchange)
         if self._partial is None:
             raise RuntimeError("mean() ends accumulate(); call accumulate(loss_fn, batch, cluster) first.")
         self._total, work = self._count(self._partial, None)
         self._partial = None
         wait(work, "the sum of counts")
-        self.J = self._exchange(None).finish()
-        for rows in self.J:
-            assert rows is not None
+        exchange = self._exchange(None)
+        for rows in exchange.J:
             rows.div_(self._total.clamp(min=1).to(rows.dtype).view(self.k, *[1] * (rows.dim() - 1)))
-        return self.J
+        return self._finish(exchange)
 
     # ---- what is done with them ----------------------------------------------------------------------------------
 
@@ -244,9 +246,10 @@ class ClusterGradients:
             return ops.gram(list(J))
         assert self._sums is not None
         assert self._total is not None
-        k, split = self.k, self._splits()
+        k, exchange = self.k, self._current()
+        split = exchange.sharded
         G = ops.gram(list(J))
-        part = (G / self._replicas()).flatten() if split else G.new_zeros(0)
+        part = (G / exchange.replicas).flatten() if split else G.new_zeros(0)
         total, sound = self.ranks.total(torch.cat([part, self._sums.to(G.device)]), self._sums.isfinite().all())
         G = total[: k * k].view(k, k) if split else G
         self.counts = self._total.to(G.device, torch.int64)
@@ -266,8 +269,7 @@ class ClusterGradients:
         if self.ranks.size == 1 and not self.is_sharded:
             ops.combine(weights, list(J), out=self.local.grads())
         else:
-            assert self._chosen is not None
-            self._exchanges[self._chosen[0]].combine(weights)
+            self._current().combine(weights)
 
     def check(self, result: Tensor | None = None) -> None:
         """Raises what :meth:`gram` met since the last call, and forgets it; on CUDA it waits for the device.
@@ -285,56 +287,21 @@ class ClusterGradients:
             return f"one process; {self.local.explain()}"
         if self._chosen is None:
             return f"scheme {self.scheme!r}, which is settled at the first compute()"
-        kind, why = self._chosen
-        memory = self._exchanges[kind].nbytes() / 2**20
-        return f"{why}; rows and buffers hold {memory:.1f} MiB on this rank; route {self.route!r}"
+        size = f"rows and buffers hold {self.nbytes() / 2**20:.1f} MiB on this rank"
+        return f"{self._chosen[1]}; {size}; route {self.route!r}"
+
+    def nbytes(self) -> int:
+        """Memory of J, what is in flight, and p.grad on this rank, after a compute()."""
+        return self._current().nbytes()
 
     # ---- the parts -----------------------------------------------------------------------------------------------
 
-    def _stream(
-        self,
-        loss_fn: LossFn,
-        batch: Sequence[Any],
-        rows: Rows,
-        factor: Callable[[int], Tensor | float],
-        exchange: Exchange,
-    ) -> Tensor:
-        """Route ``split``, whose rows leave as they come: the sum of each cluster's losses, float64 [k]."""
-        refuse_batch_norm("split", self.model)
-        lockstep = isinstance(exchange, Shards)  # every rank has to run the network as often as the others
-        if lockstep and rows.B == 0:
-            raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in step; got none.")
-        params = exchange.params
-        before = [p.grad for p in params]
-        sums = torch.zeros(self.k, dtype=torch.float64, device=rows.cluster.device)
-        try:
-            for i, (start, stop) in enumerate(rows.slices()):
-                empty = start == stop
-                if empty and not lockstep:
-                    exchange.write(i, None)
-                    continue
-                start, stop = (0, 1) if empty else (start, stop)
-                for p in params:
-                    p.grad = None
-                with self.unsynchronised():
-                    per_sample = loss_fn(*cut(batch, rows.B, start, stop))
-                    check_losses(per_sample, stop - start)
-                    # FSDP averages over its ranks
-                    scale = 0.0 if empty else factor(i) * (self.ranks.size if lockstep else 1)
-                    torch.autograd.backward(
-                        (per_sample,), ((torch.ones_like(per_sample) * scale).to(per_sample.dtype),)
-                    )
-                exchange.write(i, [p.grad for p in params])
-                if not empty:
-                    sums[i] = per_sample.detach().sum(dtype=torch.float64)
-        finally:
-            for p, grad in zip(params, before, strict=True):
-                p.grad = grad
-        return sums
-
     def unsynchronised(self) -> AbstractContextManager[Any]:
-        """While open, DistributedDataParallel leaves gradients alone."""
-        return nullcontext() if self._wrapped is None else self._wrapped.no_sync()
+        """While open, DistributedDataParallel reduces no gradients and broadcasts no buffers."""
+        if self._wrapped is None:
+            return nullcontext()
+        self._wrapped.require_forward_param_sync = False  # a rank that lacks a cluster would miss the broadcast
+        return self._wrapped.no_sync()
 
     def _send(self, exchange: Exchange, J: list[Tensor | None], shares: Tensor) -> None:
         """The local means as parts of the global ones; shares [k]: this rank's of each cluster's samples."""
@@ -345,7 +312,12 @@ class ClusterGradients:
     @property
     def is_sharded(self) -> bool:
         """Whether the parameters are FSDP2's shards."""
-        return any(self._dtensors)
+        return self._shards is not None
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The trainable parameters; under FSDP2 the shards, also while the model shows gathered ones."""
+        return self._shards or [p for p in self.model.parameters() if p.requires_grad]
 
     def _rows(self, cluster: Tensor, counts: Sequence[int] | Counts | None) -> tuple[Rows, Counts | None]:
         """This rank's rows, and the counts of all ranks where they are known."""
@@ -355,7 +327,7 @@ class ClusterGradients:
 
     def counts_here(self, counts: Sequence[int] | Counts | None) -> Sequence[int] | None:
         """This rank's k counts of those that were given."""
-        if counts is None or not len(counts) or isinstance(counts[0], int):
+        if counts is None or not len(counts) or not isinstance(counts[0], Sequence):
             return counts  # type: ignore[return-value]
         if len(counts) != self.ranks.size:
             raise ValueError(
@@ -372,8 +344,7 @@ class ClusterGradients:
         return total, self.ranks.all_reduce(total) if self.ranks.size > 1 else None
 
     def _exchange(self, counts: Counts | None) -> Exchange:
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        dtype = self._dtype()
+        params, dtype = self.params, self._dtype()
         if self.is_sharded:
             self._chosen = Shards, "rows are FSDP's own shards; K x K numbers are summed"
         else:
@@ -390,37 +361,25 @@ class ClusterGradients:
             self._exchanges[kind] = kind(self.ranks, params, self.k, dtype)
         return self._exchanges[kind]
 
-    def _dtype(self) -> torch.dtype:
-        dtype = self.dtype
-        for p in self.model.parameters():
-            if p.requires_grad and self.dtype is None:
-                dtype = p.dtype if dtype is None else torch.promote_types(dtype, p.dtype)
-        assert dtype is not None
-        return dtype
-
-    def _splits(self) -> bool:
-        """Whether G is the sum of the ranks' parts."""
-        if self.ranks.size == 1:
-            return True
+    def _current(self) -> Exchange:
         assert self._chosen is not None
-        return self._exchanges[self._chosen[0]].sharded
+        return self._exchanges[self._chosen[0]]
 
-    def _replicas(self) -> int:
-        """How many ranks hold the same part of J: more than one where FSDP shards over part of its mesh only."""
-        if not self.is_sharded:
-            return 1
-        p: Any = next(p for p in self.model.parameters() if p.requires_grad)
-        return int(torch.Size(p.device_mesh.size(d) for d, x in enumerate(p.placements) if x.is_replicate()).numel())
+    def _finish(self, exchange: Exchange) -> list[Any]:
+        """J, complete: with None where a parameter is frozen, if it has an entry for each."""
+        rows = exchange.finish()
+        each = iter(rows)
+        self.J = (
+            [next(each) if p.requires_grad else None for p in self.model.parameters()]
+            if exchange.per_parameter
+            else rows
+        )
+        return self.J
 
-    def _check_sharded(self, route: Route) -> None:
-        if not all(self._dtensors):
-            raise ValueError(
-                "model must be sharded whole: call fully_shard(model) on the network itself, after its parts."
-            )
-        if route != "split":
-            raise ValueError(
-                f"route must be 'split' under FSDP2, which gathers weights in each forward; got {route!r}."
-            )
+    def _dtype(self) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        return reduce(torch.promote_types, {p.dtype for p in self.params})
 
     def _own(self, J: Sequence[Any]) -> None:
         if J is not self.J:

@@ -38,10 +38,10 @@ def cost_model(
     Assumptions. A collective takes ``latency`` plus its bytes over the bandwidth it finds; collectives do not run
     beside one another. A ring (all-reduce, reduce-scatter, all-gather) over several nodes leaves each node through all
     of its network cards at once, so it runs at min(nvlink, node x network); an all-to-all sends what is for other nodes
-    through the rank's own card. The backward takes two thirds of ``step``, K slices of it in the split route; ``ddp``
-    hides all but its last bucket (a tenth) in it, ``reduce_scatter`` the rows but the last in the slices that follow,
-    and nothing hides the direction's gathering. The defaults are nominal figures of eight GPUs on NVLink with a 400
-    Gb/s card each, not measurements.
+    through the rank's own card. Neighbours that share a cluster count as one node's, if they are not more than it has.
+    ``ddp`` hides all but its last bucket (a tenth) in the backward, two thirds of ``step``; ``reduce_scatter`` every
+    row but the last in the slices that follow, a K-th of ``step`` each; nothing hides the direction's gathering. The
+    defaults are nominal figures of eight GPUs on NVLink with a 400 Gb/s card each, not measurements.
 
     Args:
         numel: P, trainable parameters.
@@ -64,7 +64,6 @@ def cost_model(
     ring = nvlink if node >= R else min(nvlink, node * network)
     small = latency + 2 * rho * 8 * (k * k + k + R) / ring
     held = _held(k, R) if counts is None else [sum(n > 0 for n in each) for each in counts]
-    slice_ = step * 2 / 3 / k if k else 0.0  # backward of one slice
 
     def over_ring(size: float) -> float:
         return latency + size / ring
@@ -77,7 +76,7 @@ def cost_model(
         c = R // k
         inside = latency + (c - 1) / c * row / (nvlink if c <= node else ring)
         rows = (inside if c > 1 else 0.0) + _all_to_all(row / c, k, c, node, nvlink, network, latency)
-        around = 2 * latency + rho * row / ring
+        around = rows  # the same way back
     else:
         rows = slots * _all_to_all(row, R, 1, node, nvlink, network, latency)
         around = gather
@@ -87,7 +86,7 @@ def cost_model(
         "reduce_scatter": Cost(
             rho * (k + 1) * row,
             k * each + small + gather,
-            each + max(0.0, (k - 1) * (each - 1.5 * slice_)) + small + gather,
+            each + max(0.0, (k - 1) * (each - step / k)) + small + gather,
         ),
         "cluster": Cost(rho * (sum(held) / R + 1) * row, rows + small + around, rows + small + around),
         "fsdp": Cost(2 * rho * 8 * (k * k + k + R), small, small),

@@ -34,14 +34,20 @@ class Exchange:
     Attributes:
         J: this rank's part of the K global rows, a list of ``[K, ...]``, complete after :meth:`finish`.
         sharded: the parts of the ranks are disjoint, so the Gram matrix is the sum of theirs.
+        per_parameter: J has an entry for each of ``params``, ``[K, *shape]``; else it is one matrix ``[K, S]``.
+        lockstep: every rank has to write as many rows, empty ones included, each after running the network.
+        averaging: what a backward sums over ranks arrives divided by this.
+        replicas: ranks that hold the same part of J.
     """
 
-    sharded = True
+    sharded, per_parameter, lockstep = True, False, False
+    averaging = replicas = 1
 
     def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
         self.ranks, self.params, self.k, self.dtype = ranks, params, k, dtype
         self.device = params[0].device
         self.numel = sum(p.numel() for p in params)
+        self.gloo = ranks.size > 1 and ranks.over_gloo(self.device)
         self.J: list[Tensor] = []
 
     def begin(self, counts: Counts | None) -> None:
@@ -64,7 +70,7 @@ class Exchange:
         raise NotImplementedError
 
 
-def _views(flat: Tensor, params: list[nn.Parameter], k: int | None = None) -> list[Tensor]:
+def views(flat: Tensor, params: list[nn.Parameter], k: int | None = None) -> list[Tensor]:
     """The parameters' pieces of a flat buffer, one after another: ``[*shape]``, or ``[k, *shape]``."""
     views, at = [], 0
     for p in params:
@@ -74,7 +80,7 @@ def _views(flat: Tensor, params: list[nn.Parameter], k: int | None = None) -> li
     return views
 
 
-def _fill(views: list[Tensor], grads: Sequence[Tensor | None] | None, factor: Tensor | float) -> None:
+def fill(views: list[Tensor], grads: Sequence[Tensor | None] | None, factor: Tensor | float) -> None:
     """``views = factor * grads``, fused; zero where there is none."""
     grads = grads if grads is not None else [None] * len(views)
     to = [v for v, g in zip(views, grads, strict=True) if g is not None]
@@ -94,25 +100,25 @@ def _set_grads(params: list[nn.Parameter], views: list[Tensor]) -> None:
 class AllReduce(Exchange):
     """The reference, and the fastest for a small network: one message of K P numbers, nothing to gather."""
 
-    sharded = False
+    sharded, per_parameter = False, True
 
     def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
         super().__init__(ranks, params, k, dtype)
         self.bucket = torch.empty(k * self.numel, dtype=dtype, device=self.device)
         self.grads = torch.empty(self.numel, dtype=dtype, device=self.device)
-        self.J = _views(self.bucket, params, k)
+        self.J = views(self.bucket, params, k)
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
-        _fill([J[i] for J in self.J], grads, factor)
+        fill([J[i] for J in self.J], grads, factor)
 
     def finish(self) -> list[Tensor]:
         wait(self.ranks.all_reduce(self.bucket), "all_reduce")
         return self.J
 
     def combine(self, weights: Tensor) -> None:
-        views = _views(self.grads, self.params)
-        ops.combine(weights, self.J, out=views)
-        _set_grads(self.params, views)
+        pieces = views(self.grads, self.params)
+        ops.combine(weights, self.J, out=pieces)
+        _set_grads(self.params, pieces)
 
     def nbytes(self) -> int:
         return self.bucket.nbytes + self.grads.nbytes
@@ -133,7 +139,7 @@ class ReduceScatter(Exchange):
         self.S = -(-self.numel // R)
         self.flats = [torch.zeros(R * self.S, dtype=dtype, device=self.device) for _ in range(self.in_flight)]
         self.grads = self.flats[0]
-        self.views = [_views(x, params) for x in self.flats]
+        self.rows = [views(x, params) for x in self.flats]
         self.columns = torch.empty(k, self.S, dtype=dtype, device=self.device)
         self.J = [self.columns]
         self.received: dict[int, Tensor] = {}
@@ -143,7 +149,7 @@ class ReduceScatter(Exchange):
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         b, self.next = self.next, 1 - self.next
         self._settle(b)
-        _fill(self.views[b], grads, factor)
+        fill(self.rows[b], grads, factor)
         self.pending[b] = (self._send(i, b), i, b)
 
     def finish(self) -> list[Tensor]:
@@ -155,13 +161,13 @@ class ReduceScatter(Exchange):
         ops.combine(weights, self.columns, out=self._piece())
         self._gather()
         self.grads[self.numel :].zero_()  # poisoned weights have made it NaN, and the next row keeps it
-        _set_grads(self.params, _views(self.grads, self.params))
+        _set_grads(self.params, views(self.grads, self.params))
 
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (*self.flats, self.columns, *self.received.values()))
 
     def _send(self, i: int, b: int) -> Work:
-        if not self.ranks.gloo:
+        if not self.gloo:
             return self.ranks.reduce_scatter(self.columns[i], self.flats[b])
         return self.ranks.all_to_all(self._buffer(b, self.ranks.size * self.S), self.flats[b])
 
@@ -173,7 +179,7 @@ class ReduceScatter(Exchange):
         self._arrived(pending[1], b)
 
     def _arrived(self, i: int, b: int) -> None:
-        if self.ranks.gloo:
+        if self.gloo:
             torch.sum(self.received[b].view(self.ranks.size, self.S), 0, out=self.columns[i])
 
     def _piece(self) -> Tensor:
@@ -266,14 +272,14 @@ class OneEach(ReduceScatter):
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         if i == self.cluster:
-            _fill(self.views[0], grads, factor)
+            fill(self.rows[0], grads, factor)
 
     def finish(self) -> list[Tensor]:
         chunk = self.flats[0]
         c = self.inside.size
         if c > 1:
             chunk = self.chunk
-            if self.inside.gloo:
+            if self.gloo:
                 arrived = self._buffer(0, self.flats[0].numel())
                 wait(self.inside.all_to_all(arrived, self.flats[0]), "the sum of a cluster's rows")
                 torch.sum(arrived.view(c, -1), 0, out=chunk)
@@ -297,42 +303,3 @@ class OneEach(ReduceScatter):
         wait(self.across.all_gather(self._chunk(), self._piece()), "all_gather")
         if self.inside.size > 1:
             wait(self.inside.all_gather(self.grads, self._chunk()), "all_gather")
-
-
-class Shards(Exchange):
-    """FSDP2 (``fully_shard``): each backward leaves this rank's shard of the row in ``p.grad``, summed over the ranks
-    by FSDP itself. Nothing but K x K numbers remains to be sent."""
-
-    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
-        super().__init__(ranks, params, k, dtype)
-        self.local: list[Tensor] = [p.to_local() for p in params]  # type: ignore[attr-defined]
-        self.J = [torch.zeros((k, *x.shape), dtype=x.dtype, device=x.device) for x in self.local]
-        self.fresh = True
-
-    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
-        assert grads is not None
-        rows = [J[i] for J in self.J]
-        shards = [None if g is None else g.to_local() for g in grads]  # type: ignore[attr-defined]
-        if self.fresh:
-            _fill(rows, shards, factor)
-            return
-        torch._foreach_add_(
-            [r for r, g in zip(rows, shards, strict=True) if g is not None], [g for g in shards if g is not None]
-        )
-
-    def finish(self) -> list[Tensor]:
-        return self.J
-
-    def combine(self, weights: Tensor) -> None:
-        from torch.distributed.tensor import DTensor
-
-        out = [torch.empty_like(x) for x in self.local]
-        ops.combine(weights, self.J, out=out)
-        for p, x in zip(self.params, out, strict=True):
-            assert isinstance(p, DTensor)
-            p.grad = DTensor.from_local(
-                x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
-
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.J, *self.local))

@@ -38,7 +38,6 @@ class Ranks:
 
     Attributes:
         rank, size: this process's place in the group, and the number of processes.
-        gloo: the backend is gloo, whose reduce_scatter is an all_reduce that throws most of its result away.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,12 +45,24 @@ class Ranks:
         on = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if on else 0
         self.size = dist.get_world_size(group) if on else 1
-        self.gloo = on and dist.get_backend(group) == "gloo"
 
     @property
     def everyone(self) -> bool:
         """Whether the group is all of torch.distributed's processes."""
         return self.size == 1 or self.size == dist.get_world_size()
+
+    def over_gloo(self, device: torch.device) -> bool:
+        """Whether tensors there travel by gloo, whose reduce_scatter is an all_reduce that throws most of it away."""
+        return f"{device.type}:gloo" in dist.get_backend_config(self.group).split(",")
+
+    def require_all(self) -> None:
+        """Against training each rank by itself, unnoticed.
+
+        Raises:
+            RuntimeError: the process group was made after this.
+        """
+        if self.size == 1 and self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError("antdiff.distributed's objects must be made after torch.distributed.init_process_group.")
 
     def mine_of(self, groups: list[list[int]]) -> Ranks:
         """Of disjoint groups of ranks that cover all, the one that has this rank. Every process of the job has to call:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,17 @@ class StratifiedTimesteps(clustering.StratifiedTimesteps):
         """Rows of each cluster on each rank in the next step, R lists of K; ``B`` as in :meth:`sample`."""
         sizes = self._sizes(B)
         return contiguous_counts(self.shares(sum(sizes)), sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rotation stands, and the default generators, the same on every rank."""
+        return {**super().state_dict(), "generators": {str(d): g.get_state() for d, g in self._generators.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where ``state`` was taken, on any number of ranks; that of a single-process sampler serves too."""
+        super().load_state_dict(state)
+        for name, drawn in state.get("generators", {}).items():
+            device = torch.device(name)
+            self._generators.setdefault(device, torch.Generator(device)).set_state(drawn)
 
     def _sizes(self, B: int | Sequence[int]) -> list[int]:
         sizes = [B] * self.ranks.size if isinstance(B, int) else list(B)

@@ -99,7 +99,7 @@ def train(
     if team.leads:
         log = MetricLog(run, start=start, also=loggers)
         stack.callback(log.close)
-    stop = stack.enter_context(stop_requests())
+    stop = stack.enter_context(stop_requests(patient=team.size > 1))
     bar = stack.enter_context(
         tqdm(total=config.steps, initial=start, unit="step", disable=not (progress and team.leads), dynamic_ncols=True)
     )
@@ -154,7 +154,8 @@ def train(
                     row["stage"] = float(curriculum.stage)
                 if team.leads:
                     log.log(step, row)
-                check_finite(row["loss"], step, run)  # after the row, which shows where it happened
+                gradients.check()  # both after the row, which shows where it happened; of several ranks this names one
+                check_finite(row["loss"], step, run)
                 each = " | clusters " + " ".join(f"{row[f'loss_{i}']:.3f}" for i in range(K)) if K <= 10 else ""
                 bar.set_postfix_str(f"loss {row['loss']:.3f}{each}")
             stopping = team.any(stop.is_set(), device, now=step % config.log_every == 0)
@@ -311,12 +312,13 @@ def check_finite(value: float, step: int, run: Path) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once."""
+def stop_requests(*, patient: bool = False) -> Iterator[threading.Event]:
+    """While open, the first SIGINT or SIGTERM sets the event; the next one raises KeyboardInterrupt at once, unless
+    `patient`: a rank gets two of them for one Ctrl-C, the terminal's and torchrun's."""
     requested = threading.Event()
 
     def on_signal(signum: int, frame: object) -> None:
-        if requested.is_set():
+        if requested.is_set() and not patient:
             raise KeyboardInterrupt
         requested.set()
 

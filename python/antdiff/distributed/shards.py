@@ -1,0 +1,89 @@
+"""FSDP2: the only place that knows of DTensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from antdiff import ops
+from antdiff.distributed.exchange import Exchange, fill
+from antdiff.distributed.ranks import Ranks
+from antdiff.gradients.routes import Route
+
+
+def sharded_parameters(model: nn.Module, ranks: Ranks, route: Route) -> list[nn.Parameter] | None:
+    """The trainable parameters of a ``fully_shard`` model; None for any other. They have to be asked for once, before
+    training: between forward and backward the model shows gathered ones in their place.
+
+    Raises:
+        TypeError, ValueError: sharded in a way that is not supported.
+    """
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError(
+            "model must be sharded by fully_shard (FSDP2); got FullyShardedDataParallel, which hides p.grad."
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    shards: list[Any] = [p for p in trained if hasattr(p, "to_local")]
+    if not shards:
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    if len(shards) < len(trained) or not isinstance(model, FSDPModule):
+        raise ValueError("model must be sharded whole: call fully_shard(model) on the network itself, after its parts.")
+    p = shards[0]
+    if sum(not x.is_replicate() for x in p.placements) != 1:
+        raise ValueError(f"model must be sharded by fully_shard alone; got {p.placements}, as of tensor parallelism.")
+    if p.device_mesh.size() != ranks.size:
+        raise ValueError(f"group must be the ranks of model's mesh, {p.device_mesh.size()}; got one of {ranks.size}.")
+    if route != "split":
+        raise ValueError(f"route must be 'split' under FSDP2, which runs the network in step; got {route!r}.")
+    return shards
+
+
+class Shards(Exchange):
+    """FSDP2 (``fully_shard``): each backward leaves this rank's shard of the row in ``p.grad``, summed over the ranks
+    by FSDP itself. Nothing but K x K numbers remains to be sent."""
+
+    per_parameter, lockstep = True, True
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        p: Any = params[0]
+        self.averaging = ranks.size
+        # Hybrid sharding: part of the mesh holds copies.
+        self.replicas = math.prod(p.device_mesh.size(d) for d, x in enumerate(p.placements) if x.is_replicate())
+        self.local: list[Tensor] = [p.to_local() for p in params]  # type: ignore[attr-defined]
+        self.J = [torch.zeros((k, *x.shape), dtype=x.dtype, device=x.device) for x in self.local]
+        self.fresh = True
+
+    def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
+        assert grads is not None
+        rows = [J[i] for J in self.J]
+        shards = [None if g is None else g.to_local() for g in grads]  # type: ignore[attr-defined]
+        if self.fresh:
+            fill(rows, shards, factor)
+            return
+        torch._foreach_add_(
+            [r for r, g in zip(rows, shards, strict=True) if g is not None], [g for g in shards if g is not None]
+        )
+
+    def finish(self) -> list[Tensor]:
+        return self.J
+
+    def combine(self, weights: Tensor) -> None:
+        from torch.distributed.tensor import DTensor
+
+        out = [torch.empty_like(x) for x in self.local]
+        ops.combine(weights, self.J, out=out)
+        for p, x in zip(self.params, out, strict=True):
+            assert isinstance(p, DTensor)
+            p.grad = DTensor.from_local(
+                x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.J, *self.local))

@@ -1,0 +1,60 @@
+"""Route ``split``, whose rows leave as they come: while one travels, the next cluster's slice is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antdiff.distributed.exchange import Exchange
+from antdiff.gradients.grouping import Rows, check_losses, cut
+from antdiff.gradients.routes import LossFn
+
+
+def stream(
+    loss_fn: LossFn,
+    batch: Sequence[Any],
+    rows: Rows,
+    factor: Callable[[int], Tensor | float],
+    exchange: Exchange,
+    unsynchronised: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    """Writes ``factor(i)`` times the gradient of the sum of cluster i's losses into the exchange, for every i.
+
+    Args:
+        batch: sorted by cluster.
+        factor: asked after the forward of each slice that is not empty.
+        unsynchronised: while open, nobody else reduces gradients.
+
+    Returns:
+        The sum of each cluster's losses, float64 [k].
+    """
+    if exchange.lockstep and rows.B == 0:
+        raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in step; got none.")
+    params = exchange.params
+    before = [p.grad for p in params]
+    sums = torch.zeros(rows.k, dtype=torch.float64, device=rows.cluster.device)
+    try:
+        for i, (start, stop) in enumerate(rows.slices()):
+            empty = start == stop
+            if empty and not exchange.lockstep:
+                exchange.write(i, None)
+                continue
+            start, stop = (0, 1) if empty else (start, stop)
+            for p in params:
+                p.grad = None
+            with unsynchronised():
+                per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+                check_losses(per_sample, stop - start)
+                scale = 0.0 if empty else factor(i) * exchange.averaging
+                torch.autograd.backward((per_sample,), ((torch.ones_like(per_sample) * scale).to(per_sample.dtype),))
+            exchange.write(i, [p.grad for p in params])
+            if not empty:
+                sums[i] = per_sample.detach().sum(dtype=torch.float64)
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
+    return sums
