@@ -91,6 +91,8 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     assert "loss_3" not in row
 
     capsys.readouterr()
+    assert main(["analyze", "conflict", "r", "--batch-size", "0"]) == 1  # 0 is not "not given"
+    assert "batch_size must be at least" in capsys.readouterr().err
     assert main(["analyze", "conflict", "r", "--batches", "2", "--repeats", "2", "--batch-size", "10"]) == 0
     assert "conflicting pairs of a batch" in capsys.readouterr().out
     with np.load("r/analysis/conflict/conflict.npz") as archive:
@@ -101,6 +103,10 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     conflict = json.loads(Path("r/analysis/conflict/summary.json").read_text())
     assert conflict["checkpoints"]["3"]["batch_share"]["mean"] == pytest.approx(rate[2].sum() / (2 * 5 * 4))
     assert pixels(Path("r/analysis/conflict/conflict.png")).std() > 10
+    once = ["analyze", "conflict", "r", "--batches", "2", "--repeats", "1", "--batch-size", "10", "--out", "once"]
+    assert main(once) == 0
+    conflict = json.loads(Path("once/summary.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert conflict["checkpoints"]["3"]["batch_share"]["low"] is None
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -137,9 +143,20 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
         assert archive["loss_samples"].shape == (1, 2)
     assert main(command) == 0  # nothing left to train
     assert len(folders) == 4
-    assert main([*command, "--steps", "2"]) == 0  # the run has three: a joint model of its own
-    assert folders[4].name == "joint"
-    assert main([*command, "--steps", "1"]) == 1
+    before = summary["ntg_loss"]
+    longer = replace(TrainConfig.load(Path("r/config.json")), steps=4)
+    Path("r/config.json").write_text(longer.to_json())
+    assert train(longer, load_data("digits"), Path("r"), progress=False)
+    for asked in ([], ["--steps", "2"]):  # neither what was measured nor the specialists are those of other steps
+        assert main([*command, *asked]) == 1
+        assert "cluster0-iterations holds a run with other settings" in capsys.readouterr().err
+    assert len(folders) == 4
+    assert main([*command, "--steps", "2", "--out", "two"]) == 0  # the run has four: a joint model of its own
+    assert folders[4] == Path("two/seed0/joint")
+    assert json.loads(Path("two/summary.json").read_text())["ntg_loss"] != before
+    clusters = TimestepClusters.load("r/clusters.json")
+    TimestepClusters(clusters.T, [0, 100]).save("r/clusters.json")
+    assert main([*command, "--steps", "2", "--out", "two"]) == 1  # as from a run with other clusters
     assert "holds a run with other settings" in capsys.readouterr().err
     assert pixels(Path("r/analysis/transfer/transfer.png")).std() > 10
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import antdiff
 from antdiff import ops
 from antdiff.analysis import Telemetry
-from antdiff.train.log import MetricLog, WandbLogger, cosine_matrix, import_wandb, read_csv
+from antdiff.train.log import CsvLogger, MetricLog, WandbLogger, cosine_matrix, import_wandb, read_csv
 
 K, P = 4, 50
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "report.md"
@@ -317,9 +317,24 @@ def test_every_logger_gets_every_row_and_cosines_a_picture(tmp_path: Path) -> No
     )
     assert len(events.Scalars("grad_norm/cluster_1")) == 11  # NaN is left out
     assert not [tag for tag in events.Tags()["scalars"] if "cosine" in tag]
+    MetricLog(tmp_path, start=10).close()  # the run goes on from step 10, whose own row is there to stay
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("grad_norm/cluster_0")] == list(range(1, 11))
     pictures = events.Images("cosines")
-    assert [event.step for event in pictures] == [1, 11]
+    assert [event.step for event in pictures] == [1]
     assert pictures[0].width == 240
+
+
+def test_a_row_cut_short_is_left_out_wherever_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    log = CsvLogger(path, start=0)
+    log.log(1, {"loss": 0.5, "loss_0": 1.25e-05})
+    log.log(2, {"loss": 0.25, "loss_0": 1.25e-05})
+    text = path.read_text()
+    for end in range(text.rindex("\n", 0, -1) + 1, len(text)):
+        path.write_text(text[:end])
+        assert [row["step"] for row in read_csv(path)] == [1]
 
 
 def test_cosines_come_back_as_a_matrix() -> None:

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from antdiff.analysis import Telemetry
+from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.train import checkpoint, loop
+from antdiff.train import run as run_module
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import METHODS, TrainConfig, resumed
 from antdiff.train.data import ImageData, load_data, to_uint8, to_unit
@@ -101,6 +103,10 @@ def test_vanilla_is_the_textbook_loop(digits: ImageData, tmp_path: Path) -> None
     rows = read_csv(run / "metrics.csv")
     counted = [row["loss_0"] for row in rows]
     assert len(counted) == 2
+    for row in rows:  # weights: the clusters' shares of 9 images, as the mean over the batch has them
+        weights = [row[f"weight_{i}"] for i in range(config.k)]
+        assert sum(weights) == pytest.approx(1)
+        assert weights != pytest.approx([1 / config.k] * config.k)
     assert rows[0]["loss"] == pytest.approx(
         np.mean(losses[:2]), rel=0.5
     )  # by intervals, not by samples: near, not equal
@@ -175,6 +181,18 @@ def test_training_leaves_the_global_generators_alone(digits: ImageData, tmp_path
         assert train(config, digits, new_run(config, tmp_path / model), progress=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == before_np).all()
+
+
+def test_the_average_of_the_weights_never_asks_the_device() -> None:
+    """Meta tensors have no values to read, so that whatever would wait for a device fails. The values are those of the
+    textbook loop above."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to("meta")
+    average = loop.MovingAverage(model, 0.9)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert int(average.n_averaged) == 3
+    with pytest.raises((NotImplementedError, RuntimeError)):  # what the test would see
+        next(model.parameters()).sum().item()
 
 
 def test_batches_visit_every_image_once_an_epoch() -> None:
@@ -392,11 +410,24 @@ def test_settings_survive_their_file_and_bad_ones_are_refused(tmp_path: Path) ->
 
 def test_a_resumed_run_keeps_its_settings() -> None:
     saved = replace(TINY, method="uw")
-    assert resumed(TrainConfig(), saved) == saved
-    assert resumed(replace(TrainConfig(), steps=50), saved) == replace(saved, steps=50)
-    assert resumed(replace(TrainConfig(), method="uw"), saved) == saved
+    assert resumed(saved, saved) == saved
+    assert resumed(replace(saved, steps=50, device="auto"), saved) == replace(saved, steps=50, device="auto")
     with pytest.raises(ValueError, match=r"only steps and device may change; got lr=0\.5 \(saved: 0\.001\)"):
-        resumed(replace(TrainConfig(), lr=0.5), saved)
+        resumed(replace(saved, lr=0.5), saved)
+
+
+def test_what_is_typed_at_a_resumption_counts_though_it_be_a_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_run(replace(TINY, lr=0.5), tmp_path / "r")
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr(run_module, "execute", lambda config, run, **_: asked.append(config))
+    default = TrainConfig()
+    for steps in ([], ["--steps", str(default.steps)]):
+        assert main(["train", "--resume", str(tmp_path / "r"), *steps]) == 130  # as if stopped
+    assert [config.steps for config in asked] == [TINY.steps, default.steps]
+    assert main(["train", f"--resume={tmp_path / 'r'}", "--lr", str(default.lr)]) == 1
+    assert "got lr=0.001 (saved: 0.5)" in capsys.readouterr().err
 
 
 def test_clusters_and_devices_that_are_not_there(tmp_path: Path) -> None:

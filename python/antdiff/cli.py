@@ -1,6 +1,7 @@
 """The ``antdiff`` command: train, compare, patch, sample, cluster, analyze, report, info. Each imports what it runs."""
 
 # No postponed annotations here: tyro reads them from functions inside a function, where its own name is local.
+import argparse
 import itertools
 import os
 import sys
@@ -49,10 +50,11 @@ def _run(argv: list[str]) -> int:
     import tyro
 
     app = tyro.extras.SubcommandApp()
+    defaults = _defaults(argv)
 
     @app.command
     def train(
-        config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008  (frozen)
+        config: tyro.conf.OmitArgPrefixes[TrainConfig] = defaults,
         out: Path | None = None,
         resume: Path | None = None,
         wandb: str | None = None,
@@ -309,6 +311,16 @@ def _analyze_app() -> Any:
     return app
 
 
+def _defaults(argv: list[str]) -> TrainConfig:
+    """What `antdiff train` does where nothing is said. With --resume that is what the run did: a setting that is typed
+    then differs from the run's or changes nothing, even if it is the default of a new run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", type=Path)
+    run = parser.parse_known_args(argv)[0].resume if argv[:1] == ["train"] else None
+    # A folder that is no run is for _train to refuse, after mistakes that are easier to see.
+    return TrainConfig.load(run / "config.json") if run and (run / "config.json").exists() else TrainConfig()
+
+
 def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
     if resume is not None and out is not None:
         raise ValueError(
@@ -383,8 +395,7 @@ def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> 
     from antdiff.train.run import start_patch
 
     run = out or _first_free(base.with_name(f"{base.name}-patch"))
-    start_patch(base, run, steps=steps, lr=lr, device=device)
-    return _train(TrainConfig(), None, run)
+    return _train(start_patch(base, run, steps=steps, lr=lr, device=device), None, run)
 
 
 def _compare(

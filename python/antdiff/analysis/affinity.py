@@ -296,7 +296,8 @@ def _average(
         "nan_share": float(affinity.isnan().double().mean()),
     }
     if "sketch_sd" in found[0]:
-        # Errors of checkpoints share their signs, so their mean is not smaller than the mean of the bounds.
+        # All checkpoints are sketched by the same signs, so their errors need not average out: the deviation of the
+        # mean is at most the mean of the deviations, whatever their correlation.
         sd = stacked("sketch_sd").nanmean(0)
         off = sd[torch.triu(torch.ones_like(sd), 1).bool()]
         off = off[off.isfinite()]

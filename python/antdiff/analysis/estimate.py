@@ -57,9 +57,11 @@ def normalised(M: Tensor) -> Tensor:
 
 
 def sketch_sd(G: Tensor, dim: int) -> Tensor:
-    """Bound on the standard deviation that sketching to ``dim`` numbers adds to :func:`corrected_cosine`, ``[n, n]``.
+    """Bound, to first order, on the standard deviation that sketching to ``dim`` numbers adds to
+    :func:`corrected_cosine`, ``[n, n]``.
 
-    To first order the error of the cosine c is that of the inner product with
+    Above some 0.2 what it leaves out counts, the curvature of the quotient near ``<a_i, b_i> = 0``, and the deviation
+    may be more. To first order the error of the cosine c is that of the inner product with
 
         M = (S(a_i, b_j) + S(b_i, a_j)) / (2 sqrt(p_i p_j)) - c/2 (S(a_i, b_i) / p_i + S(a_j, b_j) / p_j),
 

@@ -115,7 +115,7 @@ def analyze_affinity(
         )  # fmt: skip
     found.save(out / "affinity.npz")
     full = found.full()
-    k = k or loaded.clusters.k
+    k = loaded.clusters.k if k is None else k
     clusterings = {
         "timestep": TimestepClusters.uniform(found.T, k),
         "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
@@ -142,12 +142,12 @@ def analyze_affinity(
     return summary
 
 
-def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dict[str, float | None]]:
     """Of each group its parameters, and the mean affinity of different timesteps: how much it is shared."""
     sizes = layer_sizes(model)
     off = ~torch.eye(len(found.timesteps), dtype=torch.bool)
     return {
-        name: {"parameters": sizes[name], "mean_affinity": float(layer[off].nanmean())}
+        name: {"parameters": sizes[name], "mean_affinity": _known(layer[off].nanmean())}
         for name, layer in zip(found.layer_names, found.layers, strict=True)
     }
 
@@ -218,7 +218,7 @@ def analyze_conflict(
     chosen = loaded.clusters if clusters is None else TimestepClusters.load(clusters)
     out = out or run / "analysis" / "conflict"
     out.mkdir(parents=True, exist_ok=True)
-    B, images = batch_size or loaded.config.batch_size, loaded.images
+    B, images = loaded.config.batch_size if batch_size is None else batch_size, loaded.images
     found: dict[int, Conflict] = {}
     with sensible_threads(loaded.data.shape[1], where):
         for step, path in tqdm(
@@ -255,11 +255,18 @@ def analyze_conflict(
 def _conflict_summary(conflict: Conflict) -> dict[str, Any]:
     share, expected = conflict.share(), conflict.expected()
     return {
-        "batch_share": {name: float(value) for name, value in share._asdict().items()},
+        "batch_share": {name: _known(value) for name, value in share._asdict().items()},
         "expected_pairs": conflict.conflicting_pairs(),
-        "cosine": {name: value.tolist() for name, value in expected._asdict().items()},
-        "batch_cosine": conflict.batch_cosine.mean(0).tolist(),
+        "cosine": {name: _known(value) for name, value in expected._asdict().items()},
+        "batch_cosine": _known(conflict.batch_cosine.mean(0)),
     }
+
+
+def _known(values: torch.Tensor) -> Any:
+    """A number, or nested lists of them, as JSON has it: None for what is not known, since NaN is not JSON."""
+    numbers = values.numpy().astype(object)
+    numbers[~values.isfinite().numpy()] = None
+    return numbers.tolist()
 
 
 def affinity_table(summary: dict[str, Any]) -> str:
@@ -276,8 +283,8 @@ def affinity_table(summary: dict[str, Any]) -> str:
         f"signal in the gradients of a half: median {signal['median']:.2f}, least {signal['min']:.2f}",
     ]
     if summary["sketch_dim"] is not None:
-        lines.append(f"sketch: standard deviation at most {summary['sketch_sd_median']:.3f} for the median pair, "
-                     f"{summary['sketch_sd_max']:.3f} for the worst")  # fmt: skip
+        lines.append(f"sketch: standard deviation, to first order, at most {summary['sketch_sd_median']:.3f} for the "
+                     f"median pair, {summary['sketch_sd_max']:.3f} for the worst")  # fmt: skip
     for name, found in summary["clusters"].items():
         lines.append(f"{name:>18}: {found['starts']}, mean affinity within clusters {found['within']:.3f}")
     return "\n".join(lines)
@@ -289,7 +296,7 @@ def conflict_table(summary: dict[str, Any]) -> str:
     lines = [f"{'step':>8} {'conflicting pairs of a batch':>30} {'of expected gradients':>23}"]
     for step, found in summary["checkpoints"].items():
         share = found["batch_share"]
-        half = "" if not np.isfinite(share["low"]) else f" ± {(share['high'] - share['low']) / 2:.1%}"
+        half = "" if share["low"] is None else f" ± {(share['high'] - share['low']) / 2:.1%}"
         text = f"{share['mean']:.1%}{half}"
         lines.append(f"{step:>8} {text:>30} {found['expected_pairs']:>14} of {k * (k - 1) // 2:>2}")
     return "\n".join(lines)

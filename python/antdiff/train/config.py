@@ -210,16 +210,14 @@ def require_rows(k: int, batch_size: int) -> None:
 
 
 def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:
-    """The settings of a resumed run: the saved ones, with more steps or another device if asked.
+    """The settings of a resumed run: the saved ones, with other steps or another device if asked.
 
-    Any other setting given on the command line and different from the saved one raises a ValueError, since the run
-    would no longer be the one it continues.
+    Any other difference raises a ValueError, since the run would no longer be the one it continues.
     """
-    default = TrainConfig()
     changed = {
         field.name: getattr(asked, field.name)
         for field in fields(TrainConfig)
-        if getattr(asked, field.name) not in (getattr(default, field.name), getattr(saved, field.name))
+        if getattr(asked, field.name) != getattr(saved, field.name)
     }
     fixed = sorted(set(changed) - {"steps", "device"})
     if fixed:

@@ -78,7 +78,8 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.events = SummaryWriter(str(folder), purge_step=start)  # type: ignore[no-untyped-call]
+        # purge_step is the first step that goes, and the row of the checkpoint's own step is not written again.
+        self.events = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
         self.rows = 0
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
@@ -159,8 +160,8 @@ def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
 def read_csv(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.csv. A last line cut short by a crash is left out."""
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: float(value) for key, value in row.items()} for row in rows if None not in row.values()]
+        whole = [line for line in file if line.endswith("\n")]  # a number cut short reads as another number
+    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(whole)]
 
 
 def _to_csv(rows: list[dict[str, float]], *, header: bool = True) -> str:

@@ -7,11 +7,12 @@ takes exactly the steps the uninterrupted one would have taken: bit for bit on a
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,6 @@ from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.plots import save_progress_grid
 
-Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 
 
@@ -58,7 +58,6 @@ def train(
         DivergenceError: a loss or weight became NaN or infinite. The checkpoints kept are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
-    from torch.optim.swa_utils import AveragedModel
     from tqdm import tqdm
 
     # ---- the usual parts -----------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ def train(
     schedule = noise_schedule()
     model = make_model(config, data.shape, run, seed=rng["weights"].initial_seed()).to(device)
     # An expert is trained every N-th step: its average reaches back as many steps of its own.
-    ema = AveragedModel(model, multi_avg_fn=moving_average(config.ema ** (1 / max(1, config.experts))))
+    ema = MovingAverage(model, config.ema ** (1 / max(1, config.experts)))
     if (prompts := prompts_of(model)) is not None:
         prompts.generator = rng["prompts"]
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=0)
@@ -208,15 +207,31 @@ class Batches:
         self.left = state["left"]
 
 
-def moving_average(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
-    """What AveragedModel does after n updates: an exponential moving average whose decay grows to `decay`."""
+class MovingAverage(torch.nn.Module):
+    """A copy of a network, `module`, whose weights are the exponential moving average of the network's.
+
+    The first update takes the weights as they are; after n of them the decay is (1 + n) / (10 + n), at most `decay`.
+    torch's AveragedModel does the same, but moves its count to the device of the weights and back in every step, for
+    which the host has to wait.
+    """
+
+    n_averaged: torch.Tensor  # updates so far, [], always on the CPU
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.register_buffer("n_averaged", torch.tensor(0, device="cpu"))
 
     @torch.no_grad()
-    def update(averaged: Tensors, current: Tensors, n: torch.Tensor | int) -> None:
-        done = int(n)  # AveragedModel has read it already: this waits for nothing
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + done) / (10 + done)))
-
-    return update
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Take in the weights of `model`, and its buffers as they are. Waits for nothing."""
+        n = int(self.n_averaged)
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - decay)
+        for kept, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(current)
+        self.n_averaged += 1
 
 
 def choose_device(name: str) -> torch.device:

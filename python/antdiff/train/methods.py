@@ -15,15 +15,17 @@ from antdiff import balancing
 class BatchMean:
     """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
 
-    needs, scale = "losses", "sum"
+    needs, scale = "losses", "mean"
+    shares: Tensor
 
     def loss(self, losses: Tensor, counts: Tensor) -> Tensor:
         """losses [K] and counts [K] -> the mean over the batch."""
+        self.shares = (counts / counts.sum()).to(losses.dtype)  # [K]
         return (losses * counts).sum() / counts.sum()
 
     def weights(self, losses: Tensor) -> Tensor:
-        """Ones [K]: on average over uniform t, clusters weigh what their intervals do; nobody chose it."""
-        return torch.ones_like(losses)
+        """Each cluster's share [K] of the batch that :meth:`loss` was given: nobody chose it."""
+        return self.shares
 
     def state_dict(self) -> dict[str, Any]:
         return {}

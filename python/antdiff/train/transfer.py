@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,11 @@ def analyze_transfer(
     data = load_data(base.data, image_size=base.image_size)
     clusters = TimestepClusters.load(run / "clusters.json")
     with sensible_threads(data.shape[1], where):
-        trial = _Trial(replace(base, device=device, clusters=str(run / "clusters.json")), run, data, out, samples)
+        base = replace(base, device=device, clusters=str(run / "clusters.json"))
+        trial = _Trial(base, run, clusters, data, out, samples)
         cells = []
         for seed in seeds:
-            cell = trial.seed(seed, steps, clusters, progress)
+            cell = trial.seed(seed, steps, progress)
             if cell is None:
                 return None
             cells.append(cell)
@@ -91,46 +92,58 @@ def _check(base: TrainConfig, seeds: Sequence[int], steps: int, samples: int) ->
 class _Trial:
     """Trains and measures the models of one seed after the other."""
 
-    def __init__(self, base: TrainConfig, run: Path, data: ImageData, out: Path, samples: int) -> None:
-        self.base, self.run, self.data, self.out = base, run, data, out
+    def __init__(
+        self, base: TrainConfig, run: Path, clusters: TimestepClusters, data: ImageData, out: Path, samples: int
+    ) -> None:
+        self.base, self.run, self.clusters, self.data, self.out = base, run, clusters, data, out
         self.sampling = (samples, base.sample_steps)
         self.device, self.schedule = choose_device(base.device), noise_schedule()
         self.judge = Judge(data, feature_net(data))
 
-    def seed(self, seed: int, steps: int, clusters: TimestepClusters, progress: bool) -> dict[str, Any] | None:
+    def seed(self, seed: int, steps: int, progress: bool) -> dict[str, Any] | None:
         """Held-out losses [K] and FDs of one seed: joint, and for each budget of the specialists."""
-        folder, spans = self.out / f"seed{seed}", intervals(clusters)
+        folder, spans = self.out / f"seed{seed}", intervals(self.clusters)
         config = with_average(replace(self.base, seed=seed, steps=steps))
-        joint = self.model(config, self.run if _same(config, self.run) else folder / "joint", progress)
+        specialists = {(budget, i): self.specialist(config, i, budget) for budget in BUDGETS for i in range(len(spans))}
+        place = self.run if self.fits(config, self.run) else folder / "joint"
+        folders = {place: config} | {folder / f"cluster{i}-{b}": alone for (b, i), alone in specialists.items()}
+        for taken, wanted in folders.items():  # before anything is trained
+            if (taken / "config.json").exists() and not self.fits(wanted, taken):
+                raise ValueError(f"{taken} holds a run with other settings: give another --out, or delete it")
+        joint = self.model(config, place, progress)
         if joint is None:
             return None
-        cell: dict[str, Any] = {"joint": self.read(folder / "joint.json")}
+        cell: dict[str, Any] = {"joint": self.read(folder / "joint.json", config)}
         if cell["joint"] is None:
             found = {"losses": [self.loss(joint, span) for span in spans], "fd": self.fd(joint, seed)}
-            cell["joint"] = self.write(folder / "joint.json", found)
-        for budget in BUDGETS:
-            cell[budget] = []
-            for i, span in enumerate(spans):
-                name = f"cluster{i}-{budget}"
-                measured = self.read(folder / f"{name}.json")
-                if measured is None:
-                    of_steps = specialist_steps(config, clusters, i, budget)
-                    alone = replace(config, method="vanilla", timesteps="auto", specialist=i, steps=of_steps)
-                    model = self.model(with_average(alone), folder / name, progress)
-                    if model is None:
-                        return None
-                    hybrid = switched(joint, model, span, clusters.T)
-                    found = {"loss": self.loss(model, span), "fd": self.fd(hybrid, seed), "steps": of_steps}
-                    measured = self.write(folder / f"{name}.json", found)
-                cell[budget].append(measured)
+            cell["joint"] = self.write(folder / "joint.json", config, found)
+        for (budget, i), alone in specialists.items():
+            name = f"cluster{i}-{budget}"
+            measured = self.read(folder / f"{name}.json", alone)
+            if measured is None:
+                model = self.model(alone, folder / name, progress)
+                if model is None:
+                    return None
+                hybrid = switched(joint, model, spans[i], self.clusters.T)
+                found = {"loss": self.loss(model, spans[i]), "fd": self.fd(hybrid, seed), "steps": alone.steps}
+                measured = self.write(folder / f"{name}.json", alone, found)
+            cell.setdefault(budget, []).append(measured)
         return cell
+
+    def specialist(self, joint: TrainConfig, cluster: int, budget: Budget) -> TrainConfig:
+        """The settings of the specialist of a cluster, from those of the joint model."""
+        steps = specialist_steps(joint, self.clusters, cluster, budget)
+        return with_average(replace(joint, method="vanilla", timesteps="auto", specialist=cluster, steps=steps))
+
+    def fits(self, config: TrainConfig, folder: Path) -> bool:
+        """Whether the run in `folder` has these settings, as far as its weights depend on them."""
+        saved, clusters = TrainConfig.load(folder / "config.json"), TimestepClusters.load(folder / "clusters.json")
+        return clusters == self.clusters and _decisive(saved) == _decisive(config)
 
     def model(self, config: TrainConfig, folder: Path, progress: bool) -> torch.nn.Module | None:
         """The averaged network of a run, trained as far as it is not; None if a signal stopped it."""
         if not (folder / "config.json").exists():
             start_run(config, folder)
-        elif not _same(config, folder):
-            raise ValueError(f"{folder} holds a run with other settings: give another --out, or delete it")
         path = latest_checkpoint(folder / "checkpoints")
         if path is None or int(load_checkpoint(path)["step"]) < config.steps:
             if progress:
@@ -139,18 +152,21 @@ class _Trial:
                 return None
         return load_model(folder, config, self.data.shape, self.device)[0]
 
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """What was measured before, the same way."""
-        if not path.exists():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found if (found.get("samples"), found.get("sample_steps")) == self.sampling else None
+    def read(self, path: Path, config: TrainConfig) -> dict[str, Any] | None:
+        """What was measured before, of a run with the same settings and in the same way."""
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("of") == self.measured(config) else None
 
-    def write(self, path: Path, found: dict[str, Any]) -> dict[str, Any]:
-        samples, sample_steps = self.sampling
+    def write(self, path: Path, config: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, {**found, "samples": samples, "sample_steps": sample_steps})
+        _write(path, {**found, "of": self.measured(config)})
         return found
+
+    def measured(self, config: TrainConfig) -> dict[str, Any]:
+        """All that the numbers of a run with these settings depend on."""
+        samples, sample_steps = self.sampling
+        own = {"starts": self.clusters.starts.tolist(), "samples": samples, "sample_steps": sample_steps}
+        return _decisive(config) | own
 
     def loss(self, model: torch.nn.Module, span: tuple[int, int]) -> float:
         """On held-out images and constant noise, the same for every model."""
@@ -189,12 +205,12 @@ def switched(joint: torch.nn.Module, specialist: torch.nn.Module, span: tuple[in
     return ExpertBank([model for _, model in kept], T, clusters=TimestepClusters(T, [low for low, _ in kept]))
 
 
-def _same(config: TrainConfig, folder: Path) -> bool:
-    """Whether the run in `folder` has these settings; where it runs and what it writes down do not matter."""
-    saved = TrainConfig.load(folder / "config.json")
-    free = ("device", "clusters", "k", "log_every", "checkpoint_every", "keep_checkpoints", "eval_samples",
-            "eval_seeds", "sample_steps")  # fmt: skip
-    return replace(saved, **{name: getattr(config, name) for name in free}) == config
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """The settings that weights depend on: where a run is and what it writes down do not matter, and clusters are
+    compared themselves."""
+    free = ("device", "clusters", "k", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every",
+            "eval_samples", "eval_seeds", "sample_steps")  # fmt: skip
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -132,8 +132,8 @@ def losses_and_weights(run: Run) -> list[str]:
     """What each cluster has learnt, and what the method makes of it."""
     if run.silent:
         return [run.silent]
-    plain = run.config.method in ("vanilla", "linear")
-    chosen = " This method chooses nothing: they are all 1/K." if plain else ""
+    plain = {"vanilla": "they are the clusters' shares of the batches", "linear": "they are all 1/K"}
+    chosen = f" This method chooses nothing: {told}." if (told := plain.get(run.config.method)) else ""
     figures = [
         figure(
             "Training loss",
