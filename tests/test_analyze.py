@@ -75,6 +75,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     assert found.layer_names[:2] == ("conv_in", "time_embedding")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == [1, 2, 3]
+    assert summary["captions"].keys() == {path.name for path in out.glob("*.png")}
     assert summary["gradients"] == 3 * 6 * 8
     assert -1 <= summary["spearman"]["t"]["low"] <= summary["spearman"]["t"]["high"] <= 1
     for name in ("affinity.png", "gaps.png", "layers.png"):

@@ -45,14 +45,9 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
     return sheet, axes
 
 
-def caption(text: str, width: int) -> str:
-    """The text in lines of at most `width` characters."""
-    return textwrap.fill(text, width)
-
-
-def _caption(sheet: Figure, text: str) -> None:
-    """Below the axes, where constrained layout leaves room for it."""
-    sheet.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)
+def _caption(sheet: Figure, text: str, width: int) -> None:
+    """Below the axes, where constrained layout leaves room for it, in lines of at most `width` characters."""
+    sheet.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)
 
 
 def save_heat_map(
@@ -79,7 +74,7 @@ def save_heat_map(
     levels.set_ylabel("log-SNR of s", fontsize=9)
     bar = sheet.colorbar(image, ax=axes, shrink=0.75, pad=0.02, label="task affinity (cosine of gradients)")
     bar.ax.tick_params(labelsize=8)
-    _caption(sheet, text)
+    _caption(sheet, text, 175)
     sheet.savefig(path)
 
 
@@ -131,7 +126,7 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
     axes[0].set_ylabel("task affinity (cosine)")
     axes[1].sharey(axes[0])
     axes[0].legend(fontsize=8, frameon=False, loc="best")
-    _caption(sheet, text)
+    _caption(sheet, text, 130)
     sheet.savefig(path)
 
 
@@ -174,7 +169,7 @@ def save_layers(
             ax.set_xlabel("timestep t", fontsize=8)
     bar = sheet.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="task affinity (cosine)", extend="min")
     bar.ax.tick_params(labelsize=8)
-    _caption(sheet, text)
+    _caption(sheet, text, 150)
     sheet.savefig(path)
 
 
@@ -220,7 +215,7 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     right.legend(fontsize=8, frameon=False, loc="upper left")
     if len(steps) == 1:
         right.set_xticks(steps)
-    _caption(sheet, text)
+    _caption(sheet, text, 140)
     sheet.savefig(path)
 
 
@@ -271,5 +266,5 @@ def save_transfer(
     axes[1].set_ylabel(f"NTG, {metric}")
     axes[1].set_title("quality of samples, the specialist in its interval", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
-    _caption(sheet, text)
+    _caption(sheet, text, 140)
     sheet.savefig(path)

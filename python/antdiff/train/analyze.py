@@ -18,7 +18,7 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
-from antdiff.analysis.plots import caption, save_conflict, save_gaps, save_heat_map, save_layers, within
+from antdiff.analysis.plots import save_conflict, save_gaps, save_heat_map, save_layers, within
 from antdiff.analysis.state import save_arrays
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import checkpoints, load_checkpoint, write_atomically
@@ -136,7 +136,7 @@ def analyze_affinity(
         "cpu_seconds": round(time.process_time() - began, 1),
         **found.stats,
     }
-    _draw(found, full, clusterings, correlations, loaded, summary, out)
+    summary["captions"] = _draw(found, full, clusterings, correlations, loaded, out)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     shutil.rmtree(out / "state")
     return summary
@@ -163,33 +163,30 @@ def layer_sizes(model: torch.nn.Module) -> dict[str, int]:
 
 def _draw(
     found: TaskAffinity, full: torch.Tensor, clusterings: dict[str, TimestepClusters], correlations: Any,
-    loaded: LoadedRun, summary: dict[str, Any], out: Path,
-) -> None:  # fmt: skip
+    loaded: LoadedRun, out: Path,
+) -> dict[str, str]:  # fmt: skip
+    """Draws the figures; their captions by the name of the file."""
     n = len(found.timesteps)
     how = "exact" if found.stats["sketch_dim"] is None else f"sketched to {found.stats['sketch_dim']} numbers a layer"
     made = f"{loaded.title()}; {n} timesteps, {found.stats['samples']} images a timestep in two halves, {how}."
-    save_heat_map(
-        full, loaded.log_snr, clusterings,
-        caption(f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: the "
-                f"{next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
-                "conflict. t = 0 is the least noise.", 175),
-        out / "affinity.png",
-    )  # fmt: skip
-    save_gaps(
-        found, correlations,
-        caption("Each grey point is a pair of different timesteps; lines are medians over bins with equal numbers of "
-                f"pairs. In brackets the 95 % interval of a bootstrap over timesteps. {made}", 130),
-        out / "gaps.png",
-    )  # fmt: skip
+    captions = {
+        "affinity.png": f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: "
+        f"the {next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
+        "conflict. t = 0 is the least noise.",
+        "gaps.png": "Each grey point is a pair of different timesteps; lines are medians over bins with equal numbers "
+        f"of pairs. In brackets the 95 % interval of a bootstrap over timesteps. {made}",
+        "layers.png": f"Affinity of the gradients of each part of the network alone; grey: no estimate. {made}",
+    }
+    save_heat_map(full, loaded.log_snr, clusterings, captions["affinity.png"], out / "affinity.png")
+    save_gaps(found, correlations, captions["gaps.png"], out / "gaps.png")
     sizes = layer_sizes(loaded.model)
     shown = sorted(range(len(found.layer_names)), key=lambda i: -sizes[found.layer_names[i]])[:LAYERS_SHOWN]
     shown.sort()  # in the order of the network
     save_layers(
-        [found.layer_names[i] for i in shown], found.layers[shown],
-        [sizes[found.layer_names[i]] for i in shown], found.timesteps,
-        caption(f"Affinity of the gradients of each part of the network alone; grey: no estimate. {made}", 150),
-        out / "layers.png",
+        [found.layer_names[i] for i in shown], found.layers[shown], [sizes[found.layer_names[i]] for i in shown],
+        found.timesteps, captions["layers.png"], out / "layers.png",
     )  # fmt: skip
+    return captions
 
 
 def analyze_conflict(
@@ -240,14 +237,14 @@ def analyze_conflict(
         "run": str(run), "seed": seed, "starts": chosen.starts.tolist(), "batch_size": B, "batches": batches,
         "repeats": repeats, "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},
     }  # fmt: skip
-    save_conflict(
-        found, chosen,
-        caption(f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from "
-                "products of different batches. Right: circles count every batch as it comes, with 95 % Student "
-                "intervals over repetitions (other images, noise and timesteps, one network); squares count pairs of "
-                "expected gradients whose interval is wholly below zero. Dotted: what noise alone gives.", 140),
-        out / "conflict.png",
-    )  # fmt: skip
+    text = (
+        f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from products "
+        "of different batches. Right: circles count every batch as it comes, with 95 % Student intervals over repetitions "
+        "(other images, noise and timesteps, one network); squares count pairs of expected gradients whose interval is "
+        "wholly below zero. Dotted: what noise alone gives."
+    )
+    summary["captions"] = {"conflict.png": text}
+    save_conflict(found, chosen, text, out / "conflict.png")
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 

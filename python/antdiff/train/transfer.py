@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
-from antdiff.analysis.plots import caption, save_transfer
+from antdiff.analysis.plots import save_transfer
 from antdiff.analysis.state import save_arrays
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
@@ -248,13 +248,13 @@ def _report(
     fewer = " to ".join(map(str, sorted({min(few), max(few)})))
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
     made = f"{data.name}, {base.model}, joint model by {base.method}, {steps} steps, {seeds_text}"
-    save_transfer(
-        losses, quality, spans, f"FD ({data.name}-CNN)",
-        caption(f"NTG = specialist minus joint model; below zero the specialist is better. {made}. Large: mean and "
-                "95 % Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint "
-                f"model, so more samples of the interval; equal samples: {fewer} steps.", 140),
-        out / "transfer.png",
-    )  # fmt: skip
+    text = (
+        f"NTG = specialist minus joint model; below zero the specialist is better. {made}. Large: mean and 95 % "
+        "Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint model, so more samples of "
+        f"the interval; equal samples: {fewer} steps."
+    )
+    summary["captions"] = {"transfer.png": text}
+    save_transfer(losses, quality, spans, f"FD ({data.name}-CNN)", text, out / "transfer.png")
     _write(out / "summary.json", summary)
     return summary
 

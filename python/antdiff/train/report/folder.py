@@ -96,23 +96,13 @@ class Run:
 
 
 def caption_of(picture: Path) -> str:
-    """The caption that a JSON file beside `picture` gives it: ``caption`` in the one of its name, or its entry under
-    ``captions`` or ``figures`` in any."""
-    own = picture.with_suffix(".json")
-    for path in [own, *(other for other in sorted(picture.parent.glob("*.json")) if other != own)]:
-        try:
-            found = _read_json(path) or {}
-        except ValueError:
-            continue  # a report is not the place to fail over somebody's caption
-        if path == own and isinstance(found.get("caption"), str):
-            return str(found["caption"])
-        for key in ("captions", "figures"):
-            of_figures = found.get(key)
-            entry = of_figures.get(picture.name, of_figures.get(picture.stem)) if isinstance(of_figures, dict) else None
-            entry = entry.get("caption") if isinstance(entry, dict) else entry
-            if isinstance(entry, str):
-                return entry
-    return ""
+    """What the summary.json beside `picture` says of it under ``captions``; empty if nothing does."""
+    try:
+        captions = (_read_json(picture.parent / "summary.json") or {}).get("captions")
+    except ValueError:
+        return ""  # a report is not the place to fail over somebody's caption
+    text = captions.get(picture.name) if isinstance(captions, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
