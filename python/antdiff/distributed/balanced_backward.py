@@ -96,7 +96,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:
             rows, batch = Rows.of(cluster, self.k, here).sort(batch)
-            for start, stop, sizes in self._pieces(rows):
+            for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
             J = cg.mean()
@@ -109,6 +109,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
         cg, ranks = self.gradients, self.gradients.ranks
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
         self.weights = self._step(self.balancer.weights())
+        cg.reshard()
         self._clear()
         total = rows.counts.double()
         if ranks.size > 1:
@@ -134,6 +135,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
         rows = Rows.of(cluster, self.k, counts)
+        self.gradients.reshard()
         self._clear()  # before the forward, after which FSDP2 may show gathered parameters in place of its own
         with self.gradients.unsynchronised():
             per_sample = loss_fn(*batch)

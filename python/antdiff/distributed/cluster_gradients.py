@@ -152,9 +152,8 @@ class ClusterGradients:
             if rows.B == 0:
                 wait(work, "the sum of counts")
         else:
-            J = self.local.compute(
-                loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler
-            )  # of this rank's means; counts turn them into parts of the global ones
+            with self.unsynchronised():  # of this rank's means; counts turn them into parts of the global ones
+                J = self.local.compute(loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler)
             self.scale = self.local.scale
             wait(work, "the sum of counts")
             self._send(exchange, J, rows.counts / total.clamp(min=1))
@@ -175,7 +174,8 @@ class ClusterGradients:
         """Adds a micro-batch of this rank; :meth:`mean` ends it, and only there rows are exchanged. Arguments as for
         :meth:`compute`. Ranks may add different numbers of them, but not under FSDP2."""
         if not self.is_sharded:
-            self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
+            with self.unsynchronised():
+                self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
             return
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
         first = self._partial is None
@@ -333,8 +333,22 @@ class ClusterGradients:
         return sums
 
     def unsynchronised(self) -> AbstractContextManager[Any]:
-        """While open, DistributedDataParallel leaves gradients alone."""
-        return nullcontext() if self._wrapped is None else self._wrapped.no_sync()
+        """While open, DistributedDataParallel sends nothing."""
+        if self._wrapped is None:
+            return nullcontext()
+        # Its first forward would broadcast buffers even so, while a rank without the cluster is one exchange ahead.
+        self._wrapped.require_forward_param_sync = False
+        return self._wrapped.no_sync()
+
+    def reshard(self) -> None:
+        """Under FSDP2 the model's parameters are its shards again: a forward that no backward followed, a validation
+        say, leaves gathered ones, whose ``.grad`` is not the shards'."""
+        if self.is_sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _send(self, exchange: Exchange, J: list[Tensor | None], shares: Tensor) -> None:
         """The local means as parts of the global ones; shares [k]: this rank's of each cluster's samples."""
@@ -372,6 +386,7 @@ class ClusterGradients:
         return total, self.ranks.all_reduce(total) if self.ranks.size > 1 else None
 
     def _exchange(self, counts: Counts | None) -> Exchange:
+        self.reshard()
         params = [p for p in self.model.parameters() if p.requires_grad]
         dtype = self._dtype()
         if self.is_sharded:

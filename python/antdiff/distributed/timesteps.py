@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,8 +65,7 @@ class StratifiedTimesteps(clustering.StratifiedTimesteps):
         """
         sizes = self._sizes(B)
         if generator is None:
-            where = torch.device("cpu" if device is None else device)
-            generator = self._generators.setdefault(where, torch.Generator(where).manual_seed(self.seed))
+            generator = self._generator(torch.device("cpu" if device is None else device))
         start = sum(sizes[: self.ranks.rank])
         whole = super().sample(sum(sizes), device=device, generator=generator)
         return TimestepBatch(*(x[start : start + sizes[self.ranks.rank]] for x in whole))
@@ -74,6 +74,27 @@ class StratifiedTimesteps(clustering.StratifiedTimesteps):
         """Rows of each cluster on each rank in the next step, R lists of K; ``B`` as in :meth:`sample`."""
         sizes = self._sizes(B)
         return contiguous_counts(self.shares(sum(sizes)), sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rotation and the default generators stand. One that is passed to :meth:`sample` has a state of its
+        own."""
+        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        return {**super().state_dict(), "generators": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where ``state`` was taken, on any number of ranks.
+
+        Raises:
+            ValueError: as :meth:`antdiff.StratifiedTimesteps.load_state_dict`.
+        """
+        super().load_state_dict(state)
+        for device, at in state.get("generators", {}).items():
+            self._generator(torch.device(device)).set_state(at)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
 
     def _sizes(self, B: int | Sequence[int]) -> list[int]:
         sizes = [B] * self.ranks.size if isinstance(B, int) else list(B)
