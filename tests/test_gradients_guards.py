@@ -423,3 +423,11 @@ def test_nothing_waits_for_the_garbage_collector(kind: str) -> None:
         assert modes[0]() is None, "a cycle keeps the rows of tensors computed from parameters"
     finally:
         gc.enable()
+
+
+def test_counts_of_a_batch_that_is_not_sorted() -> None:
+    model, x = Net(torch.nn.Identity()), torch.randn(3, 3, 8)
+    with pytest.raises(ValueError, match=r"ascending order, .* got id 2 for 1 at row 1"):
+        ClusterGradients(model, K, "grouped").compute(
+            mean_square(model), (x,), torch.tensor([0, 2, 1]), counts=[1, 1, 1, *[0] * (K - 3)]
+        )
