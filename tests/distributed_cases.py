@@ -9,7 +9,9 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,82 @@ def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def out_of_step(rank: int, world: int) -> dict[str, Any]:
+    """What puts ranks out of step with each other: clusters that one rank lacks, buffers that DistributedDataParallel
+    broadcasts in a forward, micro-batches, a step that an error has ended. Errors of G relative to one process's."""
+    K, B = 5, 23
+    cluster = mixed(K, B).sort().values
+    mine = torch.arange(B) * (world - 1) // B == rank  # contiguous: most ranks lack most clusters, the last has none
+    x, y = samples(B)
+    rows = (x[mine], y[mine])
+    G = ops.gram(antdiff.ClusterGradients(model := network(), K, "loop").compute(losses_of(model), (x, y), cluster))
+    errors = {}
+
+    def buffered() -> nn.Module:
+        model = network()
+        model.register_buffer("scale", torch.ones(1))
+        return nn.parallel.DistributedDataParallel(model)
+
+    for route in ("split", "grouped", "loop"):
+        for step_ in range(2):
+            cg = distributed.ClusterGradients(ddp := buffered(), K, route, scheme="reduce_scatter")  # type: ignore
+            J = cg.compute(losses_of(ddp), rows, cluster[mine])
+            errors[f"DDP {route} {step_}"] = relative([cg.gram(J)], [G])
+    cg = distributed.ClusterGradients(ddp := buffered(), K, scheme="reduce_scatter")
+    for part in range(rank + 1):
+        piece = torch.arange(int(mine.sum())) % (rank + 1) == part
+        cg.accumulate(losses_of(ddp), (rows[0][piece], rows[1][piece]), cluster[mine][piece])
+    errors["DDP accumulate"] = relative([cg.gram(cg.mean())], [G])
+
+    backward = distributed.BalancedBackward(network(), balancing.PCGrad(), K, micro_batch=2)
+    backward(losses_of(backward.gradients.model), rows, cluster[mine])
+    assert backward.gram is not None
+    errors["micro_batch"] = relative([backward.gram], [G])
+
+    model, calls = network(), iter(range(99))
+    cg = distributed.ClusterGradients(model, K, scheme="cluster")
+    shares, x, y = stratified(K, 10 * world), *samples(10 * world)
+    cluster = torch.arange(K).repeat_interleave(torch.tensor(shares))
+    counts = distributed.contiguous_counts(shares, [10] * world)
+    G = ops.gram(antdiff.ClusterGradients(model, K, "loop").compute(losses_of(model), (x, y), cluster))
+    chunk = slice(10 * rank, 10 * rank + 10)
+
+    def fails(*rows: Tensor) -> Tensor:
+        if next(calls) == 1:
+            raise KeyError("of the user")
+        return losses_of(model)(*rows)
+
+    with suppress(KeyError):  # every rank has sent its first row by then, and none has waited for it
+        cg.compute(fails, (x[chunk], y[chunk]), cluster[chunk], counts=counts)
+    J = cg.compute(losses_of(model), (x[chunk], y[chunk]), cluster[chunk], counts=counts)
+    errors["after an error"] = relative([cg.gram(J)], [G])
+    return errors
+
+
+def fsdp_after_a_forward_without_backward(rank: int, world: int) -> dict[Any, Any]:
+    """A validation leaves gathered parameters in the place of the shards. Relative to the same without it."""
+    K, B = 5, 20
+    x, y = samples(B)
+    mine = torch.arange(B) // K == rank
+    cluster = torch.arange(B) % K
+    errors: dict[Any, Any] = {}
+    for name, make in (("solved", balancing.PCGrad), ("between", partial(balancing.NashMTL, update_every=3)),
+                       ("losses", partial(balancing.get("uw"), K))):  # fmt: skip
+        got = []
+        for validate in (False, True):
+            model = sharded()
+            params = list(model.parameters())
+            backward = distributed.BalancedBackward(model, make(), K)
+            for _ in range(2):
+                backward(losses_of(model), (x[mine], y[mine]), cluster[mine])
+                if validate:
+                    with torch.no_grad():
+                        model(x[mine])
+            got.append([p.grad.full_tensor() for p in params])  # type: ignore[union-attr]
+        errors[name] = relative(*got)
+    return errors
+
+
 def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
     K, B = 5, 20
     cluster = torch.arange(B) % K
@@ -594,6 +672,8 @@ FOUR = [
     wrapped,
     balanced_backward,
     the_same_everywhere,
+    out_of_step,
+    fsdp_after_a_forward_without_backward,
     a_nan_on_rank_2,
     half_precision,
     bytes_on_the_wire,

@@ -63,6 +63,30 @@ def test_every_way_through_gives_the_same_gradients(four: Results, case: str) ->
     assert "a group of two" in four[1]["other_routes"]
 
 
+def test_ranks_out_of_step_do_not_wait_for_each_other(four: Results) -> None:
+    for results in four:
+        for name, error in results["out_of_step"].items():
+            assert error < LIMIT["torch.float64"], (name, error)
+
+
+def test_a_validation_between_steps_of_fsdp_changes_nothing(four: Results) -> None:
+    for results in four:
+        for name, error in results["fsdp_after_a_forward_without_backward"].items():
+            assert error < LIMIT["torch.float64"], (name, error)
+
+
+def test_timesteps_go_on_where_the_state_was_taken() -> None:
+    clusters = TimestepClusters.uniform(1000, 3)
+    sampler = distributed.StratifiedTimesteps(clusters)
+    sampler.sample(7)
+    state = sampler.state_dict()
+    want = [sampler.sample(7) for _ in range(2)]
+    other = distributed.StratifiedTimesteps(clusters, seed=1)
+    other.load_state_dict(state)
+    for drawn in want:
+        assert all(map(torch.equal, other.sample(7), drawn))
+
+
 def test_ranks_stay_alike_without_a_broadcast(four: Results) -> None:
     results = [r["the_same_everywhere"] for r in four]
     for other in results[1:]:

@@ -361,3 +361,12 @@ def test_declared_operators_are_traced() -> None:
     model, x, cluster = double(Distances), sequences(), cluster_ids(shuffled=True)
     cg = ClusterGradients(model, K, "grouped", separable=[torch.cdist], compile=TRACED)
     assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+
+
+def test_a_batch_of_no_samples() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    cg = ClusterGradients(model, 3, "grouped", compile={"backend": "aot_eager"})
+    for n in (6, 0):
+        J = cg.compute(lambda x: model(x).square().mean(1), (x[:n],), torch.arange(n) % 3)
+    assert [rows.shape[1:] for rows in J if rows is not None] == [p.shape for p in model.parameters()]
+    assert all(rows.eq(0).all() for rows in J if rows is not None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gradient_cases import (
     LAYERS,
     B,
@@ -162,3 +164,32 @@ def test_what_it_cannot_do_is_said() -> None:
     empty.combine(WEIGHTS)
     assert G.eq(0).all()
     assert all(p.grad.eq(0).all() for p in model.parameters())
+
+
+class FoldedEarly(nn.Module):
+    """In the backward the plain use of the weight comes first; what is computed from it follows in the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(40, 40) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = partial(lambda w, h: torch.tanh(F.linear(h, w * 2.0)), self.w)
+        return F.linear(checkpoint(inside, x, use_reentrant=True), self.w)
+
+
+def test_a_gram_matrix_taken_too_early_is_refused() -> None:
+    model, x = FoldedEarly(), torch.randn(3, 40, requires_grad=True)
+    with pytest.raises(GroupingError, match="w is used inside a checkpoint and again elsewhere"):
+        ClusterGradients(model, 3, "grouped").gram(lambda x: model(x).square().mean(1), (x,), torch.arange(3))
+
+
+def test_no_samples_in_a_step_or_micro_batch() -> None:
+    model, loss_fn, batch = case(Tied)
+    nothing = (batch[0][:0],), torch.zeros(0, dtype=torch.int64)
+    pieces = BalancedBackward(model, balancing.PCGrad(), K, route="grouped", micro_batch=4)
+    assert pieces(loss_fn, *nothing).eq(0).all()
+    assert all(p.grad.eq(0).all() for p in model.parameters())
+    backward = BalancedBackward(model, balancing.NashMTL(update_every=2), K, route="grouped")
+    backward(loss_fn, batch, cluster_ids())
+    assert backward(loss_fn, *nothing).eq(0).all()

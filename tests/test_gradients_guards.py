@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from gradient_cases import LAYERS, B, Checkpointed, DiT, K, Tied, by_hand, cluster_ids, diffusion_batch, worst
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from antdiff.gradients import ClusterGradients, GroupingError
+from antdiff.gradients.grouped import GroupedMode
 
 EXACT = 1e-11  # as in test_gradients_grouped
 
@@ -310,3 +314,120 @@ def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
             partial(lambda m, x: m(x).flatten(1).square().mean(1), model), (x,), cluster_ids()
         )
     assert sum(shape == x.shape for shape in saved) < 6
+
+
+# ---- what changes between calls, or is no ordinary batch ---------------------------------------------------------
+
+
+def mean_square(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).abs().square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("route", ["grouped", "split", "loop"])
+def test_a_parameter_that_replaces_another_gets_its_gradient(route: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Net(torch.nn.Identity()).double(), torch.randn(B, 3, 8, dtype=torch.float64)
+    cg = ClusterGradients(model, K, route)
+    cg.compute(mean_square(model), (x,), cluster_ids())
+    model.b = nn.Linear(8, 5).double()
+    J = cg.compute(mean_square(model), (x,), cluster_ids())
+    assert [None if rows is None else rows.shape[1:] for rows in J] == [p.shape for p in model.parameters()]
+    assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
+    assert all(p.grad is None for p in model.parameters())
+    cg.accumulate(mean_square(model), (x,), cluster_ids())
+    model.b = nn.Linear(8, 5).double()
+    with pytest.raises(ValueError, match="replaced between two micro-batches"):
+        cg.accumulate(mean_square(model), (x,), cluster_ids())
+
+
+class Spectral(nn.Module):
+    """Products of complex numbers, as of Fourier coefficients; weights are pairs of real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.v, self.w = nn.Linear(8, 8), nn.Parameter(torch.randn(5, 4, 2)), nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, w = map(torch.view_as_complex, (self.v, self.w))
+        return F.linear(torch.einsum("bnc,cd->bnd", torch.fft.rfft(self.a(x), dim=-1), v), w)
+
+
+def test_complex_products_are_conjugated() -> None:
+    torch.manual_seed(0)
+    model, x = Spectral().double(), torch.randn(B, 3, 8, dtype=torch.float64)
+    J = ClusterGradients(model, K, "grouped").compute(mean_square(model), (x,), cluster_ids())
+    assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
+
+
+def test_auto_is_not_misled_by_a_first_batch_of_one_cluster() -> None:
+    torch.manual_seed(0)
+    model, x = Net(torch.nn.Identity()).double(), torch.randn(B, 3, 8, dtype=torch.float64)
+
+    def both(x: Tensor) -> Tensor:  # row r is of sample r mod B, not of r // 2
+        first, second = mean_square(model)(torch.cat([x, 2 * x])).chunk(2)
+        return first + second
+
+    cg = ClusterGradients(model, K)
+    cg.compute(both, (x,), torch.full((B,), 2))
+    assert "route 'split'" in cg.explain()
+    assert worst(cg.compute(both, (x,), cluster_ids()), by_hand(model, both(x), cluster_ids())) < EXACT
+
+
+class Listed(Net):
+    """A table of as many rows as tokens, which a list hides from torch."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(torch.nn.Identity())
+        self.tables = [torch.randn(tokens, 8, dtype=torch.float64)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.a(self.tables[0])
+
+
+def test_tensors_in_lists_of_the_network_are_shared() -> None:
+    torch.manual_seed(0)
+    model, x = Listed(B).double(), torch.randn(B, B, 8, dtype=torch.float64)
+    J = ClusterGradients(model, K, "grouped").compute(mean_square(model), (x,), cluster_ids())
+    assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
+
+
+def test_a_batch_without_backward_is_said() -> None:
+    model = Net(torch.nn.Identity())
+    with (
+        pytest.raises(RuntimeError, match=r"backward\(\) must be called once"),
+        ClusterGradients(model, K, "grouped").batch(cluster_ids()),
+    ):
+        model(torch.randn(B, 3, 8))
+
+
+@pytest.mark.parametrize("kind", ["compute", "gram"])
+def test_nothing_waits_for_the_garbage_collector(kind: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.PReLU(8)), torch.randn(B, 8)
+    bias = nn.Parameter(torch.zeros(8))
+    model.register_parameter("bias", bias)
+    cg, modes = ClusterGradients(model, K, "grouped"), []
+
+    def loss_fn(x: Tensor) -> Tensor:
+        modes.extend(weakref.ref(m) for m in _get_current_function_mode_stack() if isinstance(m, GroupedMode))
+        return (model(x) + bias.exp()).square().mean(1)
+
+    gc.collect()
+    gc.disable()
+    try:
+        if kind == "gram":
+            cg.gram(loss_fn, (x,), cluster_ids())
+            cg.combine(torch.ones(K))
+        else:
+            cg.compute(loss_fn, (x,), cluster_ids())
+        assert len(modes) == 1
+        assert modes[0]() is None, "a cycle keeps the rows of tensors computed from parameters"
+    finally:
+        gc.enable()
+
+
+def test_counts_of_a_batch_that_is_not_sorted() -> None:
+    model, x = Net(torch.nn.Identity()), torch.randn(3, 3, 8)
+    with pytest.raises(ValueError, match=r"ascending order, .* got id 2 for 1 at row 1"):
+        ClusterGradients(model, K, "grouped").compute(
+            mean_square(model), (x,), torch.tensor([0, 2, 1]), counts=[1, 1, 1, *[0] * (K - 3)]
+        )

@@ -96,7 +96,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:
             rows, batch = Rows.of(cluster, self.k, here).sort(batch)
-            for start, stop, sizes in self._pieces(rows):
+            for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
             J = cg.mean()

@@ -157,8 +157,8 @@ class ClusterGradients:
             if rows.B == 0:
                 wait(work, "the sum of counts")
         else:
-            # Means over this rank's samples, which counts make parts of the global ones.
-            J = self.local.compute(loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler)
+            with self.unsynchronised():  # means over this rank's samples, which counts make parts of the global ones
+                J = self.local.compute(loss_fn, batch, rows.cluster, counts=rows.sizes, scaler=scaler)
             self.scale = self.local.scale
             wait(work, "the sum of counts")
             self._send(exchange, J, rows.counts / total.clamp(min=1))
@@ -179,7 +179,8 @@ class ClusterGradients:
         :meth:`compute`. Ranks may add different numbers of them, but not under FSDP2."""
         self.ranks.require_all()
         if not self.is_sharded:
-            self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
+            with self.unsynchronised():
+                self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
             return
         rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
         first = self._partial is None

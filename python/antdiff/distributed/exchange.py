@@ -146,6 +146,9 @@ class ReduceScatter(Exchange):
         self.pending: list[tuple[Work, int, int] | None] = [None, None]  # work, slot's cluster, buffer
         self.next = 0
 
+    def begin(self, counts: Counts | None) -> None:
+        self._drain()  # of a step that an error has ended
+
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         b, self.next = self.next, 1 - self.next
         self._settle(b)
@@ -153,8 +156,7 @@ class ReduceScatter(Exchange):
         self.pending[b] = (self._send(i, b), i, b)
 
     def finish(self) -> list[Tensor]:
-        for b in (self.next, 1 - self.next):
-            self._settle(b)
+        self._drain()
         return self.J
 
     def combine(self, weights: Tensor) -> None:
@@ -170,6 +172,10 @@ class ReduceScatter(Exchange):
         if not self.gloo:
             return self.ranks.reduce_scatter(self.columns[i], self.flats[b])
         return self.ranks.all_to_all(self._buffer(b, self.ranks.size * self.S), self.flats[b])
+
+    def _drain(self) -> None:
+        for b in (self.next, 1 - self.next):
+            self._settle(b)
 
     def _settle(self, b: int) -> None:
         if (pending := self.pending[b]) is None:
@@ -203,6 +209,7 @@ class Held(ReduceScatter):
     """
 
     def begin(self, counts: Counts | None) -> None:
+        super().begin(counts)
         assert counts is not None
         held = [[i for i, n in enumerate(row) if n] for row in counts]  # clusters of each rank
         self.mine = held[self.ranks.rank]

@@ -65,8 +65,7 @@ class StratifiedTimesteps(clustering.StratifiedTimesteps):
         """
         sizes = self._sizes(B)
         if generator is None:
-            where = torch.device("cpu" if device is None else device)
-            generator = self._generators.setdefault(where, torch.Generator(where).manual_seed(self.seed))
+            generator = self._generator(torch.device("cpu" if device is None else device))
         start = sum(sizes[: self.ranks.rank])
         whole = super().sample(sum(sizes), device=device, generator=generator)
         return TimestepBatch(*(x[start : start + sizes[self.ranks.rank]] for x in whole))
@@ -83,9 +82,13 @@ class StratifiedTimesteps(clustering.StratifiedTimesteps):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where ``state`` was taken, on any number of ranks; that of a single-process sampler serves too."""
         super().load_state_dict(state)
-        for name, drawn in state.get("generators", {}).items():
-            device = torch.device(name)
-            self._generators.setdefault(device, torch.Generator(device)).set_state(drawn)
+        for device, at in state.get("generators", {}).items():
+            self._generator(torch.device(device)).set_state(at)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
 
     def _sizes(self, B: int | Sequence[int]) -> list[int]:
         sizes = [B] * self.ranks.size if isinstance(B, int) else list(B)

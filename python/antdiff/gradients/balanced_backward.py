@@ -116,7 +116,7 @@ class BalancedBackward:
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:
             rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
-            for start, stop, sizes in self._pieces(rows):
+            for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
             J = cg.mean()
@@ -136,14 +136,13 @@ class BalancedBackward:
         inside = (rows.cluster >= 0) & (rows.cluster < self.k)  # an id out of range is not to be an address on CUDA
         factors = (self.weights * scale / sizes)[rows.cluster.clamp(0, self.k - 1)]  # [B]
         factors = torch.where(inside, factors, torch.nan)
-        sums: Tensor | float = 0.0
+        sums = torch.zeros(self.k, device=rows.cluster.device)
         for start, stop, _ in self._pieces(rows):
             per_sample = loss_fn(*cut(batch, rows.B, start, stop))
             check_losses(per_sample, stop - start)
             torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
             values = per_sample.detach().to(torch.promote_types(per_sample.dtype, torch.float32))
             sums = sums + torch.where(rows.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
-        assert isinstance(sums, Tensor)
         return sums / sizes.to(sums.dtype)
 
     def _from_losses(

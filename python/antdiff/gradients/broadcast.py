@@ -7,6 +7,7 @@ every other broadcast dimension and hands it over row by row; the sum over each 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,11 +52,6 @@ def metadata(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(mode: GroupedMode, func: Op, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> Any:
-    def each(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(each(x) for x in value)
-        return _expand(mode, value, R, ndim) if mode.trains(value) else value
-
     values = [x for v in (*args, *kwargs.values()) for x in (v if isinstance(v, (tuple, list)) else [v])]
     varying = [x for x in values if mode.varies(x)]
     trained = [x for x in values if mode.trains(x)]
@@ -65,7 +61,16 @@ def _run(mode: GroupedMode, func: Op, args: tuple[Any, ...], kwargs: dict[str, A
     for x in varying:
         if x.dim() == ndim and x.shape[0] == R:
             mode.check(x, *trained)
-    return func(*(each(v) for v in args), **{name: each(v) for name, v in kwargs.items()})
+    each = partial(_expand_all, mode, R, ndim)
+    return func(*map(each, args), **{name: each(v) for name, v in kwargs.items()})
+
+
+def _expand_all(mode: GroupedMode, R: int, ndim: int, value: Any) -> Any:
+    # No closure: one that calls itself is a cycle, which would hold the mode, and K rows of all that is computed from
+    # parameters, until the garbage collector comes by.
+    if isinstance(value, (tuple, list)):
+        return type(value)(_expand_all(mode, R, ndim, x) for x in value)
+    return _expand(mode, value, R, ndim) if mode.trains(value) else value
 
 
 def _expand_shape(x: Tensor, R: int, ndim: int) -> list[int] | None:

@@ -286,6 +286,8 @@ class ClusterGradients:
             else:
                 with mode:
                     yield self
+            if self._open is not None:
+                raise RuntimeError("backward() must be called once, inside `with cg.batch(cluster):`; J is undefined.")
         finally:
             self._open = None
             for sink, grad in zip(sinks, before, strict=True):
@@ -349,8 +351,10 @@ class ClusterGradients:
     def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, *, mean: bool, fresh: bool) -> Tensor:
         """Sums of the losses ``[k]``; J (+)= the gradients of the means or the sums, times the scale."""
         if rows.B == 0:
-            for sink in self._jacobian.sinks(fresh=fresh):
+            sinks = self._jacobian.sinks(fresh=fresh)
+            for sink in sinks:
                 sink.finish()
+            self._jacobian.keep(sinks)
             return rows.cluster.new_zeros(self.k, dtype=torch.float32)
         rows, batch = rows.sort(batch)
         route = self._settled(loss_fn, batch, rows)

@@ -8,14 +8,14 @@ K gradients are smaller than what makes them (biases; layers that see many token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from antdiff import ops
-from antdiff.gradients.grouped import GroupedMode, Write
+from antdiff.gradients.grouped import GroupedMode, Write, no_autocast
 from antdiff.gradients.grouping import GroupingError, Rows
 from antdiff.gradients.sinks import Sink, Sinks
 
@@ -67,18 +67,15 @@ class GramMode(GroupedMode):
         sink = super().sink(x)
         if not known:  # computed from parameters: they get their rows at the end, all K
             roots = {id(s.tensor): s for s in self._roots}
-            self._keeps.update((roots[id(p)], True) for p in _parameters_behind(x) if id(p) in roots)
+            behind = [roots[id(p)] for p in _parameters_behind(x) if id(p) in roots]
+            self._refuse_folded(behind)  # met in the backward of a re-entrant checkpoint
+            self._keeps.update((s, True) for s in behind)
             self._keeps[sink] = True
         return sink
 
     def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         mine = [s for s in sinks if s is not None]
-        late = [s.name for s in mine if s in self._folded]
-        if late:
-            raise GroupingError(
-                f"{', '.join(late)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
-                "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
-            )
+        self._refuse_folded(mine)
         write(self.rows, sinks, grad, *saved)
         recipe = Recipe(write, sinks, grad, saved)
         price = recipe.price()
@@ -92,6 +89,14 @@ class GramMode(GroupedMode):
         later = [None if s is None or self._keeps[s] else s for s in sinks]
         if any(s is not None for s in later):
             self._recipes.append(recipe._replace(sinks=later))
+
+    def _refuse_folded(self, sinks: Iterable[Sink]) -> None:
+        late = [s.name for s in sinks if s in self._folded]
+        if late:
+            raise GroupingError(
+                f"{', '.join(late)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
+                "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
+            )
 
     def _finish(self) -> None:
         left = [s for s in self._roots if not s.fresh and s not in self._folded]
@@ -112,7 +117,7 @@ class GramMode(GroupedMode):
                 kept.append((s.rows, grad))
             else:
                 again[s] = Sink(s.name, s.tensor, 1, grad[None])
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(self.rows.cluster.device.type):
             if kept:
                 ops.combine(weights, [rows for rows, _ in kept], out=[grad for _, grad in kept])
             for write, sinks, grad, saved in self._recipes:

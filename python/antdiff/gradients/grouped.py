@@ -299,23 +299,16 @@ _EXPANDS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcas
 
 
 def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for x in args:
+    for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (tuple, list)):
             yield from tensors_in(x, {})
         elif isinstance(x, dict):
             yield from tensors_in((), x)
-    for x in kwargs.values():
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (tuple, list)):
-            yield from tensors_in(x, {})
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes of modules."""
+    """Parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
     for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
-        yield from (b for b in module._buffers.values() if b is not None)
-        yield from (x for x in vars(module).values() if isinstance(x, Tensor))
+        yield from tensors_in((vars(module),), {})

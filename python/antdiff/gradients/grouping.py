@@ -33,7 +33,7 @@ class Rows:
 
     @classmethod
     def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> Rows:
-        """Checks the ids, sorts and counts them; with ``counts`` given they are taken to be sorted (no host sync)."""
+        """Checks the ids, sorts and counts them; with ``counts`` given they have to be sorted (no host sync)."""
         if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
             came = f"{cluster.dtype} {list(cluster.shape)}" if isinstance(cluster, Tensor) else type(cluster).__name__
             raise TypeError(f"cluster must be an int64 tensor [B]; got {came}.")
@@ -42,6 +42,14 @@ class Rows:
             sizes = [int(n) for n in counts]
             if len(sizes) != k or min(sizes) < 0 or sum(sizes) != B:
                 raise ValueError(f"counts must be k={k} sizes >= 0 that add up to B={B}; got {sizes}.")
+            if cluster.device.type == "cpu":  # elsewhere looking would wait for the device
+                want = torch.arange(k).repeat_interleave(torch.tensor(sizes))
+                if not torch.equal(cluster, want):
+                    row = int(torch.nonzero(cluster != want)[0])
+                    raise ValueError(
+                        f"cluster must be in ascending order, as often as counts says, where counts is given; got id "
+                        f"{int(cluster[row])} for {int(want[row])} at row {row}. Leave counts out to have it sorted."
+                    )
             return cls(cluster, sizes, None)
         order = torch.argsort(cluster, stable=True)
         edges = torch.arange(k + 1, device=cluster.device)

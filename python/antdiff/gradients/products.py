@@ -74,6 +74,7 @@ def _linear_grads(transposed: bool, rows: Rows, sinks: Sinks, grad: Tensor, x: T
     weight, bias = sinks
     if weight is not None:
         assert x is not None
+        x = x.conj()  # itself where real
         if x.device.type in GROUPED_MM and rows.order is None:
             left, right = (x, grad) if transposed else (grad, x)
             stops = torch.tensor([stop for _, stop in rows.slices()], device=x.device) * rows.repeats(x)
@@ -119,7 +120,7 @@ def _contract(mode: GroupedMode, out: Tensor, p_name: str, x_name: str, result: 
 def _einsum_grads(equation: str, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     for sink in sinks:
         if sink is not None:
-            sink.add_rows(torch.einsum(equation, g, v) if len(g) else None for g, v in rows.pieces(grad, x))
+            sink.add_rows(torch.einsum(equation, g, v) if len(g) else None for g, v in rows.pieces(grad, x.conj()))
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------

@@ -120,12 +120,20 @@ class Jacobian:
     """
 
     def __init__(self, model: nn.Module, k: int, dtype: torch.dtype | None, *, reuse: bool = True) -> None:
+        self.model, self.k, self.dtype, self.reuse = model, k, dtype, reuse
         self.named = list(model.named_parameters())
-        self.k, self.dtype, self.reuse = k, dtype, reuse
         self.tensors: list[Tensor | None] = []
 
     def sinks(self, *, fresh: bool) -> list[Sink]:
-        """One a trainable parameter. Buffers are made again only if parameters were frozen, moved or converted."""
+        """One a trainable parameter. Buffers are made again only if parameters were frozen, moved, converted or
+        replaced by others."""
+        named = list(self.model.named_parameters())  # those of now: a head may have been replaced, an adapter added
+        replaced = len(named) != len(self.named) or any(
+            a is not b for (_, a), (_, b) in zip(named, self.named, strict=True)
+        )
+        if replaced and not fresh:
+            raise ValueError("model's parameters were replaced between two micro-batches.")
+        self.named = named
         if fresh and not self.reuse:
             self.tensors[:] = []
             return [
@@ -134,7 +142,8 @@ class Jacobian:
                 if p.requires_grad
             ]
         stale = len(self.tensors) != len(self.named) or any(
-            (J is None) == p.requires_grad or (J is not None and (J.device != p.device or J.dtype != self._type(p)))
+            (J is None) == p.requires_grad
+            or (J is not None and (J.shape[1:] != p.shape or J.device != p.device or J.dtype != self._type(p)))
             for J, (_, p) in zip(self.tensors, self.named, strict=True)
         )
         if stale:

@@ -239,9 +239,9 @@ def analyze_conflict(
     }  # fmt: skip
     text = (
         f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from products "
-        "of different batches. Right: circles count every batch as it comes, with 95 % Student intervals over repetitions "
-        "(other images, noise and timesteps, one network); squares count pairs of expected gradients whose interval is "
-        "wholly below zero. Dotted: what noise alone gives."
+        "of different batches. Right: circles count every batch as it comes, with 95 % Student intervals over "
+        "repetitions (other images, noise and timesteps, one network); squares count pairs of expected gradients whose "
+        "interval is wholly below zero. Dotted: what noise alone gives."
     )
     summary["captions"] = {"conflict.png": text}
     save_conflict(found, chosen, text, out / "conflict.png")

@@ -250,8 +250,8 @@ def _report(
     made = f"{data.name}, {base.model}, joint model by {base.method}, {steps} steps, {seeds_text}"
     text = (
         f"NTG = specialist minus joint model; below zero the specialist is better. {made}. Large: mean and 95 % "
-        "Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint model, so more samples of "
-        f"the interval; equal samples: {fewer} steps."
+        "Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint model, so more "
+        f"samples of the interval; equal samples: {fewer} steps."
     )
     summary["captions"] = {"transfer.png": text}
     save_transfer(losses, quality, spans, f"FD ({data.name}-CNN)", text, out / "transfer.png")
