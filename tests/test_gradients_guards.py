@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -431,3 +432,16 @@ def test_counts_of_a_batch_that_is_not_sorted() -> None:
         ClusterGradients(model, K, "grouped").compute(
             mean_square(model), (x,), torch.tensor([0, 2, 1]), counts=[1, 1, 1, *[0] * (K - 3)]
         )
+
+
+@pytest.mark.parametrize(
+    "samples", [["a cat"] * 6, (1, 2, 3, 4, 5, 6), np.zeros((6, 2))], ids=["list", "tuple", "array"]
+)
+@pytest.mark.parametrize("route", ["split", "grouped", "loop"])
+def test_samples_that_would_not_be_sorted_are_refused(samples: Any, route: Any) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    cg = ClusterGradients(model, 3, route)
+    with pytest.raises(TypeError, match=r"batch must hold its samples as tensors.* of B=6 entries. Give ids"):
+        cg.compute(lambda x, _: model(x).square().mean(1), (x, {"captions": samples}), torch.arange(6) % 3)
+    J = cg.compute(lambda x, _: model(x).square().mean(1), (x, ["a cat"] * 5), torch.arange(6) % 3)
+    assert all(rows is not None and rows.any() for rows in J)

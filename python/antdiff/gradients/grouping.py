@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,7 +171,16 @@ REMEDY = (
 
 
 def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
-    """``f`` on every tensor of a batch whose first dimension is B; in dicts, lists and tuples too."""
+    """``f`` on every tensor of a batch whose first dimension is B; in dicts, lists and tuples too.
+
+    Raises:
+        TypeError: a list of B strings or numbers, or an array of B rows: samples that nobody would sort or cut.
+    """
+    if B > 1 and _is_samples(value, B):
+        raise TypeError(
+            f"batch must hold its samples as tensors, which are sorted and cut by cluster; got {type(value).__name__} "
+            f"of B={B} entries. Give ids or embeddings as a tensor [B, ...]; what is no sample belongs into loss_fn."
+        )
     if isinstance(value, Tensor):
         return f(value) if value.dim() > 0 and value.shape[0] == B else value
     if isinstance(value, dict):
@@ -179,6 +189,12 @@ def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
         items = [each_row(x, B, f) for x in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # named tuples take them apart
     return value
+
+
+def _is_samples(value: Any, B: int) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) == B and all(isinstance(x, (str, bytes, int, float)) for x in value)
+    return isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == B
 
 
 def cut(batch: Sequence[Any], B: int, start: int, stop: int) -> Sequence[Any]:
