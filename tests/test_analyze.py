@@ -51,6 +51,14 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     trained(replace(TINY, checkpoint_every=1, keep_checkpoints=3), Path("r"))
     assert len(list(Path("r/checkpoints").iterdir())) == 3
     command = ["analyze", "affinity", "r", "--timesteps", "6", "--images", "8", "--k", "3", "--device", "cpu"]
+    for wrong, message in (
+        ("7", "images must be an even number, for two halves; got 7. Take 8"),
+        ("0", "k must be"),
+    ):
+        flag = "--images" if "images" in message else "--k"
+        assert main([*command, flag, wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert not Path("r/analysis").exists()
 
     compute, calls = streaming._Stream._gradients, [0]
 

@@ -193,7 +193,7 @@ def test_a_diverged_run_says_where(tmp_path: Path, after: int) -> None:
     report = Page(write_report(run))
     check(report)
     assert f"diverged: the loss was not finite at step {after + 2}" in report.text
-    assert "A smaller --lr may help" in report.text
+    assert "A new run with a smaller --lr may help" in report.text
     assert ("Pairs in conflict" in report.text) == (after > 0)
 
 

@@ -39,6 +39,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f'antdiff: error: {error}; this command needs: pip install "antdiff[train]"', file=sys.stderr)
         return 1
+    except BrokenPipeError:  # antdiff cluster ... | head: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go
+        return 0
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("ANTDIFF_DEBUG"):
             raise

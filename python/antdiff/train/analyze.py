@@ -99,9 +99,16 @@ def analyze_affinity(
     Returns:
         What summary.json holds.
     """
+    if images < 2 or images % 2:
+        raise ValueError(f"images must be an even number, for two halves; got {images}. Take {max(2, images + 1)}")
     began = time.process_time()
     where = choose_device(device)
     loaded = open_run(run, where)
+    k = loaded.clusters.k if k is None else k
+    clusterings = {  # first: a k that does not fit is refused before anything is computed
+        "timestep": TimestepClusters.uniform(len(loaded.log_snr), k),
+        "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
+    }
     out = out or run / "analysis" / "affinity"
     out.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -115,12 +122,7 @@ def analyze_affinity(
         )  # fmt: skip
     found.save(out / "affinity.npz")
     full = found.full()
-    k = loaded.clusters.k if k is None else k
-    clusterings = {
-        "timestep": TimestepClusters.uniform(found.T, k),
-        "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
-        "gradient affinity": TimestepClusters.from_affinity(full, k),
-    }
+    clusterings["gradient affinity"] = TimestepClusters.from_affinity(full, k)
     clusterings["gradient affinity"].save(out / "clusters.json")
     correlations = found.gap_correlations(generator=generator)
     summary = {

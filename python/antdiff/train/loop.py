@@ -308,7 +308,10 @@ def check_finite(value: float, step: int, run: Path) -> None:
         return
     good = latest_checkpoint(run / "checkpoints")
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
-    raise DivergenceError(f"the loss or the weights are not finite at step {step}; {kept}. Try a smaller lr")
+    raise DivergenceError(
+        f"the loss or the weights are not finite at step {step}; {kept}. "
+        "A new run with a smaller --lr may help; a resumed one keeps its own"
+    )
 
 
 @contextmanager

@@ -59,7 +59,9 @@ def quality(run: Run) -> list[str]:
     if results is None:
         what = "diverged" if run.diverged else "has not come to its end"
         remedy = f"<code>antdiff train --resume {escape(str(run.folder))}</code> goes on with it."
-        return [f"<p>Not measured: the run {what}. {'A smaller --lr may help.' if run.diverged else remedy}</p>"]
+        if run.diverged:
+            remedy = "A new run with a smaller --lr may help."
+        return [f"<p>Not measured: the run {what}. {remedy}</p>"]
     name, seeds = f"FD ({results['data']}-CNN)", run.config.eval_seeds
     rows: list[tuple[str, float, float, int | None]] = [("this run", results["fd"]["mean"], results["fd"]["sd"], None)]
     rows += [(anchor.replace(" (floor)", ""), found["fd"], 0.0, None) for anchor, found in results["anchors"].items()]
