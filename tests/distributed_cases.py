@@ -420,17 +420,18 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
     fn = infinite_slope(model) if rank == 1 else losses_of(model)
     attempt("slope", lambda: cg.gram(cg.compute(fn, (x[mine], y[mine]), cluster[mine])))
     # beside a scaler nobody raises, and everybody skips
-    model = network(torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaled = distributed.BalancedBackward(model, balancing.NashMTL(nonfinite="poison"), K, scaler=scaler)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    history = []
-    for batch in (x, bad, x):
-        losses = scaled(losses_of(model), (batch[mine].float(), y[mine].float()), cluster[mine])
-        scaler.step(optimizer)
-        scaler.update()
-        history.append(([p.detach().clone() for p in model.parameters()], losses, scaler.get_scale()))
-    said["history"] = history
+    for name, balancer in (("nash", balancing.NashMTL(nonfinite="poison")), ("linear", balancing.get("linear")(K))):
+        model = network(torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaled = distributed.BalancedBackward(model, balancer, K, scaler=scaler)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        history = []
+        for batch in (x, bad, x):
+            losses = scaled(losses_of(model), (batch[mine].float(), y[mine].float()), cluster[mine])
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(([p.detach().clone() for p in model.parameters()], losses, scaler.get_scale()))
+        said["history", name] = history
     return said
 
 

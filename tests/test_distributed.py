@@ -17,7 +17,7 @@ import torch
 from ranks import run
 from tolerances import UNIT_ROUNDOFF
 
-from antdiff import TimestepClusters, distributed
+from antdiff import TimestepClusters, balancing, distributed
 from antdiff.train.run import start_run
 
 # p.grad of several ranks against one process's, in relative norm: what is asked of the package. Sums of some hundred
@@ -109,8 +109,9 @@ def test_a_nan_is_named_on_every_rank(four: Results) -> None:
         assert "a backward made it" in said["slope"][0]
 
 
-def test_beside_a_scaler_every_rank_skips_the_step(four: Results) -> None:
-    histories = [results["a_nan_on_rank_2"]["history"] for results in four]
+@pytest.mark.parametrize("name", ["nash", "linear"])
+def test_beside_a_scaler_every_rank_skips_the_step(four: Results, name: str) -> None:
+    histories = [results["a_nan_on_rank_2"]["history", name] for results in four]
     for (first, _, scale), (second, _, halved), (third, losses, _) in histories:
         assert scale == 2.0**10
         assert halved == 2.0**9
@@ -248,6 +249,8 @@ def test_the_tables_of_the_documentation_are_those_of_the_code() -> None:
 
 def test_one_process_needs_no_torch_distributed() -> None:
     model = cases.network()
+    with pytest.raises(ValueError, match=r"scheme 'cluster' needs the counts of all ranks.*got micro_batch=2"):
+        distributed.BalancedBackward(model, balancing.PCGrad(), 5, scheme="cluster", micro_batch=2)
     cluster = cases.mixed(5, 23)
     want, losses = cases.one_process("nash", 5, cluster, torch.float64)
     got, cg = cases.step("nash", 5, cluster, torch.ones(23, dtype=torch.bool), torch.float64, "auto", model=model)

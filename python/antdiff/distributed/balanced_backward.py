@@ -63,6 +63,11 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
         micro_batch: int | None = None,
     ) -> None:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        if scheme == "cluster" and micro_batch is not None:
+            raise ValueError(
+                "scheme 'cluster' needs the counts of all ranks, which micro-batches do not have; got "
+                f"micro_batch={micro_batch}. Leave one of the two out."
+            )
         super().__init__(inner, balancer, k, scaler=scaler, micro_batch=micro_batch)
         self.gradients = ClusterGradients(
             model, k, route, scheme=scheme, group=group, dtype=dtype, separable=separable,
@@ -139,7 +144,10 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
             per_sample = loss_fn(*batch)
             check_losses(per_sample, rows.B)
             losses, counts_ = ops.cluster_mean(per_sample, cluster, self.k)
-            losses, counts_ = global_losses(losses, counts_, group=self.group, averaged=self.gradients.is_sharded)
+            losses, counts_ = global_losses(
+                losses, counts_, group=self.group, averaged=self.gradients.is_sharded,
+                nonfinite="raise" if self.scaler is None else "poison",
+            )  # fmt: skip
             (self.balancer.loss(losses, counts_) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
         return losses.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,12 @@ from antdiff.distributed.ranks import Ranks, refuse_nonfinite, wait
 
 
 def global_losses(
-    losses: Tensor, counts: Tensor, *, group: dist.ProcessGroup | None = None, averaged: bool = False
+    losses: Tensor,
+    counts: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    averaged: bool = False,
+    nonfinite: Literal["raise", "poison"] = "raise",
 ) -> tuple[Tensor, Tensor]:
     """The mean losses of the clusters over all ranks, for any function of them to be back-propagated.
 
@@ -32,6 +38,7 @@ def global_losses(
         group: the ranks; default all.
         averaged: the gradients will be averaged over ranks, by DistributedDataParallel or FSDP, and not summed: they
             are multiplied by the number of ranks.
+        nonfinite: ``"poison"``: a loss that is not finite is passed on, for a ``GradScaler`` to skip the step.
 
     Returns:
         Losses ``[K]`` and counts ``[K]`` of all ranks, in the dtypes given.
@@ -47,7 +54,7 @@ def global_losses(
     values = sums.detach().double()
     total, sound = ranks.total(torch.cat([values, counts.double()]), values.isfinite().all())
     k = len(losses)
-    if total.device.type == "cpu":
+    if nonfinite == "raise" and total.device.type == "cpu":
         refuse_nonfinite(sound, total)
     n = total[k:].clamp(min=1)
     mine = (sums - sums.detach()) * (ranks.size if averaged else 1)  # 0, with a gradient

@@ -168,8 +168,8 @@ class ClusterGradients:
         counts: Sequence[int] | None = None,
         scaler: Scaler | None = None,
     ) -> None:
-        """Adds a micro-batch: sums of gradients, losses, counts; :meth:`mean` ends it. Arguments as for compute. An
-        error forgets what was accumulated.
+        """Adds a micro-batch: sums of gradients, losses, counts; :meth:`mean` ends it. Arguments as for compute.
+        Wrong ids or counts change nothing; a later error forgets what was accumulated.
 
         The clusters of the micro-batches may differ in size and be empty; the result is that of the whole batch.
         """
