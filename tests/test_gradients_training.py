@@ -237,6 +237,10 @@ def test_methods_of_losses_take_one_plain_backward() -> None:
     with pytest.raises(ValueError, match="micro_batch must be None"):
         BalancedBackward(model, balancer, K, micro_batch=4)
     with pytest.raises(TypeError, match="balancer must be a method"):
+        BalancedBackward(nn.Linear(2, 2), balancing.PCGrad, K)  # the class
+    with pytest.raises(TypeError, match=r"GradDrop chooses for each parameter. Call its direction\(J\)"):
+        BalancedBackward(nn.Linear(2, 2), balancing.GradDrop(), K)
+    with pytest.raises(TypeError, match="balancer must be a method"):
         BalancedBackward(model, "pcgrad", K)
 
 

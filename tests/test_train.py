@@ -397,7 +397,7 @@ def test_settings_survive_their_file_and_bad_ones_are_refused(tmp_path: Path) ->
         ({"method": "pcgard"}, "method must be one of vanilla, pcgrad, nash, .*; got 'pcgard'"),
         ({"k": 0}, "k must be at least 1; got 0"),
         ({"k": 10}, "k must be at most batch_size, .* got k=10 with batch_size=9. Take fewer clusters"),
-        ({"steps": -1}, "steps must be at least 0"),
+        ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"grid_every": -1}, "grid_every must be at least 0"),
         ({"lr": float("nan")}, "lr must be positive and finite"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),

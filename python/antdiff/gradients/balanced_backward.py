@@ -68,7 +68,13 @@ class BalancedBackward:
         micro_batch: int | None = None,
         keep: Literal["jacobian", "gram"] = "jacobian",
     ) -> None:
-        if not (hasattr(balancer, "weights") and getattr(balancer, "needs", None) in ("gram", "losses")):
+        if getattr(balancer, "needs", None) == "J" and not isinstance(balancer, type):
+            raise TypeError(
+                f"balancer must have weights; {type(balancer).__name__} chooses for each parameter. Call its "
+                "direction(J) on what ClusterGradients computes."
+            )
+        known = hasattr(balancer, "weights") and getattr(balancer, "needs", None) in ("gram", "losses")
+        if not known or isinstance(balancer, type):
             raise TypeError(
                 f"balancer must be a method of antdiff.balancing, such as balancing.PCGrad(); got {balancer!r}."
             )

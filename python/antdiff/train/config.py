@@ -122,13 +122,21 @@ class TrainConfig:
         for name, allowed in (("method", Method), ("timesteps", Timesteps), ("model", Model)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        for name in ("k", "image_size", "batch_size", "log_every", "checkpoint_every", "eval_seeds", "sample_steps"):
+        for name in (
+            "steps",
+            "k",
+            "image_size",
+            "batch_size",
+            "log_every",
+            "checkpoint_every",
+            "eval_seeds",
+            "sample_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         require_rows(self.k, self.batch_size)
-        for name in ("steps", "grid_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.grid_every < 0:
+            raise ValueError(f"grid_every must be at least 0; got {self.grid_every}")
         if self.eval_samples < 10:
             raise ValueError(
                 f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"

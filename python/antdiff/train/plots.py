@@ -150,8 +150,8 @@ def save_comparison(
     for ax, column, (start, stop) in zip(axes[1:], columns[1:], intervals, strict=True):
         low, high = 1.3 * min(-5.0, *map(np.min, column)), 1.3 * max(5.0, *map(np.max, column))
         ax.set_xscale("symlog", linthresh=5)
-        ax.set_xticks([tick for tick in (-50, -5, 5, 50, 500) if low < tick < high])
+        ax.set_xticks([tick for tick in (-50, -5, 0, 5, 50, 500) if low < tick < high])
         ax.xaxis.set_major_formatter("{x:+g}")
-        ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, %", xlim=(low, high))
+        ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, % (log beyond 5)", xlim=(low, high))
     sheet.suptitle(title)
     sheet.savefig(path)
