@@ -63,7 +63,7 @@ def case(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[Tensor], T
 def test_layers(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss_fn, batch = case(make)
     agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
-    monkeypatch.setattr("antdiff.gradients.deferred.Recipe.price", lambda *_: -1)  # nothing is worth keeping
+    monkeypatch.setattr("antdiff.gradients.grouped.deferred.Recipe.price", lambda *_: -1)  # nothing is worth keeping
     agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
 
 

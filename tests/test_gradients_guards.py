@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from antdiff.gradients import ClusterGradients, GroupingError
-from antdiff.gradients.grouped import GroupedMode
+from antdiff.gradients.grouped.mode import GroupedMode
 
 EXACT = 1e-11  # as in test_gradients_grouped
 

@@ -26,7 +26,8 @@ from gradient_cases import (
 from torch import Tensor, nn
 
 from antdiff import BalancedBackward, ClusterGradients, balancing, ops
-from antdiff.gradients import GroupingError, products
+from antdiff.gradients import GroupingError
+from antdiff.gradients.grouped import products
 from antdiff.gradients.routes import Route
 
 EXACT = 1e-11  # as in test_gradients_grouped

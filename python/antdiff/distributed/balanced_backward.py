@@ -16,8 +16,8 @@ from antdiff.distributed.exchange import Counts
 from antdiff.distributed.losses import global_losses, reduce_gradients
 from antdiff.distributed.ranks import refuse_nonfinite, wait
 from antdiff.distributed.schemes import Scheme
+from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.cluster_gradients import Scaler, loss_scale
-from antdiff.gradients.grouping import Rows, check_losses, cut
 from antdiff.gradients.routes import LossFn, Route
 
 
@@ -100,7 +100,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
         if self.micro_batch is None:
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:
-            rows, batch = Rows.of(cluster, self.k, here).sort(batch)
+            rows, batch = ClusteredBatch.of(cluster, self.k, here).sort(batch)
             for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
@@ -112,7 +112,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
 
     def _between(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> Tensor:
         cg, ranks = self.gradients, self.gradients.ranks
-        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         self.weights = self._step(self.balancer.weights())
         self._clear()
         total = rows.counts.double()
@@ -138,7 +138,7 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
     def _from_losses(
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
-        rows = Rows.of(cluster, self.k, counts)
+        rows = ClusteredBatch.of(cluster, self.k, counts)
         self._clear()
         with self.gradients.unsynchronised():
             per_sample = loss_fn(*batch)

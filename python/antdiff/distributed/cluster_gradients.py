@@ -17,8 +17,8 @@ from antdiff.distributed.ranks import Ranks, Work, refuse_nonfinite, wait
 from antdiff.distributed.schemes import Scheme, choose
 from antdiff.distributed.shards import Shards, sharded_parameters
 from antdiff.distributed.stream import stream
+from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.cluster_gradients import Scaler, loss_scale
-from antdiff.gradients.grouping import Rows
 from antdiff.gradients.routes import LossFn, Route, refuse_batch_norm
 
 
@@ -182,7 +182,7 @@ class ClusterGradients:
             with self.unsynchronised():
                 self.local.accumulate(loss_fn, batch, cluster, counts=counts, scaler=scaler)
             return
-        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         first = self._partial is None
         exchange = self._exchange(None)
         assert isinstance(exchange, Shards)
@@ -320,11 +320,11 @@ class ClusterGradients:
         """The trainable parameters; under FSDP2 the shards, also while the model shows gathered ones."""
         return self._shards or [p for p in self.model.parameters() if p.requires_grad]
 
-    def _rows(self, cluster: Tensor, counts: Sequence[int] | Counts | None) -> tuple[Rows, Counts | None]:
+    def _rows(self, cluster: Tensor, counts: Sequence[int] | Counts | None) -> tuple[ClusteredBatch, Counts | None]:
         """This rank's rows, and the counts of all ranks where they are known."""
         here = self.counts_here(counts)
         everywhere: Any = None if here is counts else counts
-        return Rows.of(cluster, self.k, here), everywhere
+        return ClusteredBatch.of(cluster, self.k, here), everywhere
 
     def counts_here(self, counts: Sequence[int] | Counts | None) -> Sequence[int] | None:
         """This rank's k counts of those that were given."""

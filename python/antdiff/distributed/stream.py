@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from antdiff.distributed.exchange import Exchange
-from antdiff.gradients.grouping import Rows, check_losses, cut
+from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.routes import LossFn
 
 
 def stream(
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     factor: Callable[[int], Tensor | float],
     exchange: Exchange,
     unsynchronised: Callable[[], AbstractContextManager[Any]],

@@ -1,8 +1,8 @@
 """K cluster gradients of one network for about the price of one backward."""
 
 from antdiff.gradients.balanced_backward import BalancedBackward
+from antdiff.gradients.batch import GroupingError
 from antdiff.gradients.cluster_gradients import ClusterGradients
-from antdiff.gradients.grouping import GroupingError
 from antdiff.gradients.routes import Route
 
 __all__ = ["BalancedBackward", "ClusterGradients", "GroupingError", "Route"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from antdiff import ops
+from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.cluster_gradients import ClusterGradients, Scaler, loss_scale
-from antdiff.gradients.grouping import Rows, check_losses, cut
 from antdiff.gradients.routes import LossFn, Route
 
 
@@ -121,7 +121,7 @@ class BalancedBackward:
         if self.micro_batch is None:
             J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
         else:
-            rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+            rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
             for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
@@ -134,7 +134,7 @@ class BalancedBackward:
 
     def _between(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> Tensor:
         """The weights are known: the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
-        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         self.weights = self._step(self.balancer.weights())
         self._clear()
         scale = loss_scale(self.scaler, cluster.device)
@@ -154,7 +154,7 @@ class BalancedBackward:
     def _from_losses(
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
-        rows = Rows.of(cluster, self.k, counts)
+        rows = ClusteredBatch.of(cluster, self.k, counts)
         per_sample = loss_fn(*batch)
         check_losses(per_sample, rows.B)
         losses, counts_ = ops.cluster_mean(per_sample, cluster, self.k)
@@ -170,7 +170,7 @@ class BalancedBackward:
         for p in self.gradients.model.parameters():
             p.grad = None
 
-    def _pieces(self, rows: Rows) -> list[tuple[int, int, list[int]]]:
+    def _pieces(self, rows: ClusteredBatch) -> list[tuple[int, int, list[int]]]:
         """Micro-batches of a sorted batch: ``[start, stop)`` and the samples of each cluster in it."""
         n = self.micro_batch or max(rows.B, 1)
         slices = rows.slices()

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from antdiff.gradients import routes
 from antdiff.gradients import verify as checks
-from antdiff.gradients.compiled import compiler_of
-from antdiff.gradients.deferred import GramMode
-from antdiff.gradients.grouped import GroupedMode
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
+from antdiff.gradients.grouped.compiled import compiler_of
+from antdiff.gradients.grouped.deferred import GramMode
+from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.routes import Chosen, LossFn, Network, Route
-from antdiff.gradients.sinks import Jacobian, Sink
+from antdiff.gradients.sinks import GradientStore, Sink
 
 
 class Scaler(Protocol):
@@ -109,9 +109,9 @@ class ClusterGradients:
         self.losses: Tensor
         self.counts: Tensor
         self.scale: Tensor | float = 1.0
-        self._jacobian = Jacobian(model, k, dtype)
+        self._jacobian = GradientStore(model, k, dtype)
         self._choice: tuple[Chosen, str] | None = None if route == "auto" else (route, "asked for")
-        self._open: tuple[Rows, list[Sink], GroupedMode | None, Tensor | float] | None = None
+        self._open: tuple[ClusteredBatch, list[Sink], GroupedMode | None, Tensor | float] | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
         self._gram: GramMode | None = None
 
@@ -152,7 +152,7 @@ class ClusterGradients:
             TypeError, ValueError: a batch, ids, counts or losses of the wrong kind or shape. J is then undefined.
             GroupingError: the route cannot tell the clusters' gradients apart in this network. J is then undefined.
         """
-        rows = Rows.of(cluster, self.k, counts)
+        rows = ClusteredBatch.of(cluster, self.k, counts)
         self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         sums = self._run(loss_fn, batch, rows, mean=True, fresh=True)
@@ -173,7 +173,7 @@ class ClusterGradients:
 
         The clusters of the micro-batches may differ in size and be empty; the result is that of the whole batch.
         """
-        rows = Rows.of(cluster, self.k, counts)
+        rows = ClusteredBatch.of(cluster, self.k, counts)
         first = self._sums is None
         if first:
             self.scale = loss_scale(scaler, cluster.device)
@@ -229,7 +229,7 @@ class ClusterGradients:
             ValueError: the route is not ``grouped``, in eager mode.
             GroupingError: as for :meth:`compute`; and a parameter used inside a re-entrant checkpoint and elsewhere.
         """
-        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         self._sums = self._gram = None
         self.scale = loss_scale(scaler, cluster.device)
         route = "grouped" if rows.B == 0 else self._settled(loss_fn, batch, rows)
@@ -273,7 +273,7 @@ class ClusterGradients:
             raise ValueError(f"route 'split' runs the forward itself, slice by slice: call compute(). {self.explain()}")
         if name == "grouped" and self._network.compiled is not None:
             raise ValueError("a compiled forward must be handed over to be traced with its rules: call compute().")
-        rows = Rows.of(cluster, self.k, counts)
+        rows = ClusteredBatch.of(cluster, self.k, counts)
         scale = loss_scale(scaler, cluster.device)
         routes.refuse_batch_norm(name, self.model)
         sinks = self._jacobian.sinks(fresh=True)
@@ -333,7 +333,7 @@ class ClusterGradients:
         Raises:
             GroupingError: samples are not independent, or a gradient differs.
         """
-        rows, batch = Rows.of(cluster, self.k, counts).sort(batch)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         route = self._settled(loss_fn, batch, rows)
         return checks.verify(route, self._network, loss_fn, batch, rows)
 
@@ -348,7 +348,7 @@ class ClusterGradients:
             out.append(p.grad if p.requires_grad else None)
         return out
 
-    def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, *, mean: bool, fresh: bool) -> Tensor:
+    def _run(self, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch, *, mean: bool, fresh: bool) -> Tensor:
         """Sums of the losses ``[k]``; J (+)= the gradients of the means or the sums, times the scale."""
         if rows.B == 0:
             sinks = self._jacobian.sinks(fresh=fresh)
@@ -364,7 +364,7 @@ class ClusterGradients:
         self._jacobian.keep(sinks)
         return sums
 
-    def _settled(self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> Chosen:
+    def _settled(self, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> Chosen:
         net = self._network
         if net.compiled is None and hasattr(loss_fn, "_torchdynamo_orig_callable"):
             net.compiled = compiler_of(self.model, {}, net.separable)

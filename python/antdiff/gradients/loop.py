@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.sinks import Sink
 from antdiff.gradients.split import write_row
 
 
-def loop(per_sample: Tensor, rows: Rows, factors: Sequence[Tensor | float], sinks: list[Sink]) -> None:
+def loop(per_sample: Tensor, rows: ClusteredBatch, factors: Sequence[Tensor | float], sinks: list[Sink]) -> None:
     """Row i of the sinks += ``factors[i]`` times the gradient of the sum of cluster i's losses.
 
     Args:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from antdiff.gradients.compiled import CompiledLoss
-from antdiff.gradients.grouped import LEAK, GroupedMode
-from antdiff.gradients.grouping import GroupingError, Rows, check_losses
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
+from antdiff.gradients.grouped.compiled import CompiledLoss
+from antdiff.gradients.grouped.mode import LEAK, GroupedMode
 from antdiff.gradients.loop import loop
 from antdiff.gradients.sinks import Sink
 from antdiff.gradients.split import split
@@ -41,7 +41,7 @@ def run(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     sinks: list[Sink],
     *,
     mean: bool = True,
@@ -82,7 +82,7 @@ def run(
 
 def backward(
     per_sample: Tensor,
-    rows: Rows,
+    rows: ClusteredBatch,
     sinks: list[Sink],
     mode: GroupedMode | None,
     *,
@@ -103,7 +103,7 @@ def _compiled(
     compiled: CompiledLoss,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     sinks: list[Sink],
     mean: bool,
     scale: Tensor | float,
@@ -125,20 +125,20 @@ def _compiled(
     return _sums(per_sample.detach(), rows)
 
 
-def _sums(values: Tensor, rows: Rows) -> Tensor:
+def _sums(values: Tensor, rows: ClusteredBatch) -> Tensor:
     """Of the losses ``[B]``, ``[k]``, in at least float32; a NaN stays in its cluster."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return torch.where(rows.one_hot(torch.bool), values, 0).sum(1)
 
 
-def _each_factor(per_sample: Tensor, rows: Rows, scale: Tensor | float, mean: bool) -> Tensor:
+def _each_factor(per_sample: Tensor, rows: ClusteredBatch, scale: Tensor | float, mean: bool) -> Tensor:
     """``[B]``, on the device: a list of host numbers would have to be copied there."""
     dtype = torch.promote_types(per_sample.dtype, torch.float32)
     counts = rows.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(rows.k, dtype=dtype)
     return (counts.reciprocal()[rows.cluster] * scale).to(per_sample.dtype)
 
 
-def _factors(rows: Rows, scale: Tensor | float, mean: bool) -> list[Tensor | float]:
+def _factors(rows: ClusteredBatch, scale: Tensor | float, mean: bool) -> list[Tensor | float]:
     return [scale / max(size, 1) if mean else scale for size in rows.sizes]
 
 

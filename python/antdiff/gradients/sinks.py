@@ -111,7 +111,7 @@ class Collected(Sink):
 Sinks = Sequence[Sink | None]
 
 
-class Jacobian:
+class GradientStore:
     """The buffers of J: one ``[k, *shape]`` a trainable parameter, made once.
 
     Attributes:

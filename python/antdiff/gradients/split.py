@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows, check_losses, cut
+from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.sinks import Sink
 
 
 def split(
     loss_fn: Callable[..., Tensor],
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     factors: Sequence[Tensor | float],
     sinks: list[Sink],
 ) -> list[Tensor | None]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from antdiff.gradients.grouped import GroupedMode
-from antdiff.gradients.grouping import GroupingError, Rows, check_losses, each_row
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses, each_row
+from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.routes import Chosen, LossFn, Network, refuse_batch_norm, run
-from antdiff.gradients.sinks import Jacobian
+from antdiff.gradients.sinks import GradientStore
 
 # A row of J that belongs to one parameter is compared on the scale of that row, or of this share of the whole row of J
 # where it is smaller: gradients that are zero but for rounding (a key's bias in attention) have no scale of their own.
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-8}
 TOLERANCE_LOW = 2e-2
 
 
-def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> float:
+def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> float:
     """Both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
     refuse_batch_norm(route, net.model)
     with repeatable(net.model) as replay:
@@ -38,7 +38,7 @@ def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], r
     return error
 
 
-def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> tuple[Chosen, str]:
+def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> tuple[Chosen, str]:
     """The route that ``auto`` settles on, and why."""
     with uncompiled(net):  # the rules are the same, and no program is compiled for a few samples
         route, why = _on_few(Network(net.model, net.separable), loss_fn, batch, rows)
@@ -46,7 +46,7 @@ def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> t
         return route, why
     with repeatable(net.model):
         try:
-            run(route, net, loss_fn, batch, rows, Jacobian(net.model, rows.k, None, reuse=False).sinks(fresh=True))
+            run(route, net, loss_fn, batch, rows, GradientStore(net.model, rows.k, None, reuse=False).sinks(fresh=True))
         except Exception as error:  # uncompiled it has just run: whatever it is, compilers are not up to it
             return "split", f"'grouped' does not compile: {type(error).__name__}: {error}"
     return route, f"{why}, and it compiled"
@@ -56,7 +56,7 @@ def uncompiled(net: Network) -> AbstractContextManager[Any]:
     return nullcontext() if net.compiled is None else torch.compiler.set_stance("force_eager")
 
 
-def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> tuple[Chosen, str]:
+def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> tuple[Chosen, str]:
     """On the evidence of at most two samples a cluster of a sorted batch."""
     try:
         refuse_batch_norm("grouped", net.model)
@@ -65,7 +65,7 @@ def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: Rows) -> 
     small, few = first_of_each(batch, rows)
     if few.k > 1 and few.sizes.count(0) == few.k - 1 and few.B == 2:
         # Of one cluster alone every route gives the same, wherever its rows stand: take its samples for two clusters.
-        few = Rows(torch.arange(2, device=few.cluster.device), [1, 1, *[0] * (few.k - 2)], None)
+        few = ClusteredBatch(torch.arange(2, device=few.cluster.device), [1, 1, *[0] * (few.k - 2)], None)
     with repeatable(net.model) as replay:
         once = loss_fn(*small)
         check_losses(once, few.B)
@@ -134,15 +134,15 @@ def distance(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     replay: Replay,
 ) -> tuple[float, str]:
     """How far a route's J is from that of ``loop``, and in which parameter; NaN where they draw different numbers."""
     if route == "loop":
         return 0.0, ""
     k = rows.k
-    J = Jacobian(net.model, k, None, reuse=net.compiled is None)
-    reference = Jacobian(net.model, k, None)
+    J = GradientStore(net.model, k, None, reuse=net.compiled is None)
+    reference = GradientStore(net.model, k, None)
     replay.rewind()
     sinks = J.sinks(fresh=True)
     run(route, net, loss_fn, batch, rows, sinks)
@@ -179,7 +179,7 @@ def probe(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: Rows,
+    rows: ClusteredBatch,
     replay: Replay,
 ) -> None:
     """One forward each with the first and the last sample all NaN: nothing of it may reach another sample.
@@ -201,7 +201,7 @@ def probe(
         replay.rewind()
         if route == "grouped":
             with GroupedMode(
-                net.model, rows, Jacobian(net.model, rows.k, None).sinks(fresh=True), net.separable, probe=j
+                net.model, rows, GradientStore(net.model, rows.k, None).sinks(fresh=True), net.separable, probe=j
             ):
                 losses = loss_fn(*poisoned)
         else:
@@ -216,7 +216,7 @@ def probe(
             )
 
 
-def first_of_each(batch: Sequence[Any], rows: Rows, each: int = 2) -> tuple[Sequence[Any], Rows]:
+def first_of_each(batch: Sequence[Any], rows: ClusteredBatch, each: int = 2) -> tuple[Sequence[Any], ClusteredBatch]:
     """At most ``each`` samples of every cluster of a sorted batch."""
     picked = [i for start, stop in rows.slices() for i in range(start, min(stop, start + each))]
     index = torch.tensor(picked, device=rows.cluster.device)
@@ -225,4 +225,4 @@ def first_of_each(batch: Sequence[Any], rows: Rows, each: int = 2) -> tuple[Sequ
     def pick(x: Tensor) -> Tensor:
         return x.detach().index_select(0, index.to(x.device)).requires_grad_(x.requires_grad)
 
-    return each_row(batch, rows.B, pick), Rows(rows.cluster[index], sizes, None)
+    return each_row(batch, rows.B, pick), ClusteredBatch(rows.cluster[index], sizes, None)

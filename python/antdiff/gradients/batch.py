@@ -16,7 +16,7 @@ class GroupingError(RuntimeError):
     """The gradients of the clusters cannot be told apart here; the message says where, why and what to do."""
 
 
-class Rows:
+class ClusteredBatch:
     """The clusters of a batch of B samples, and with them the clusters of the rows of any tensor ``[R, ...]`` made from
     it, where R is a multiple of B and row r belongs to sample ``r // (R / B)``.
 
@@ -33,7 +33,7 @@ class Rows:
         self._orders: dict[int, Tensor] = {}
 
     @classmethod
-    def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> Rows:
+    def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> ClusteredBatch:
         """Checks the ids, sorts and counts them; with ``counts`` given they have to be sorted (no host sync)."""
         if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
             came = f"{cluster.dtype} {list(cluster.shape)}" if isinstance(cluster, Tensor) else type(cluster).__name__
@@ -64,13 +64,13 @@ class Rows:
             )
         return cls(cluster, [stop - start for start, stop in itertools.pairwise(bounds)], order if unsorted else None)
 
-    def sort(self, batch: Sequence[Any]) -> tuple[Rows, Sequence[Any]]:
+    def sort(self, batch: Sequence[Any]) -> tuple[ClusteredBatch, Sequence[Any]]:
         """The batch with its samples in the order of their clusters."""
         order = self.order
         if order is None:
             return self, each_row(batch, self.B, leaf)
         return (
-            Rows(self.cluster[order], self.sizes, None),
+            ClusteredBatch(self.cluster[order], self.sizes, None),
             each_row(batch, self.B, lambda x: leaf(x.index_select(0, order))),
         )
 
@@ -135,7 +135,7 @@ class Rows:
         return self._orders[m]
 
 
-class PaddedRows(Rows):
+class PaddedBatch(ClusteredBatch):
     """Rows whose number in each cluster is known to the device alone; ``room`` is how many there are at most.
 
     Args:
@@ -149,7 +149,7 @@ class PaddedRows(Rows):
         self.index, self.there = index, there
 
     @staticmethod
-    def fill(rows: Rows, room: int) -> tuple[Tensor, Tensor]:
+    def fill(rows: ClusteredBatch, room: int) -> tuple[Tensor, Tensor]:
         """``index`` and ``there`` for sorted rows."""
         spans = [(range(start, stop), room - (stop - start)) for start, stop in rows.slices()]
         index = [i for span, left in spans for i in (*span, *[0] * left)]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
+from antdiff.gradients.grouped.slices import still
 from antdiff.gradients.sinks import Sinks
-from antdiff.gradients.slices import still
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 Op = Callable[..., Any]
 
@@ -54,7 +54,7 @@ def _look_up(mode: GroupedMode, out: Tensor, table: Tensor, index: Tensor, skip:
     return mode.tap(out, partial(_table_grads, skip), (table,), index)
 
 
-def _table_grads(skip: int | None, rows: Rows, sinks: Sinks, grad: Tensor, index: Tensor) -> None:
+def _table_grads(skip: int | None, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, index: Tensor) -> None:
     """The lookup's own backward, into a table of k V rows."""
     (sink,) = sinks
     if sink is None:

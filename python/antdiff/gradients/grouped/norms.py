@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.batch import ClusteredBatch, GroupingError
+from antdiff.gradients.grouped.slices import still
 from antdiff.gradients.sinks import Sinks
-from antdiff.gradients.slices import still
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 Op = Callable[..., Any]
 
@@ -41,7 +41,7 @@ def group_norm(
     return mode.tap(out, _group_norm_grads, (weight, bias), x, mean, rstd)
 
 
-def _group_norm_grads(rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def _group_norm_grads(rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels. The fused
     kernel sums over samples for each channel; to it the channels of all samples are those of one."""
     R, C = x.shape[:2]
@@ -75,7 +75,7 @@ def layer_norm(
 
 
 def _layer_norm_grads(
-    rows: Rows, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
+    rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
 ) -> None:
     weight, bias = sinks
     last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
@@ -142,7 +142,7 @@ def instance_norm(
     return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
 
 
-def _scale_grads(normalized: Op, last: int | None, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
+def _scale_grads(normalized: Op, last: int | None, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
     weight, bias = sinks
     for sink, inner in ((weight, True), (bias, False)):

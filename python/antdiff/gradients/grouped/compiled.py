@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from antdiff.gradients.grouped import LEAK, SECOND_ORDER, GroupedMode, Write, no_autocast, own_tensors, pull_back
-from antdiff.gradients.grouping import GroupingError, PaddedRows, Rows
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, PaddedBatch
+from antdiff.gradients.grouped.mode import LEAK, SECOND_ORDER, GroupedMode, Write, no_autocast, own_tensors, pull_back
 from antdiff.gradients.sinks import Collected, Sink
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -44,10 +44,10 @@ class CompiledLoss:
         self.programs = 0
         self._inner, self._fullgraph = backend, fullgraph
         self._last: tuple[LossFn, LossFn] | None = None
-        self._now: tuple[Rows, dict[int, Tensor]] | None = None
+        self._now: tuple[ClusteredBatch, dict[int, Tensor]] | None = None
 
     def __call__(
-        self, loss_fn: LossFn, batch: Sequence[Any], rows: Rows, sinks: list[Sink]
+        self, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch, sinks: list[Sink]
     ) -> tuple[Tensor, list[Tensor]]:
         """The per-sample losses ``[B]``, and for every sink the leaf ``[k, *shape]`` that will have its gradients."""
         if self._last is None or self._last[0] is not loss_fn:
@@ -75,7 +75,7 @@ class CompiledLoss:
                 step = -(-rows.B // (4 * rows.k))  # a quarter of a mean cluster: few rooms, and few zeros
                 room = -(-max(rows.sizes) // step) * step
                 key = (room, *key[1:])
-                values += PaddedRows.fill(rows, room)
+                values += PaddedBatch.fill(rows, room)
             if key not in programs:
                 self.programs += 1
                 own = {id(x): "" for x in own_tensors(self.model)}
@@ -122,7 +122,7 @@ def _traced(
         values: the inputs; the cluster of each sample; for further tuples of sizes, how clusters are filled up.
     """
     inputs, (cluster, *padding) = list(values[:n_inputs]), values[n_inputs:]
-    rows = PaddedRows(cluster, len(sizes), *padding) if padding else Rows(cluster, sizes, None)
+    rows = PaddedBatch(cluster, len(sizes), *padding) if padding else ClusteredBatch(cluster, sizes, None)
     leaves = {i: inputs[i] for i in names if trained[i]}
     for i, leaf in leaves.items():
         inputs[i] = _Parameter.apply(leaf, names[i])  # type: ignore[no-untyped-call]
@@ -156,7 +156,7 @@ class TracedMode(GroupedMode):
     def __init__(
         self,
         graph: nn.Module,
-        rows: Rows,
+        rows: ClusteredBatch,
         names: dict[int, str],
         shared: dict[int, Tensor],
         leaves: dict[int, Tensor],

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
+from antdiff.gradients.grouped.slices import by_slices, cast, still
 from antdiff.gradients.sinks import Sinks
-from antdiff.gradients.slices import by_slices, cast, still
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 Op = Callable[..., Any]
 
@@ -69,7 +69,7 @@ def _flat(x: Tensor) -> Tensor:
     return cast(x).reshape(-1, x.shape[-1])
 
 
-def _linear_grads(transposed: bool, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor | None = None) -> None:
+def _linear_grads(transposed: bool, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor | None = None) -> None:
     """Of ``grad [R, out]`` and ``x [R, in]``."""
     weight, bias = sinks
     if weight is not None:
@@ -117,7 +117,7 @@ def _contract(mode: GroupedMode, out: Tensor, p_name: str, x_name: str, result: 
     return mode.tap(out, partial(_einsum_grads, f"{result},{x_name}->{p_name}"), (p,), x)
 
 
-def _einsum_grads(equation: str, rows: Rows, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
+def _einsum_grads(equation: str, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     for sink in sinks:
         if sink is not None:
             sink.add_rows(torch.einsum(equation, g, v) if len(g) else None for g, v in rows.pieces(grad, x.conj()))
@@ -184,7 +184,7 @@ def _convolve(
 
 
 def _convolution_grads(
-    options: tuple[Any, ...], rows: Rows, sinks: Sinks, grad: Tensor, x: Any = None, w: Any = None
+    options: tuple[Any, ...], rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, w: Any = None
 ) -> None:
     weight, bias = sinks
     if weight is not None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.sinks import Sinks
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 Op = Callable[..., Any]
 
@@ -62,7 +62,7 @@ def _slice_grads(
     at: list[int],
     trained: list[int],
     autocast: tuple[bool, torch.dtype],
-    rows: Rows,
+    rows: ClusteredBatch,
     sinks: Sinks,
     grad: Tensor,
     *varying: Tensor,

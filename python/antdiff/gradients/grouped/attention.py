@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 
 def multi_head_attention(

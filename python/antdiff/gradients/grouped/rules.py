@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antdiff.gradients import norms, products, tables
-from antdiff.gradients.attention import multi_head_attention
-from antdiff.gradients.broadcast import ELEMENTWISE, METADATA, attention, elementwise, join, metadata
-from antdiff.gradients.slices import by_slices
+from antdiff.gradients.grouped import norms, products, tables
+from antdiff.gradients.grouped.attention import multi_head_attention
+from antdiff.gradients.grouped.broadcast import ELEMENTWISE, METADATA, attention, elementwise, join, metadata
+from antdiff.gradients.grouped.slices import by_slices
 
 Rule = Callable[..., Any]
 

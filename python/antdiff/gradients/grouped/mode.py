@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from antdiff.gradients.broadcast import own_rows
-from antdiff.gradients.grouping import GroupingError, Rows
-from antdiff.gradients.rules import CROSS_SAMPLE, RULES
+from antdiff.gradients.batch import ClusteredBatch, GroupingError
+from antdiff.gradients.grouped.broadcast import own_rows
+from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
+from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.sinks import Sink, Sinks
-from antdiff.gradients.slices import by_slices
 
 Write = Callable[..., None]
 
@@ -50,7 +50,12 @@ class GroupedMode(TorchFunctionMode):
     """
 
     def __init__(
-        self, model: nn.Module, rows: Rows, sinks: list[Sink], separable: Iterable[Any] = (), probe: int | None = None
+        self,
+        model: nn.Module,
+        rows: ClusteredBatch,
+        sinks: list[Sink],
+        separable: Iterable[Any] = (),
+        probe: int | None = None,
     ) -> None:
         super().__init__()
         self.rows = rows

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from antdiff import ops
-from antdiff.gradients.grouped import GroupedMode, Write, no_autocast
-from antdiff.gradients.grouping import GroupingError, Rows
+from antdiff.gradients.batch import ClusteredBatch, GroupingError
+from antdiff.gradients.grouped.mode import GroupedMode, Write, no_autocast
 from antdiff.gradients.sinks import Sink, Sinks
 
 
@@ -109,7 +109,7 @@ class GramMode(GroupedMode):
         Args:
             weights: ``[k]``.
         """
-        once = Rows(torch.zeros_like(self.rows.cluster), [self.rows.B], None)
+        once = ClusteredBatch(torch.zeros_like(self.rows.cluster), [self.rows.B], None)
         kept, again = [], {}
         for s in self._roots:
             grad = s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from antdiff.gradients.grouping import Rows
+from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.sinks import Sinks
 
 if TYPE_CHECKING:
-    from antdiff.gradients.grouped import GroupedMode
+    from antdiff.gradients.grouped.mode import GroupedMode
 
 Op = Callable[..., Any]
 
@@ -91,13 +91,13 @@ def _expand(mode: GroupedMode, x: Tensor, R: int, ndim: int) -> Tensor:
     return mode.leaf(x.detach().expand(shape), sum_rows, x)
 
 
-def sum_rows(rows: Rows, sinks: Sinks, grad: Tensor) -> None:
+def sum_rows(rows: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:
     for sink in sinks:
         if sink is not None:
             sink.add_all(rows.sums(grad))
 
 
-def own_rows(rows: Rows, sinks: Sinks, grad: Tensor) -> None:
+def own_rows(rows: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:
     """The gradient of a shared tensor whose row r met row r of the batch alone."""
     ids = torch.arange(grad.shape[0], device=grad.device)
     each = grad.new_zeros((rows.k, *grad.shape))

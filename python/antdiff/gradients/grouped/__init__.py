@@ -1,0 +1,1 @@
+"""Route ``grouped``: one forward and one backward, K weight gradients."""
