@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "antdiff"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3, "companions": 3,
-        "distributed": 3, "info": 3, "train": 4, "cli": 5, "__main__": 6}  # fmt: skip
+RANK = {"_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3,
+        "companions": 3, "distributed": 3, "info": 3, "train": 4, "cli": 5, "__main__": 6}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 

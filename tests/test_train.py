@@ -19,7 +19,7 @@ from PIL import Image
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
 from antdiff.diffusion import log_snr
-from antdiff.train import checkpoint, loop
+from antdiff.train import loop
 from antdiff.train import run as run_module
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import METHODS, TrainConfig, resumed
@@ -362,7 +362,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     for step in (1, 2):
         with pytest.raises(CheckpointError, match=r"No space left on device\); the last good one is .*step-00000001"):
             save_checkpoint(tmp_path, step, STATE)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from antdiff._files import digest, write_npz
 from antdiff.analysis import estimate
 from antdiff.analysis.plan import Plan, make_plan
 from antdiff.analysis.projection import Columns, Projection
-from antdiff.analysis.state import Rows, digest, save_arrays
+from antdiff.analysis.state import Rows
 from antdiff.clustering import TimestepClusters
 from antdiff.diffusion import log_snr as named_log_snr
 from antdiff.gradients import ClusterGradients
@@ -88,7 +89,7 @@ class TaskAffinity:
         """Writes an npz: every attribute under its name; whole or, on an error, not at all."""
         arrays = {name: value.numpy() for name, value in vars(self).items() if isinstance(value, Tensor)}
         texts = {"layer_names": np.array(self.layer_names), "stats": np.array(json.dumps(self.stats))}
-        save_arrays(Path(path), {"format": np.array(_FORMAT), **arrays, **texts})
+        write_npz(Path(path), {"format": np.array(_FORMAT), **arrays, **texts})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskAffinity:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from antdiff.analysis.state import digest
+from antdiff._files import digest
 
 
 class Columns(NamedTuple):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from antdiff._files import write_atomically, write_npz
 
 
 class Rows:
@@ -76,50 +74,16 @@ class Rows:
             return
         self._file.flush()
         state = {"fingerprint": self.fingerprint, "checkpoint": checkpoint, "weights": weights, "done": done}
-        write_whole(self.folder / "progress.json", json.dumps(state).encode())
+        write_atomically(self.folder / "progress.json", json.dumps(state).encode())
 
     def finish(self, checkpoint: int, weights: str, arrays: dict[str, Tensor]) -> None:
         """Keeps the results of this checkpoint."""
         path = self._result(checkpoint)
         if path is not None:
-            save_arrays(path, {"weights": np.array(weights), **{k: v.numpy() for k, v in arrays.items()}})
+            write_npz(path, {"weights": np.array(weights), **{k: v.numpy() for k, v in arrays.items()}})
 
     def _result(self, checkpoint: int) -> Path | None:
         return None if self.folder is None else self.folder / f"checkpoint-{checkpoint}.npz"
 
     def _other(self, what: str) -> ValueError:
         return ValueError(f"{self.folder} holds the state of another computation ({what}): give another, or delete it.")
-
-
-def digest(*parts: str | Tensor) -> str:
-    """SHA-256 (hex) of texts and tensors, in order."""
-    sha = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            sha.update(part.encode())
-    return sha.hexdigest()
-
-
-def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Writes an npz, whole or not at all."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
-
-
-def write_whole(path: Path, payload: bytes) -> None:
-    """Writes a file so that it holds either what it held before or all of ``payload``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # beside it: a rename must not change file system
-    try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from antdiff import ops
+from antdiff._files import write_atomically
 from antdiff.ops._extension import as_count
 
 if TYPE_CHECKING:
@@ -323,7 +324,6 @@ class TimestepClusters:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the clusters as JSON: whole or, on an error, not at all."""
-        path = Path(path)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -331,17 +331,7 @@ class TimestepClusters:
             "starts": list(self._bounds[:-1]),
             "edges": None if self._edges is None else list(self._edges),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # beside it: a rename must not change file system
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepClusters:

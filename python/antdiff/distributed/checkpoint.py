@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from antdiff._files import sync_folder
 from antdiff.distributed.ranks import Ranks, answering
 
 KEPT = 2  # the newest, and the one before
@@ -51,7 +51,7 @@ def save_checkpoint(
     if ranks.rank == 0:
         shutil.rmtree(path, ignore_errors=True)  # the same step again, after a restart
         temporary.rename(path)
-        _flush(folder)
+        sync_folder(folder)
         for old in _checkpoints(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     _together(ranks)
@@ -98,12 +98,3 @@ def _together(ranks: Ranks) -> None:
     if ranks.size > 1:
         with answering("a checkpoint"):
             dist.barrier(ranks.group)
-
-
-def _flush(folder: Path) -> None:
-    """The rename itself reaches the disk with the folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._files import write_atomically, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.analysis.plots import save_conflict, save_gaps, save_heat_map, save_layers, within
-from antdiff.analysis.state import save_arrays
 from antdiff.diffusion import log_snr
-from antdiff.train.checkpoint import checkpoints, load_checkpoint, write_atomically
+from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts, make_model
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_unit
@@ -234,7 +234,7 @@ def analyze_conflict(
         name: np.stack([getattr(conflict, name).numpy() for conflict in found.values()])
         for name in ("cosine", "batch_cosine", "rate")
     }
-    save_arrays(out / "conflict.npz", {"steps": np.array(list(found)), "starts": chosen.starts.numpy(), **arrays})
+    write_npz(out / "conflict.npz", {"steps": np.array(list(found)), "starts": chosen.starts.numpy(), **arrays})
     summary = {
         "run": str(run), "seed": seed, "starts": chosen.starts.tolist(), "batch_size": B, "batches": batches,
         "repeats": repeats, "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},

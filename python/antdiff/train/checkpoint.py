@@ -7,17 +7,16 @@ written beside its place, flushed to the disk and renamed: a crash or a full dis
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT = "antdiff-1"
+from antdiff._files import digest, write_atomically
+
+FORMAT = "antdiff-2"
 KEPT = 2  # with one in reserve, a checkpoint that rots on the disk costs checkpoint_every steps, not the run
 
 
@@ -81,26 +80,6 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return paths[-1] if paths else None
 
 
-def write_atomically(path: Path, payload: bytes) -> None:
-    """Write a file so that `path` holds either what it held before or all of `payload`, even across a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    handle = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with the folder
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
@@ -112,11 +91,7 @@ def _remedy(path: Path) -> str:
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
-    sha = hashlib.sha256(tree.encode())
-    for key in sorted(tensors):
-        sha.update(key.encode())
-        sha.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    return digest(tree, *(part for key in sorted(tensors) for part in (key, tensors[key])))
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from antdiff.train.checkpoint import write_atomically
+from antdiff._files import write_atomically
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
 from antdiff.train.data import load_data
 from antdiff.train.plots import save_comparison

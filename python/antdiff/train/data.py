@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from antdiff._files import digest
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
 IDX_STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -40,12 +41,8 @@ class ImageData:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the images and labels: names whatever is cached for exactly this data."""
-        sha = hashlib.sha256()
-        for tensor in (self.train, self.held_out, self.train_labels, self.held_out_labels):
-            if tensor is not None:
-                sha.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                sha.update(tensor.numpy().tobytes())
-        return sha.hexdigest()
+        tensors = (self.train, self.held_out, self.train_labels, self.held_out_labels)
+        return digest(*(tensor for tensor in tensors if tensor is not None))
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

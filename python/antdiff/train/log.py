@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from antdiff.train.checkpoint import write_atomically
+from antdiff._files import write_atomically
 
 IMAGE_EVERY = 10  # rows between two pictures of the cosines in TensorBoard, which shows ten of a kind at most
 

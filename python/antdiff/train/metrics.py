@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from antdiff.train.checkpoint import write_atomically
+from antdiff._files import write_atomically
 from antdiff.train.data import ImageData, to_uint8, to_unit
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._files import write_atomically
 from antdiff.diffusion import log_snr
 from antdiff.info import collect
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import BASE, Experts, make_model
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.data import ImageData, load_data, to_uint8

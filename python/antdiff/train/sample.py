@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from antdiff.train.checkpoint import write_atomically
+from antdiff._files import write_npz
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import load_data, to_uint8
 from antdiff.train.loop import choose_device, sensible_threads
@@ -51,7 +49,5 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     grid, archive = (out.with_name(f"{out.name}{suffix}") for suffix in (".png", ".npz"))
     save_grid(images[:GRID_IMAGES], grid)
-    buffer = io.BytesIO()
-    np.savez(buffer, images.permute(0, 2, 3, 1).numpy())
-    write_atomically(archive, buffer.getvalue())
+    write_npz(archive, {"arr_0": images.permute(0, 2, 3, 1).numpy()}, compress=False)
     return grid, archive

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._files import write_atomically, write_npz
 from antdiff.analysis.plots import save_transfer
-from antdiff.analysis.state import save_arrays
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, write_atomically
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.loop import choose_device, sensible_threads, train
@@ -234,7 +234,7 @@ def _report(
     arrays |= {f"loss_{gap.budget}": gap.specialist for gap in losses}
     arrays |= {f"fd_{gap.budget}": gap.specialist for gap in quality}
     spans = intervals(clusters)
-    save_arrays(out / "transfer.npz", {
+    write_npz(out / "transfer.npz", {
         "seeds": np.array(seeds), "starts": clusters.starts.numpy(), **{k: v.numpy() for k, v in arrays.items()},
     })  # fmt: skip
     summary: dict[str, Any] = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from antdiff.train.checkpoint import write_atomically
+from antdiff._files import write_atomically
 from antdiff.train.report import sections
 from antdiff.train.report.folder import Run
 from antdiff.train.report.page import document, figure, grid, image, section, table, wide
