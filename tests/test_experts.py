@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 
 from antdiff import TimestepClusters
@@ -199,15 +200,15 @@ def test_mixer_branches_by_hand() -> None:
     z1, z2, z3 = x[:, :6], x[:, 6:12], x[:, 12:]
     y1 = nn.functional.gelu(mixer.pooled(nn.functional.max_pool2d(z1, 3, 1, 1)))
     y2 = nn.functional.gelu(mixer.convolved[1](mixer.convolved[0](z2)))
-    tokens = z3.view(2, 20, 3, 2, 3, 2).mean((3, 5)).flatten(2).transpose(1, 2)  # [B, 9, 20]
+    tokens = reduce(z3, "b c (h 2) (w 2) -> b (h w) c", "mean")  # [B, 9, 20]
     attention = nn.MultiheadAttention(20, 5, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         attention.in_proj_weight.copy_(mixer.qkv.weight.flatten(1))
         attention.in_proj_bias.copy_(mixer.qkv.bias)
         attention.out_proj.weight.copy_(mixer.attended.weight.flatten(1))
         attention.out_proj.bias.copy_(mixer.attended.bias)
-    low = attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).view(2, 20, 3, 3)
-    y = torch.cat([y1, y2, low.repeat_interleave(2, 2).repeat_interleave(2, 3)], 1)
+    low = attention(tokens, tokens, tokens, need_weights=False)[0]
+    y = torch.cat([y1, y2, repeat(low, "b (h w) c -> b c (h 2) (w 2)", h=3)], 1)
     # float64, other orders of sums of a few dozen terms of order one
     torch.testing.assert_close(mixer(x), mixer.out(y + mixer.mix(y)), rtol=1e-11, atol=1e-12)
 
@@ -271,9 +272,9 @@ def test_inception_in_a_unet_starts_as_the_unet_and_has_more_attention_at_more_n
         (
             lambda: SoftIntervalSampler(clusters=TimestepClusters.uniform(T, 5)),
             ValueError,
-            "clusters must have k=n_experts=4 and T=1000; got k=5",
+            "clusters must have one interval per expert, k=4, and T=1000; got k=5",
         ),
-        (lambda: bank(clusters=TimestepClusters.uniform(500, 4)), ValueError, "got k=4, T=500"),
+        (lambda: bank(clusters=TimestepClusters.uniform(500, 4)), ValueError, "got k=4 and T=500"),
         (lambda: ExpertBank([]), ValueError, "experts must be at least one network"),
         (lambda: bank().expert(4), ValueError, "expert must be one of 0 .. 3; got 4"),
         (lambda: bank()(torch.zeros(2, 2), 1000), ValueError, "0 <= t < T=1000; got 1000"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from antdiff import ClusterGradients, ops
@@ -162,7 +163,7 @@ def test_diffusers_block_by_hand() -> None:
     with torch.no_grad():
         run(net, x, t, y)
         logits = nn.functional.linear(torch.cat([c, torch.zeros(len(c), 1)], 1), mop.gate.weight, mop.gate.bias)
-        want = tokens + logits.softmax(1)[..., None] * mop.prompts[0]
+        want = tokens + rearrange(logits.softmax(1), "b n -> b n 1") * mop.prompts[0]
     torch.testing.assert_close(seen[0], want, rtol=1e-6, atol=1e-6)  # float32, the same operations twice
 
 
@@ -242,7 +243,9 @@ def test_inference_table_holds_the_gates_of_every_block() -> None:
     for i in range(L):
         assert torch.equal(table[:, i], mop.gates(i, c))
     x = torch.randn(7, N, D)
-    torch.testing.assert_close(mop(2, x, c), x + table[:, 2, :, None] * mop.prompts[2], rtol=0, atol=0)
+    torch.testing.assert_close(
+        mop(2, x, c), x + rearrange(table[:, 2], "b n -> b n 1") * mop.prompts[2], rtol=0, atol=0
+    )
 
 
 def test_published_importance_at_the_start() -> None:
@@ -322,7 +325,7 @@ def test_patching_takes_any_balancing_method() -> None:
     cluster = torch.tensor([0, 0, 1, 1, 2, 2])
 
     def losses(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return (run(net, x, t, y) - x).square().flatten(1).mean(1) + mop.balancing_loss()
+        return reduce((run(net, x, t, y) - x).square(), "b ... -> b", "mean") + mop.balancing_loss()
 
     gradients = ClusterGradients(net, 3, route="split")
     J = gradients.compute(losses, (x, t, y), cluster)

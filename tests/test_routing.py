@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from antdiff import ClusterGradients, ops
@@ -187,7 +188,7 @@ def test_dit_block_by_hand() -> None:
     block, seen = net.transformer_blocks[0], []
     handle = net.transformer_blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     labels = torch.zeros(3, dtype=torch.int64)
-    mask = ChannelRouting(network("dit")).mask(t, 16)[:, None, :]
+    mask = rearrange(ChannelRouting(network("dit")).mask(t, 16), "b c -> b 1 c")
     want = route(lambda h: block(h, timestep=t, class_labels=labels), tokens, mask)
     ChannelRouting(net)
     run(net, x, t)
@@ -205,7 +206,7 @@ def test_unet_skip_path_is_not_masked_where_the_width_changes() -> None:
     routing = ChannelRouting(net)
     run(net, x, t)
     channels = seen["x"].shape[1]
-    mask = routing.mask(t, channels)[:, :, None, None]
+    mask = rearrange(routing.mask(t, channels), "b c -> b c 1 1")
     routing.remove()
     branch = block(seen["x"] * mask, seen["temb"]) - block.conv_shortcut(seen["x"] * mask)
     # float64; the branch is a difference of numbers of order one
@@ -298,7 +299,7 @@ def test_composes_with_pcgrad_through_cluster_gradients(name: str) -> None:
     ChannelRouting(net)
 
     def losses(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return (run(net, x, t) - noise).square().flatten(1).mean(1)
+        return reduce((run(net, x, t) - noise).square(), "b ... -> b", "mean")
 
     gradients = ClusterGradients(net, 3)
     J = gradients.compute(losses, (x, t, noise), cluster)

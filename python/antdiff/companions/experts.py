@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from antdiff.clustering import TimestepClusters
@@ -55,12 +56,7 @@ class SoftIntervalSampler:
             raise ValueError(f"n_experts must be in [1, T={T}]; got {n_experts}.")
         if len(p) != n_experts or not all(0 <= q <= 1 for q in p):
             raise ValueError(f"p must be n_experts={n_experts} probabilities, one an expert; got {tuple(p)}.")
-        self.bounds = interval_bounds(n_experts, T) if clusters is None else list(clusters.bounds)
-        if len(self.bounds) != n_experts + 1 or self.bounds[-1] != T:
-            raise ValueError(
-                f"clusters must have k=n_experts={n_experts} and T={T}; got k={len(self.bounds) - 1} and "
-                f"T={self.bounds[-1]}."
-            )
+        self.bounds = list(_intervals(n_experts, T, clusters).bounds)
         self.p = tuple(float(q) for q in p)
         self.T = T
 
@@ -120,14 +116,11 @@ class ExpertBank(nn.Module):
         super().__init__()
         if not experts:
             raise ValueError("experts must be at least one network; got none.")
-        bounds = interval_bounds(len(experts), T) if clusters is None else list(clusters.bounds)
-        if len(bounds) != len(experts) + 1 or bounds[-1] != T:
-            raise ValueError(f"clusters must have k={len(experts)} and T={T}; got k={len(bounds) - 1}, T={bounds[-1]}.")
+        self.clusters = _intervals(len(experts), T, clusters)
         self.experts = nn.ModuleList(experts)
         self.T = T
         self.bounds: Tensor
-        self.register_buffer("bounds", torch.tensor(bounds), persistent=False)  # [N+1]
-        self._host_bounds = bounds
+        self.register_buffer("bounds", torch.tensor(self.clusters.bounds), persistent=False)  # [N+1]
         self._home: torch.device | None = None
         self._device: torch.device | None = None
         self._resident: int | None = None
@@ -137,8 +130,7 @@ class ExpertBank(nn.Module):
         """The expert whose interval holds t."""
         if not 0 <= t < self.T:
             raise ValueError(f"t must be a timestep, 0 <= t < T={self.T}; got {t}.")
-        # searchsorted over the bounds: t N // T is not their inverse where N does not divide T
-        return int(torch.searchsorted(torch.tensor(self._host_bounds), t, right=True)) - 1
+        return self.clusters.cluster_of(t)
 
     def offload(self, device: torch.device | str, *, home: torch.device | str = "cpu") -> ExpertBank:
         """Run experts on ``device``, keep those not in use at ``home``; for sampling. Returns self."""
@@ -188,9 +180,16 @@ class ExpertBank(nn.Module):
         return out
 
 
-def interval_bounds(n: int, T: int) -> list[int]:
-    """n T // N for n = 0 .. N: the ends of N intervals as equal as integers allow."""
-    return [i * T // n for i in range(n + 1)]
+def _intervals(n: int, T: int, clusters: TimestepClusters | None) -> TimestepClusters:
+    """The intervals of n experts: ``clusters`` if they fit, by default n intervals as equal as integers allow."""
+    if clusters is None:
+        return TimestepClusters.uniform(T, n)
+    if (clusters.k, clusters.T) != (n, T):
+        raise ValueError(
+            f"clusters must have one interval per expert, k={n}, and T={T}; got k={clusters.k} and T={clusters.T}. "
+            f"Make them with {n} clusters of {T} timesteps, or change the number of experts or T."
+        )
+    return clusters
 
 
 def _check_expert(i: int, n: int) -> None:
@@ -260,9 +259,9 @@ class InceptionMixer2d(nn.Module):
         size = x.shape[-2:]
         # ceil_mode keeps the last row and column of an odd size; the average counts only what is there.
         x = F.avg_pool2d(x, self.pool, ceil_mode=True, count_include_pad=False)  # [B, d_l, h, w]
-        b, _, h, w = x.shape
-        q, k, v = self.qkv(x).view(b, 3, self.heads, -1, h * w).transpose(-1, -2).unbind(1)  # [B, heads, hw, head_dim]
-        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, self.low, h, w)
+        q, k, v = rearrange(self.qkv(x), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, hw, head_dim]
+        y = rearrange(y, "b heads (h w) d -> b (heads d) h w", h=x.shape[2])
         return F.interpolate(self.attended(y), size=size, mode="nearest")
 
 

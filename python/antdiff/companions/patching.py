@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 NAME = "mixture_of_prompts"  # of the patch among the patched model's submodules
@@ -113,7 +114,7 @@ class MixtureOfPrompts(nn.Module):
         if cond.dim() != 2 or cond.shape[1] != self.gate.in_features - 1 or cond.shape[0] not in (1, len(x)):
             raise ValueError(f"cond must be [B={len(x)}, {self.gate.in_features - 1}]; got {list(cond.shape)}.")
         g = self.gates(i, cond)  # [B, N]
-        return x + (g[..., None] * self.prompts[i]).to(x.dtype)
+        return x + (rearrange(g, "b n -> b n 1") * self.prompts[i]).to(x.dtype)
 
     def gates(self, i: int, cond: Tensor) -> Tensor:
         """g [B, N] of block i: at least 0, each row sums to 1. In training mode they are noisy, and remembered."""
