@@ -27,6 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from antdiff import BalancedBackward, ClusterGradients, balancing, ops
 from antdiff.gradients import GroupingError
+from antdiff.gradients.batch import ClusteredBatch
+from antdiff.gradients.grouped.deferred import DeferredGradient, GramMode
+from antdiff.gradients.sinks import Sink
 
 # Relative to the largest: G and the combination are sums over all parameters of float64 products, each taken in another
 # order: some hundred roundings.
@@ -63,7 +66,7 @@ def case(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[Tensor], T
 def test_layers(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss_fn, batch = case(make)
     agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
-    monkeypatch.setattr("antdiff.gradients.grouped.deferred.Recipe.price", lambda *_: -1)  # nothing is worth keeping
+    monkeypatch.setattr(DeferredGradient, "nbytes", lambda *_: -1)  # no rows are small enough to keep
     agrees(model, loss_fn, batch, cluster_ids(shuffled=True))
 
 
@@ -97,6 +100,23 @@ def test_a_parameter_inside_a_reentrant_checkpoint_and_outside() -> None:
     cg = ClusterGradients(model, K, "grouped")
     with pytest.raises(GroupingError, match=r"a\.weight is used inside a checkpoint and again elsewhere"):
         cg.gram(lambda x: model(x).square().mean(1), (x,), cluster_ids())
+
+
+def test_combine_works_once_and_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 8).double(), torch.randn(B, 8, dtype=torch.float64)
+    clustered = ClusteredBatch.of(cluster_ids(), K)
+    mode = GramMode(model, clustered, [Sink(name, p, K) for name, p in model.named_parameters()])
+    with mode:
+        losses = model(x).square().mean(1)
+    mode.backward(losses, torch.ones_like(losses))
+    with pytest.raises(ValueError, match="weights"):  # nothing has been freed yet
+        mode.combine(torch.ones(K + 1, dtype=torch.float64))
+    mode.combine(torch.ones(K, dtype=torch.float64))
+    (want,) = torch.autograd.grad(model(x).square().mean(1).sum(), [model.weight])
+    torch.testing.assert_close(model.weight.grad, want)
+    with pytest.raises(RuntimeError, match="works once"):
+        mode.combine(torch.ones(K, dtype=torch.float64))
 
 
 def test_memory_is_that_of_a_plain_step_and_one_parameter() -> None:

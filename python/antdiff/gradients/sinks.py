@@ -83,7 +83,7 @@ class Sink:
             self.fresh = False
 
 
-class Collected(Sink):
+class FunctionalSink(Sink):
     """As a sink, without writing in place.
 
     Attributes:

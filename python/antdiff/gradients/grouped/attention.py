@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from antdiff.gradients.grouped.mode import GroupedMode
+from antdiff.gradients.grouped.recorder import Op, Recorder
 
 
 def multi_head_attention(
-    mode: GroupedMode,
-    func: Callable[..., Any],
+    recorder: Recorder,
+    func: Op,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,7 +45,7 @@ def multi_head_attention(
         return NotImplemented
     _, B, E = query.shape
     p = dropout_p if training else 0.0
-    with mode:
+    with recorder:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
         q, k, v = _project(query, key, value, weights, in_proj_bias)  # [B, L or S, E]
         if bias_k is not None and bias_v is not None:

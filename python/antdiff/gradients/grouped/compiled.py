@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from antdiff.gradients.batch import ClusteredBatch, GroupingError, PaddedBatch
-from antdiff.gradients.grouped.mode import LEAK, SECOND_ORDER, GroupedMode, Write, no_autocast, own_tensors, pull_back
-from antdiff.gradients.sinks import Collected, Sink
+from antdiff.gradients.grouped.mode import LEAK, SECOND_ORDER, GroupedMode, no_autocast, own_tensors, pull_back
+from antdiff.gradients.grouped.recorder import Write
+from antdiff.gradients.sinks import FunctionalSink, Sink
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 LossFn = Callable[..., Tensor]
@@ -47,14 +48,14 @@ class CompiledLoss:
         self._now: tuple[ClusteredBatch, dict[int, Tensor]] | None = None
 
     def __call__(
-        self, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch, sinks: list[Sink]
+        self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, sinks: list[Sink]
     ) -> tuple[Tensor, list[Tensor]]:
         """The per-sample losses ``[B]``, and for every sink the leaf ``[k, *shape]`` that will have its gradients."""
         if self._last is None or self._last[0] is not loss_fn:
             loss = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
             self._last = loss_fn, torch.compile(loss, backend=self._capture, fullgraph=self._fullgraph, dynamic=False)
-        leaves = [s.tensor.detach().expand(rows.k, *s.tensor.shape).requires_grad_() for s in sinks]
-        self._now = rows, {id(s.tensor): leaf for s, leaf in zip(sinks, leaves, strict=True)}
+        leaves = [s.tensor.detach().expand(clustered.k, *s.tensor.shape).requires_grad_() for s in sinks]
+        self._now = clustered, {id(s.tensor): leaf for s, leaf in zip(sinks, leaves, strict=True)}
         try:
             return self._last[1](*batch), leaves
         finally:
@@ -67,21 +68,21 @@ class CompiledLoss:
         def run(*inputs: Any) -> Any:
             if self._now is None:
                 raise GroupingError("a graph compiled for cluster gradients is called outside of compute().")
-            rows, leaves = self._now
-            values = [*(leaves.get(id(x), x) for x in inputs), rows.cluster]
+            clustered, leaves = self._now
+            values = [*(leaves.get(id(x), x) for x in inputs), clustered.cluster]
             trained = tuple(id(x) in leaves for x in inputs)
-            key: tuple[Any, ...] = (tuple(rows.sizes), trained, torch.is_grad_enabled())
-            if key not in programs and len(programs) >= rows.k:
-                step = -(-rows.B // (4 * rows.k))  # a quarter of a mean cluster: few rooms, and few zeros
-                room = -(-max(rows.sizes) // step) * step
+            key: tuple[Any, ...] = (tuple(clustered.sizes), trained, torch.is_grad_enabled())
+            if key not in programs and len(programs) >= clustered.k:
+                step = -(-clustered.B // (4 * clustered.k))  # a quarter of a mean cluster: few rooms, and few zeros
+                room = -(-max(clustered.sizes) // step) * step
                 key = (room, *key[1:])
-                values += PaddedBatch.fill(rows, room)
+                values += PaddedBatch.fill(clustered, room)
             if key not in programs:
                 self.programs += 1
                 own = {id(x): "" for x in own_tensors(self.model)}
                 own.update((id(x), name) for name, x in self.model.named_parameters())
                 names = {i: own[id(x)] for i, x in enumerate(inputs) if id(x) in own}
-                traced = partial(_traced, graph, len(inputs), rows.sizes, names, trained, self.separable)
+                traced = partial(_traced, graph, len(inputs), clustered.sizes, names, trained, self.separable)
                 n_outputs = len(graph.graph.output_node().args[0])  # type: ignore[arg-type]
                 programs[key] = self._inner(_single_call(traced, len(values), n_outputs), values)
             return programs[key](*values)
@@ -122,12 +123,12 @@ def _traced(
         values: the inputs; the cluster of each sample; for further tuples of sizes, how clusters are filled up.
     """
     inputs, (cluster, *padding) = list(values[:n_inputs]), values[n_inputs:]
-    rows = PaddedBatch(cluster, len(sizes), *padding) if padding else ClusteredBatch(cluster, sizes, None)
+    clustered = PaddedBatch(cluster, len(sizes), *padding) if padding else ClusteredBatch(cluster, sizes, None)
     leaves = {i: inputs[i] for i in names if trained[i]}
     for i, leaf in leaves.items():
         inputs[i] = _Parameter.apply(leaf, names[i])  # type: ignore[no-untyped-call]
     shared = {i: inputs[i] for i in names}
-    with TracedMode(graph, rows, names, shared, leaves, separable):
+    with TracedMode(graph, clustered, names, shared, leaves, separable):
         return graph(*inputs)
 
 
@@ -156,13 +157,13 @@ class TracedMode(GroupedMode):
     def __init__(
         self,
         graph: nn.Module,
-        rows: ClusteredBatch,
+        clustered: ClusteredBatch,
         names: dict[int, str],
         shared: dict[int, Tensor],
         leaves: dict[int, Tensor],
         separable: Iterable[Any],
     ) -> None:
-        super().__init__(graph, rows, [Sink(names[i], shared[i], rows.k) for i in leaves], separable)
+        super().__init__(graph, clustered, [Sink(names[i], shared[i], clustered.k) for i in leaves], separable)
         self._shared.update((id(x), x) for x in shared.values())
         self._leaves = {id(shared[i]): leaf for i, leaf in leaves.items()}
 
@@ -183,10 +184,10 @@ class TracedMode(GroupedMode):
             return None
         if id(x) not in self._leaves:
             roots = [s.tensor for s in self._roots]
-            values = x.detach().expand(self.rows.k, *x.shape)
+            values = x.detach().expand(self.clustered.k, *x.shape)
             leaves = [self._leaves[id(r)] for r in roots]
             self._leaves[id(x)] = _Derived.apply(  # type: ignore[no-untyped-call]
-                values, lambda rows: pull_back([x], [rows], roots), *leaves
+                values, lambda grads: pull_back([x], [grads], roots), *leaves
             )
         return self._leaves[id(x)]
 
@@ -195,9 +196,9 @@ class TracedMode(GroupedMode):
     ) -> list[Tensor | None]:
         if torch.is_grad_enabled():
             raise GroupingError(SECOND_ORDER)
-        sinks = [None if x is None or not self.trains(x) else Collected("", x, self.rows.k) for x in users]
+        sinks = [None if x is None or not self.trains(x) else FunctionalSink("", x, self.clustered.k) for x in users]
         with torch._C.DisableTorchFunction(), no_autocast(grad.device.type):
-            write(self.rows, sinks, grad, *saved)
+            write(self.clustered, sinks, grad, *saved)
         return [None if s is None else s.total for s in sinks]
 
 
@@ -223,8 +224,8 @@ class _Derived(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.pull_back(rows)
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.pull_back(grads)
 
 
 class _Tap(torch.autograd.Function):

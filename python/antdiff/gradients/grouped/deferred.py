@@ -16,20 +16,25 @@ from torch import Tensor
 
 from antdiff import ops
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
-from antdiff.gradients.grouped.mode import GroupedMode, Write, no_autocast
+from antdiff.gradients.grouped.mode import GroupedMode, no_autocast
+from antdiff.gradients.grouped.recorder import Write
 from antdiff.gradients.sinks import Sink, Sinks
 
 
-class Recipe(NamedTuple):
-    """How to take a weight gradient again; None for sinks that keep their rows."""
+class DeferredGradient(NamedTuple):
+    """What it takes to compute the weight gradients of one op again.
+
+    Attributes:
+        sinks: where they go; None for a sink that keeps its K rows, and so needs no second computation.
+    """
 
     write: Write
     sinks: Sinks
     grad: Tensor
     saved: tuple[Tensor, ...]
 
-    def price(self) -> int:
-        """Bytes that stay."""
+    def nbytes(self) -> int:
+        """Memory that it holds until :meth:`GramMode.combine`."""
         return sum(x.nbytes for x in (self.grad, *self.saved))
 
 
@@ -42,11 +47,13 @@ class GramMode(GroupedMode):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.gram = torch.zeros(self.rows.k, self.rows.k, dtype=torch.float64, device=self.rows.cluster.device)
-        self._recipes: list[Recipe] = []
+        k = self.clustered.k
+        self.gram = torch.zeros(k, k, dtype=torch.float64, device=self.clustered.cluster.device)
+        self._deferred: list[DeferredGradient] = []
         self._uses: dict[Sink, int] = {}
         self._keeps: dict[Sink, bool] = {}
         self._folded: set[Sink] = set()
+        self._combined = False
 
     def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
         self._count(users)
@@ -74,59 +81,71 @@ class GramMode(GroupedMode):
         return sink
 
     def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        mine = [s for s in sinks if s is not None]
-        self._refuse_folded(mine)
-        write(self.rows, sinks, grad, *saved)
-        recipe = Recipe(write, sinks, grad, saved)
-        price = recipe.price()
-        for sink in mine:
+        written = [s for s in sinks if s is not None]
+        self._refuse_folded(written)
+        write(self.clustered, sinks, grad, *saved)
+        deferred = DeferredGradient(write, sinks, grad, saved)
+        nbytes = deferred.nbytes()
+        for sink in written:
             self._uses[sink] = self._uses.get(sink, 0) - 1
-        for sink in dict.fromkeys(mine):
-            if not self._keeps.setdefault(sink, sink.rows.nbytes <= price) and self._uses[sink] <= 0:
+        for sink in dict.fromkeys(written):
+            if not self._keeps.setdefault(sink, sink.rows.nbytes <= nbytes) and self._uses[sink] <= 0:
                 self.gram += ops.gram([sink.rows])
                 self._folded.add(sink)
                 sink.drop()
-        later = [None if s is None or self._keeps[s] else s for s in sinks]
-        if any(s is not None for s in later):
-            self._recipes.append(recipe._replace(sinks=later))
+        open_sinks = [None if s is None or self._keeps[s] else s for s in sinks]
+        if any(s is not None for s in open_sinks):
+            self._deferred.append(deferred._replace(sinks=open_sinks))
 
     def _refuse_folded(self, sinks: Iterable[Sink]) -> None:
-        late = [s.name for s in sinks if s in self._folded]
-        if late:
+        names = [s.name for s in sinks if s in self._folded]
+        if names:
             raise GroupingError(
-                f"{', '.join(late)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
+                f"{', '.join(names)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
                 "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
             )
 
     def _finish(self) -> None:
-        left = [s for s in self._roots if not s.fresh and s not in self._folded]
-        if left:
-            self.gram += ops.gram([s.rows for s in left])
+        remaining = [s.rows for s in self._roots if not s.fresh and s not in self._folded]
+        if remaining:
+            self.gram += ops.gram(remaining)
 
     def combine(self, weights: Tensor) -> None:
-        """``p.grad = sum_k weights_k J_k`` for every parameter; frees what was kept.
+        """Write ``p.grad = sum_k weights_k J_k`` of every parameter, once, and free what was kept for it.
 
         Args:
             weights: ``[k]``.
+
+        Raises:
+            RuntimeError: it was called before.
         """
-        once = ClusteredBatch(torch.zeros_like(self.rows.cluster), [self.rows.B], None)
-        kept, again = [], {}
+        if self._combined:
+            raise RuntimeError(
+                "combine() frees what it needs while it runs, so it works once; it was called a second time. "
+                "Compute the Gram matrix of the batch again."
+            )
+        one_cluster = ClusteredBatch(torch.zeros_like(self.clustered.cluster), [self.clustered.B], None)
+        kept: list[tuple[Tensor, Tensor]] = []
+        totals: dict[Sink, Sink] = {}
         for s in self._roots:
             grad = s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)
             if self._keeps.get(s, False):
                 kept.append((s.rows, grad))
             else:
-                again[s] = Sink(s.name, s.tensor, 1, grad[None])
-        with torch.no_grad(), no_autocast(self.rows.cluster.device.type):
+                totals[s] = Sink(s.name, s.tensor, 1, grad[None])
+        with torch.no_grad(), no_autocast(self.clustered.cluster.device.type):
             if kept:
                 ops.combine(weights, [rows for rows, _ in kept], out=[grad for _, grad in kept])
-            for write, sinks, grad, saved in self._recipes:
-                factors = weights.to(grad.dtype)[self.rows.row_cluster(self.rows.repeats(grad))]
-                scaled = grad * factors.view(-1, *[1] * (grad.dim() - 1))
-                write(once, [None if s is None else again[s] for s in sinks], scaled, *saved)
-            for total in again.values():
+            for write, sinks, grad, saved in self._deferred:
+                factors = weights.to(grad.dtype)[self.clustered.row_cluster(self.clustered.repeats(grad))]
+                weighted = grad * factors.view(-1, *[1] * (grad.dim() - 1))
+                write(one_cluster, [None if s is None else totals[s] for s in sinks], weighted, *saved)
+            for total in totals.values():
                 total.finish()
-        self._recipes.clear()
+        self._deferred.clear()
+        for s in self._roots:
+            s.drop()
+        self._combined = True
 
 
 def _parameters_behind(x: Tensor) -> Iterator[Tensor]:

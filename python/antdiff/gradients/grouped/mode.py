@@ -30,11 +30,10 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
 from antdiff.gradients.grouped.broadcast import own_rows
+from antdiff.gradients.grouped.recorder import Write
 from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.sinks import Sink, Sinks
-
-Write = Callable[..., None]
 
 # What gives an op's output a graph where its input has none. It never receives a gradient.
 _ANCHOR = torch.zeros((), requires_grad=True)
@@ -52,13 +51,13 @@ class GroupedMode(TorchFunctionMode):
     def __init__(
         self,
         model: nn.Module,
-        rows: ClusteredBatch,
+        clustered: ClusteredBatch,
         sinks: list[Sink],
         separable: Iterable[Any] = (),
         probe: int | None = None,
     ) -> None:
         super().__init__()
-        self.rows = rows
+        self.clustered = clustered
         self.probe = probe
         self._in_backward = False
         self._roots = sinks
@@ -110,19 +109,18 @@ class GroupedMode(TorchFunctionMode):
             )
         return out
 
-    # ---- what rules need -----------------------------------------------------------------------------------------
+    # ---- the interface of the rules: see Recorder --------------------------------------------------------------------
 
     def varies(self, x: Any) -> bool:
         return isinstance(x, Tensor) and id(x) not in self._shared
 
     def trains(self, x: Any) -> bool:
-        """A shared tensor that needs a gradient."""
         return isinstance(x, Tensor) and x.requires_grad and id(x) in self._shared
 
     def sink(self, x: Tensor) -> Sink:
         sink = self._sinks.get(id(x))
         if sink is None:
-            sink = Sink(f"a tensor {list(x.shape)} computed from parameters", x, self.rows.k)
+            sink = Sink(f"a tensor {list(x.shape)} computed from parameters", x, self.clustered.k)
             self._sinks[id(x)] = sink
             self._derived.append(sink)
         return sink
@@ -130,27 +128,22 @@ class GroupedMode(TorchFunctionMode):
     def sink_of(self, x: Tensor | None) -> Sink | None:
         return self.sink(x) if x is not None and self.trains(x) else None
 
-    def source(self, x: Tensor) -> Tensor | None:
-        """What a shared tensor was expanded from, along its first dimension alone."""
+    def expanded_from(self, x: Tensor) -> Tensor | None:
         return self._expanded.get(id(x))
 
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
-        """A varying tensor that meets a parameter: one or more rows a sample, and under the probe only its own."""
-        m = self.rows.repeats(x)
+        m = self.clustered.repeats(x)
         if self.probe is not None and x.is_floating_point():
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
 
     def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
-        """``out``; and when its gradient arrives, ``write(rows, sinks, gradient, *saved)``, with a sink for each of
-        ``users``, the shared tensors behind ``out``; None where one needs no gradient."""
         if not torch.is_grad_enabled():
             return out
         sinks = tuple(self.sink_of(x) for x in users)
         return _Tap.apply(out, _ANCHOR, partial(self._write, write, sinks), *(x.detach() for x in saved))  # type: ignore
 
     def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
-        """The values of ``x``, and when their gradient arrives, ``write(rows, [sink of user], gradient)``."""
         if not torch.is_grad_enabled():
             return x.detach()
         return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write, (self.sink(user),)))  # type: ignore
@@ -204,7 +197,7 @@ class GroupedMode(TorchFunctionMode):
             self._fill(write, sinks, grad, saved)
 
     def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        write(self.rows, sinks, grad, *saved)
+        write(self.clustered, sinks, grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 

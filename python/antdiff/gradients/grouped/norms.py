@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
-from antdiff.gradients.grouped.slices import still
+from antdiff.gradients.grouped.recorder import Op, Recorder, detached
 from antdiff.gradients.sinks import Sinks
-
-if TYPE_CHECKING:
-    from antdiff.gradients.grouped.mode import GroupedMode
-
-Op = Callable[..., Any]
 
 
 def group_norm(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     num_groups: int,
@@ -30,18 +24,20 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
-    x = _norm_input(mode.check(input, weight, bias))  # [R, C, ...]
+    x = _norm_input(recorder.check(input, weight, bias))  # [R, C, ...]
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
         x = x.contiguous()
     R, C, *space = x.shape
     n = torch.Size(space).numel()
-    out, mean, rstd = torch.native_group_norm(x, still(weight), still(bias), R, C, n, num_groups, eps)
-    return mode.tap(out, _group_norm_grads, (weight, bias), x, mean, rstd)
+    out, mean, rstd = torch.native_group_norm(x, detached(weight), detached(bias), R, C, n, num_groups, eps)
+    return recorder.tap(out, _group_norm_grads, (weight, bias), x, mean, rstd)
 
 
-def _group_norm_grads(rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def _group_norm_grads(
+    clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
     """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels. The fused
     kernel sums over samples for each channel; to it the channels of all samples are those of one."""
     R, C = x.shape[:2]
@@ -53,11 +49,11 @@ def _group_norm_grads(rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tenso
     )
     for sink, each in zip(sinks, (scale, shift), strict=True):
         if sink is not None:
-            sink.add_all(rows.sums(each.view(R, C)))
+            sink.add_all(clustered.sums(each.view(R, C)))
 
 
 def layer_norm(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     normalized_shape: Any,
@@ -66,38 +62,38 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
-    x = _norm_input(mode.check(input, weight, bias))  # [R, ..., *normalized_shape]
-    out, mean, rstd = torch.native_layer_norm(x, normalized_shape, still(weight), still(bias), eps)
-    saved = (x, mean, rstd) if mode.trains(weight) else ()
-    return mode.tap(out, _layer_norm_grads, (weight, bias), *saved)
+    x = _norm_input(recorder.check(input, weight, bias))  # [R, ..., *normalized_shape]
+    out, mean, rstd = torch.native_layer_norm(x, normalized_shape, detached(weight), detached(bias), eps)
+    saved = (x, mean, rstd) if recorder.trains(weight) else ()
+    return recorder.tap(out, _layer_norm_grads, (weight, bias), *saved)
 
 
 def _layer_norm_grads(
-    rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
+    clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
 ) -> None:
     weight, bias = sinks
     last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
     if bias is not None:
-        bias.add_all(rows.sums(grad.reshape(-1, last)))
+        bias.add_all(clustered.sums(grad.reshape(-1, last)))
     if weight is not None:
-        weight.add_all(rows.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, last)))
+        weight.add_all(clustered.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, last)))
 
 
 def rms_norm(
-    mode: GroupedMode, func: Op, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None
+    recorder: Recorder, func: Op, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None
 ) -> Any:
-    if not mode.varies(input) or weight is None or mode.varies(weight):
+    if not recorder.varies(input) or weight is None or recorder.varies(weight):
         return NotImplemented
-    x = mode.check(input, weight)
-    out = func(x, normalized_shape, still(weight), eps)
+    x = recorder.check(input, weight)
+    out = func(x, normalized_shape, detached(weight), eps)
     normalized = partial(func, normalized_shape=normalized_shape, eps=eps)
-    return mode.tap(out, partial(_scale_grads, normalized, len(normalized_shape)), (weight, None), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, len(normalized_shape)), (weight, None), x)
 
 
 def batch_norm(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     running_mean: Tensor | None,
@@ -110,16 +106,16 @@ def batch_norm(
     *_: Any,
 ) -> Any:
     """With frozen statistics; :func:`no_batch_statistics` has refused the others."""
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
-    x = mode.check(input, weight, bias)
-    out = F.batch_norm(x, running_mean, running_var, still(weight), still(bias), False, momentum, eps)
+    x = recorder.check(input, weight, bias)
+    out = F.batch_norm(x, running_mean, running_var, detached(weight), detached(bias), False, momentum, eps)
     normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
-    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, None), (weight, bias), x)
 
 
 def instance_norm(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -131,25 +127,29 @@ def instance_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias):
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
-    x = mode.check(input, weight, bias)
+    x = recorder.check(input, weight, bias)
     stats = (None, None) if use_input_stats else (running_mean, running_var)
-    out = F.instance_norm(x, running_mean, running_var, still(weight), still(bias), use_input_stats, momentum, eps)
+    out = F.instance_norm(
+        x, running_mean, running_var, detached(weight), detached(bias), use_input_stats, momentum, eps
+    )
     normalized = partial(
         F.instance_norm, running_mean=stats[0], running_var=stats[1], use_input_stats=use_input_stats, eps=eps
     )
-    return mode.tap(out, partial(_scale_grads, normalized, None), (weight, bias), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, None), (weight, bias), x)
 
 
-def _scale_grads(normalized: Op, last: int | None, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
+def _affine_grads(
+    normalized: Op, last: int | None, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor
+) -> None:
     """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
     weight, bias = sinks
     for sink, inner in ((weight, True), (bias, False)):
         if sink is not None:
             each = _float(grad) * normalized(x) if inner else _float(grad)
             sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
-            sink.add_all(rows.sums(sums))
+            sink.add_all(clustered.sums(sums))
 
 
 def _float(x: Tensor) -> Tensor:

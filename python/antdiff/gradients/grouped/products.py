@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch
-from antdiff.gradients.grouped.slices import by_slices, cast, still
+from antdiff.gradients.grouped.recorder import Op, Recorder, autocast_operand, detached
+from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.sinks import Sinks
-
-if TYPE_CHECKING:
-    from antdiff.gradients.grouped.mode import GroupedMode
-
-Op = Callable[..., Any]
 
 # Types of devices where torch's grouped_mm takes the K products of a linear layer's weight gradient, in one launch
 # (bfloat16, sizes a multiple of 8). On a CPU it is the same K products and a copy: 0.6 to 1.04 times the speed of mm
@@ -26,72 +21,81 @@ Op = Callable[..., Any]
 GROUPED_MM: frozenset[str] = frozenset()
 
 
-def linear(mode: GroupedMode, func: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias) or input.dim() < 2:
+def linear(recorder: Recorder, func: Op, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias) or input.dim() < 2:
         return NotImplemented
-    x = _flat(mode.check(input, weight, bias))  # [R, in]
-    out = func(x, still(weight), still(bias))  # [R, out]
-    out = mode.tap(out, partial(_linear_grads, False), (weight, bias), *((x,) if mode.trains(weight) else ()))
+    x = _flat(recorder.check(input, weight, bias))  # [R, in]
+    out = func(x, detached(weight), detached(bias))  # [R, out]
+    out = recorder.tap(out, partial(_linear_grads, False), (weight, bias), *((x,) if recorder.trains(weight) else ()))
     return out.view(*input.shape[:-1], out.shape[-1])
 
 
-def matmul(mode: GroupedMode, func: Op, input: Tensor, other: Tensor) -> Any:
-    if mode.varies(input) and mode.varies(other):
+def matmul(recorder: Recorder, func: Op, input: Tensor, other: Tensor) -> Any:
+    if recorder.varies(input) and recorder.varies(other):
         return NotImplemented
-    if mode.varies(input) and other.dim() == 2 and input.dim() >= 2:
-        x = _flat(mode.check(input, other))  # [R, in]
-        out = func(x, still(other))  # [R, out]
-        out = mode.tap(out, partial(_linear_grads, True), (other, None), x)
+    if recorder.varies(input) and other.dim() == 2 and input.dim() >= 2:
+        x = _flat(recorder.check(input, other))  # [R, in]
+        out = func(x, detached(other))  # [R, out]
+        out = recorder.tap(out, partial(_linear_grads, True), (other, None), x)
         return out.view(*input.shape[:-1], out.shape[-1])
-    if mode.varies(other) and input.dim() == 2 and other.dim() >= 3:
+    if recorder.varies(other) and input.dim() == 2 and other.dim() >= 3:
         letters = string.ascii_lowercase[: other.dim()]
-        out = [*letters[:-2], "z", letters[-1]]
-        return _contract(mode, func(still(input), cast(other)), "z" + letters[-2], letters, "".join(out), input, other)
-    varying, shared = (input, other) if mode.varies(input) else (other, input)
+        result = "".join([*letters[:-2], "z", letters[-1]])
+        out = func(detached(input), autocast_operand(other))
+        return _contract(recorder, out, "z" + letters[-2], letters, result, input, other)
+    varying, shared = (input, other) if recorder.varies(input) else (other, input)
     if varying.dim() < max(2, shared.dim()) or (varying.dim() == shared.dim() and shared.shape[0] != 1):
         return NotImplemented
-    return by_slices(mode, func, input, other)
+    return by_slices(recorder, func, input, other)
 
 
 def addmm(
-    mode: GroupedMode, func: Op, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
+    recorder: Recorder, func: Op, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Any:
-    if mode.varies(input) or mode.varies(mat2) or input.dim() > 1 or input.numel() == 1 or (alpha, beta) != (1, 1):
+    if recorder.varies(input) or recorder.varies(mat2):
         return NotImplemented
-    x = cast(mode.check(mat1, mat2, input))  # [R, in]
-    out = func(still(input), x, still(mat2))  # [R, out]
-    return mode.tap(out, partial(_linear_grads, True), (mat2, input), *((x,) if mode.trains(mat2) else ()))
+    if input.dim() > 1 or input.numel() == 1 or (alpha, beta) != (1, 1):
+        return NotImplemented
+    x = autocast_operand(recorder.check(mat1, mat2, input))  # [R, in]
+    out = func(detached(input), x, detached(mat2))  # [R, out]
+    return recorder.tap(out, partial(_linear_grads, True), (mat2, input), *((x,) if recorder.trains(mat2) else ()))
 
 
 def _flat(x: Tensor) -> Tensor:
     """One matrix, as torch makes it where the weight needs a gradient; of a detached weight it would make a batch of
     copies if the input is not contiguous."""
-    return cast(x).reshape(-1, x.shape[-1])
+    return autocast_operand(x).reshape(-1, x.shape[-1])
 
 
-def _linear_grads(transposed: bool, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor | None = None) -> None:
+def _linear_grads(
+    transposed: bool, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor | None = None
+) -> None:
     """Of ``grad [R, out]`` and ``x [R, in]``."""
     weight, bias = sinks
     if weight is not None:
         assert x is not None
         x = x.conj()  # itself where real
-        if x.device.type in GROUPED_MM and rows.order is None:
+        if x.device.type in GROUPED_MM and clustered.order is None:
             left, right = (x, grad) if transposed else (grad, x)
-            stops = torch.tensor([stop for _, stop in rows.slices()], device=x.device) * rows.repeats(x)
+            stops = torch.tensor([stop for _, stop in clustered.slices()], device=x.device) * clustered.repeats(x)
             weight.add_all(F.grouped_mm(left.t(), right, offs=stops.to(torch.int32)))
         else:
-            pieces = rows.pieces(grad, x)
+            pieces = clustered.pieces(grad, x)
             weight.add_products((v.t(), g) if transposed else (g.t(), v) for g, v in pieces)
     if bias is not None:
-        bias.add_all(rows.sums(grad))
+        bias.add_all(clustered.sums(grad))
 
 
-def einsum(mode: GroupedMode, func: Op, equation: Any, *operands: Any) -> Any:
+def einsum(recorder: Recorder, func: Op, equation: Any, *operands: Any) -> Any:
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or mode.varies(operands[0]) == mode.varies(operands[1]):
+    if (
+        not isinstance(equation, str)
+        or len(operands) != 2
+        or recorder.varies(operands[0]) == recorder.varies(operands[1])
+    ):
         return NotImplemented
-    first = mode.varies(operands[0])
+    first = recorder.varies(operands[0])
     x, p = operands if first else operands[::-1]
     equation = equation.replace(" ", "")
     inputs, arrow, result = equation.partition("->")
@@ -105,29 +109,29 @@ def einsum(mode: GroupedMode, func: Op, equation: Any, *operands: Any) -> Any:
     known = set(x_name) | set(result)
     if x_name[:1] != result[:1] or x_name[0] in p_name or not set(p_name) <= known or len(set(p_name)) < len(p_name):
         return NotImplemented
-    mode.check(x, p)
-    x = cast(x)
-    out = func(equation, *((x, still(p)) if first else (still(p), x)))
-    return _contract(mode, out, p_name, x_name, result, p, x)
+    recorder.check(x, p)
+    x = autocast_operand(x)
+    out = func(equation, *((x, detached(p)) if first else (detached(p), x)))
+    return _contract(recorder, out, p_name, x_name, result, p, x)
 
 
-def _contract(mode: GroupedMode, out: Tensor, p_name: str, x_name: str, result: str, p: Tensor, x: Tensor) -> Tensor:
+def _contract(recorder: Recorder, out: Tensor, p_name: str, x_name: str, result: str, p: Tensor, x: Tensor) -> Tensor:
     """Tap for ``out = einsum(p, x)``, whose weight gradient is ``einsum(out, x)``."""
-    x = cast(mode.check(x, p))
-    return mode.tap(out, partial(_einsum_grads, f"{result},{x_name}->{p_name}"), (p,), x)
+    x = autocast_operand(recorder.check(x, p))
+    return recorder.tap(out, partial(_einsum_grads, f"{result},{x_name}->{p_name}"), (p,), x)
 
 
-def _einsum_grads(equation: str, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
+def _einsum_grads(equation: str, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor) -> None:
     for sink in sinks:
         if sink is not None:
-            sink.add_rows(torch.einsum(equation, g, v) if len(g) else None for g, v in rows.pieces(grad, x.conj()))
+            sink.add_rows(torch.einsum(equation, g, v) if len(g) else None for g, v in clustered.pieces(grad, x.conj()))
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
 def convolution(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     weight: Tensor,
@@ -140,14 +144,14 @@ def convolution(
     if isinstance(padding, str):
         spans = [(n - 1) * d for n, d in zip(weight.shape[2:], _each(weight, dilation), strict=True)]
         if padding == "same" and any(span % 2 for span in spans):  # pads unevenly
-            return by_slices(mode, func, input, weight, bias, stride, padding, dilation, groups)
+            return by_slices(recorder, func, input, weight, bias, stride, padding, dilation, groups)
         padding = [span // 2 for span in spans] if padding == "same" else 0
     call = partial(func, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    return _convolve(mode, call, input, weight, bias, (stride, padding, dilation, False, 0, groups))
+    return _convolve(recorder, call, input, weight, bias, (stride, padding, dilation, False, 0, groups))
 
 
 def convolution_transpose(
-    mode: GroupedMode,
+    recorder: Recorder,
     func: Op,
     input: Tensor,
     weight: Tensor,
@@ -161,15 +165,15 @@ def convolution_transpose(
     call = partial(
         func, stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation
     )
-    return _convolve(mode, call, input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
+    return _convolve(recorder, call, input, weight, bias, (stride, padding, dilation, True, output_padding, groups))
 
 
 def _convolve(
-    mode: GroupedMode, call: Op, input: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
+    recorder: Recorder, call: Op, input: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
 ) -> Any:
-    if not mode.varies(input) or mode.varies(weight) or mode.varies(bias) or input.dim() != weight.dim():
+    if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias) or input.dim() != weight.dim():
         return NotImplemented
-    x = cast(mode.check(input, weight, bias))  # [R, in, ...]
+    x = autocast_operand(recorder.check(input, weight, bias))  # [R, in, ...]
     stride, padding, dilation, transposed, output_padding, groups = how
     options = (
         *(_each(weight, v) for v in (stride, padding, dilation)),
@@ -178,21 +182,24 @@ def _convolve(
         groups,
     )
     write = partial(_convolution_grads, options)
-    return mode.tap(
-        call(x, still(weight), still(bias)), write, (weight, bias), *((x, still(weight)) if mode.trains(weight) else ())
+    return recorder.tap(
+        call(x, detached(weight), detached(bias)),
+        write,
+        (weight, bias),
+        *((x, detached(weight)) if recorder.trains(weight) else ()),
     )
 
 
 def _convolution_grads(
-    options: tuple[Any, ...], rows: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, w: Any = None
+    options: tuple[Any, ...], clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, w: Any = None
 ) -> None:
     weight, bias = sinks
     if weight is not None:
         of_weight = partial(torch.ops.aten.convolution_backward.default, output_mask=[False, True, False])
         w = w.to(x.dtype)
-        weight.add_rows(of_weight(g, v, w, None, *options)[1] if len(g) else None for g, v in rows.pieces(grad, x))
+        weight.add_rows(of_weight(g, v, w, None, *options)[1] if len(g) else None for g, v in clustered.pieces(grad, x))
     if bias is not None:
-        bias.add_all(rows.sums(grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))))
+        bias.add_all(clustered.sums(grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))))
 
 
 def _each(weight: Tensor, value: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Which rule serves which torch function.
 
-A rule is called as ``rule(mode, func, *args, **kwargs)`` in place of an op that applies a parameter to the batch. It
-runs the op on detached parameters, so that the output and the input's gradient are the framework's own, and taps the
+A rule is called as ``rule(recorder, func, *args, **kwargs)`` in place of an op that applies a parameter to the batch.
+It runs the op on detached parameters, so that the output and the input's gradient are the framework's own, and taps the
 output with a function that writes the K weight gradients. It returns NotImplemented where the arguments are not of a
 kind it knows. A new op needs a line here, and a formula only if one more forward of it in the backward costs too much.
 """
@@ -9,7 +9,7 @@ kind it knows. A new op needs a line here, and a formula only if one more forwar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,15 @@ from torch import Tensor
 from antdiff.gradients.grouped import norms, products, tables
 from antdiff.gradients.grouped.attention import multi_head_attention
 from antdiff.gradients.grouped.broadcast import ELEMENTWISE, METADATA, attention, elementwise, join, metadata
+from antdiff.gradients.grouped.recorder import Op, Recorder
 from antdiff.gradients.grouped.slices import by_slices
 
-Rule = Callable[..., Any]
 
-RULES: dict[Callable[..., Any], Rule] = {
+class Rule(Protocol):
+    def __call__(self, recorder: Recorder, func: Op, /, *args: Any, **kwargs: Any) -> Any: ...
+
+
+RULES: dict[Op, Rule] = {
     F.linear: products.linear,
     torch.matmul: products.matmul,
     Tensor.matmul: products.matmul,
@@ -64,7 +68,7 @@ RULES: dict[Callable[..., Any], Rule] = {
 }
 
 # Ops that mix the samples of a batch whether or not they have parameters: refused wherever they meet the batch.
-CROSS_SAMPLE: dict[Callable[..., Any], Callable[..., None]] = {
+CROSS_SAMPLE: dict[Op, Callable[..., None]] = {
     F.batch_norm: norms.no_batch_statistics,
     torch.batch_norm: lambda x, w, b, mean, var, training, *_: norms.no_batch_statistics(x, training=training),
 }

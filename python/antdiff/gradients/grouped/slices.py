@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch
+from antdiff.gradients.grouped.recorder import Op, Recorder, detached
 from antdiff.gradients.sinks import Sinks
 
-if TYPE_CHECKING:
-    from antdiff.gradients.grouped.mode import GroupedMode
 
-Op = Callable[..., Any]
-
-
-def still(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
-
-
-def cast(x: Tensor) -> Tensor:
-    """What autocast would do to the input of a matrix product. Done here, so that the tensor kept for the weight
-    gradient is the one the product used."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def by_slices(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
+def by_slices(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
     """Without a formula: the backward runs the op again on each cluster's rows. Costs one more forward of this op."""
     items = [*args, *kwargs.values()]
     if any(isinstance(x, (tuple, list)) and any(isinstance(y, Tensor) for y in x) for x in items):
         return NotImplemented
-    at = [i for i, x in enumerate(items) if mode.varies(x)]
-    trained = [i for i, x in enumerate(items) if mode.trains(x)]
+    at = [i for i, x in enumerate(items) if recorder.varies(x)]
+    trained = [i for i, x in enumerate(items) if recorder.trains(x)]
     for i in at:
-        mode.check(items[i], *(items[j] for j in trained))
-    fixed = [None if i in at else still(x) for i, x in enumerate(items)]
+        recorder.check(items[i], *(items[j] for j in trained))
+    fixed = [None if i in at else detached(x) for i, x in enumerate(items)]
     n = len(args)
 
     def call(values: list[Any]) -> Any:
@@ -49,11 +31,11 @@ def by_slices(mode: GroupedMode, func: Op, *args: Any, **kwargs: Any) -> Any:
     out = call([items[i] if i in at else x for i, x in enumerate(fixed)])
     if not isinstance(out, Tensor):
         return NotImplemented
-    mode.rows.repeats(out)
+    recorder.clustered.repeats(out)
     device = out.device.type
     autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     write = partial(_slice_grads, call, fixed, at, trained, autocast)
-    return mode.tap(out, write, tuple(items[i] for i in trained), *(items[i] for i in at))
+    return recorder.tap(out, write, tuple(items[i] for i in trained), *(items[i] for i in at))
 
 
 def _slice_grads(
@@ -62,14 +44,14 @@ def _slice_grads(
     at: list[int],
     trained: list[int],
     autocast: tuple[bool, torch.dtype],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     sinks: Sinks,
     grad: Tensor,
     *varying: Tensor,
 ) -> None:
     wanted = [(j, sink) for j, sink in zip(trained, sinks, strict=True) if sink is not None]
     each: list[list[Tensor | None]] = []
-    for g, *parts in rows.pieces(grad, *varying):
+    for g, *parts in clustered.pieces(grad, *varying):
         values = list(fixed)
         for j, part in zip(at, parts, strict=True):
             values[j] = part
