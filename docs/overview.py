@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import antdiff
 from antdiff import balancing, diffusion, ops
+from antdiff.plotting import plot_clusters
 from antdiff.train.data import load_data, to_unit
 from antdiff.train.models import build_model, noise_schedule
 
@@ -52,7 +53,7 @@ def main() -> None:
 
     figure = Figure(figsize=(11, 3.1), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.25, 1, 1.35])
-    clusters.plot(log_snr, ax=left)
+    plot_clusters(clusters, log_snr, ax=left)
     left.set_title("1  cluster the timesteps", fontsize=10)
     middle.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
     for i in range(K):

@@ -18,11 +18,12 @@ from antdiff.analysis import TaskAffinity
 from antdiff.analysis import affinity as streaming
 from antdiff.cli import main
 from antdiff.diffusion import log_snr
-from antdiff.train import loop, run, transfer
+from antdiff.experiments import transfer
+from antdiff.experiments.quality import Quality
+from antdiff.train import loop, run
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
-from antdiff.train.metrics import Quality
 from antdiff.train.models import noise_schedule
 
 TINY = TrainConfig(steps=3, batch_size=8, device="cpu", sample_steps=2)

@@ -106,17 +106,17 @@ def test_mistakes_end_in_one_line(
 def test_a_run_that_stops_early_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("antdiff.train.run.execute", lambda *_, **__: None)
+    monkeypatch.setattr("antdiff.experiments.evaluate.execute", lambda *_, **__: None)
     assert main(["train", "--out", str(tmp_path / "r")]) == 130
     assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt  # while the run is measured
 
-    monkeypatch.setattr("antdiff.train.run.execute", interrupted)
+    monkeypatch.setattr("antdiff.experiments.evaluate.execute", interrupted)
     assert main(["train", "--out", str(tmp_path / "s")]) == 130
     assert f"antdiff train --resume {tmp_path / 's'}" in capsys.readouterr().err
-    monkeypatch.setattr("antdiff.train.compare.execute", interrupted)
+    monkeypatch.setattr("antdiff.experiments.compare.execute", interrupted)
     assert main(["compare", "--out", str(tmp_path / "c")]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
@@ -142,7 +142,7 @@ def test_help_and_mistyped_names_need_no_torch() -> None:
 
 def test_compare_all_is_every_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("antdiff.train.compare.compare", lambda config, methods, *_, **__: asked.extend(methods))
+    monkeypatch.setattr("antdiff.experiments.compare.compare", lambda config, methods, *_, **__: asked.extend(methods))
     assert main(["compare", "--methods", "all", "--out", str(tmp_path)]) == 130
     assert asked == ["vanilla", *balancing.names()]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from antdiff import TimestepClusters, diffusion, ops
+from antdiff.plotting import plot_clusters
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_clusters.json").read_text())
 CLUSTERS = TimestepClusters(10, [0, 3, 4])
@@ -268,7 +269,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     clusters = TimestepClusters.from_log_snr(diffusion.log_snr("linear", 100), 4)
-    ax = clusters.plot(diffusion.log_snr("linear", 100))
+    ax = plot_clusters(clusters, diffusion.log_snr("linear", 100))
     assert len(ax.patches) == 4
     spans = sorted((p.get_x(), p.get_x() + p.get_width()) for p in ax.patches)
     assert [a + 0.5 for a, _ in spans] == clusters.starts.tolist()
@@ -276,9 +277,9 @@ def test_plot(tmp_path: Path) -> None:
     assert ax.lines[0].get_ydata().shape == (100,)
     ax.figure.savefig(tmp_path / "clusters.png")
     assert (tmp_path / "clusters.png").stat().st_size > 1000
-    assert clusters.plot(ax=ax) is ax
+    assert plot_clusters(clusters, ax=ax) is ax
     with pytest.raises(ValueError, match=r"log_snr must have shape \[T\] with T=100; got \[7\]"):
-        clusters.plot(torch.ones(7))
+        plot_clusters(clusters, torch.ones(7))
 
 
 # ---- misuse ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from antdiff.train import compare as comparing
-from antdiff.train.compare import compare, comparison_table, difference
+from antdiff.experiments import compare as comparing
+from antdiff.experiments.compare import compare, comparison_table, difference
 from antdiff.train.config import TrainConfig
 
 TINY = TrainConfig(steps=2, batch_size=6, device="cpu", eval_samples=12, eval_seeds=1, sample_steps=1)

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "python" / "antdiff"
 
 # A package may import from packages of a lower rank, and from itself.
 RANK = {"_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3,
-        "companions": 3, "distributed": 3, "info": 3, "train": 4, "cli": 5, "__main__": 6}  # fmt: skip
+        "companions": 3, "distributed": 3, "info": 3, "plotting": 4, "train": 5, "experiments": 6, "cli": 7,
+        "__main__": 8}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 

@@ -17,10 +17,11 @@ import torch
 from antdiff import TimestepClusters
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
+from antdiff.experiments.report import page, svg, write_report
+from antdiff.plotting.images import save_grid
+from antdiff.plotting.palette import cluster_colours, sequential
 from antdiff.train.config import TrainConfig
 from antdiff.train.log import CsvLogger
-from antdiff.train.plots import save_grid
-from antdiff.train.report import page, svg, write_report
 
 SECTIONS = ["quality", "samples", "clusters", "losses", "gradients", "analysis", "configuration", "environment"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -385,7 +386,7 @@ def test_text_and_lines_stand_out_in_both_themes(theme: int) -> None:
         for ink in ("ink", "muted", "accent"):
             assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)  # WCAG AA for text
     for k in (1, 2, 5, 20):
-        clusters = svg.cluster_colours(k)[theme]
+        clusters = cluster_colours(k, dark=bool(theme))
         assert len(clusters) == k
         assert min(contrast(colour, colours["card"]) for colour in clusters) >= 3  # WCAG AA for graphics
         greys = np.diff([luminance(colour) for colour in clusters])
@@ -396,4 +397,4 @@ def test_numbers_on_cells_can_be_read() -> None:
     for u in np.linspace(0, 1, 101):
         cell = svg._cell(u, 0, 0, 9, 9, (0.0, 1.0), True)
         ink = {"on-dark": "#ffffff", "on-light": "#000000"}[re.findall(r'class="([\w-]+)"', cell)[0]]
-        assert contrast(svg.cividis(u), ink) >= 4.5, u
+        assert contrast(sequential(u), ink) >= 4.5, u

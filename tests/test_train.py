@@ -19,8 +19,9 @@ from PIL import Image
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
 from antdiff.diffusion import log_snr
+from antdiff.experiments import evaluate as run_module
+from antdiff.experiments.evaluate import closing_table, execute
 from antdiff.train import loop
-from antdiff.train import run as run_module
 from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.config import METHODS, TrainConfig, resumed
 from antdiff.train.data import ImageData, load_data, to_uint8, to_unit
@@ -28,7 +29,7 @@ from antdiff.train.log import read_csv
 from antdiff.train.loop import Batches, DivergenceError, stop_requests, train
 from antdiff.train.methods import write_direction
 from antdiff.train.models import build_model, draw_samples, noise_schedule
-from antdiff.train.run import closing_table, execute, load_model, make_clusters, start_run
+from antdiff.train.run import load_model, make_clusters, start_run
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=2, sample_steps=2

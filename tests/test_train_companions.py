@@ -14,16 +14,17 @@ import torch
 from antdiff import TimestepClusters
 from antdiff.cli import main
 from antdiff.companions import ExpertBank, MixtureOfPrompts
+from antdiff.experiments.compare import compare
+from antdiff.experiments.evaluate import execute
+from antdiff.experiments.quality import FeatureNet, held_out_losses
 from antdiff.train import loop
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.companions import ExpertTurns, make_model
-from antdiff.train.compare import compare
 from antdiff.train.config import TrainConfig, resumed
 from antdiff.train.data import ImageData, load_data
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
-from antdiff.train.metrics import FeatureNet, held_out_losses
-from antdiff.train.run import execute, load_model, start_patch, start_run
+from antdiff.train.run import load_model, start_patch, start_run
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=1, sample_steps=2
@@ -204,10 +205,10 @@ def few_of(whole: ImageData) -> ImageData:
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same measurements, of fewer images and by a network that nobody trained."""
     few = few_of(load_data("digits"))
-    for module in ("data", "compare", "sample"):
-        monkeypatch.setattr(f"antdiff.train.{module}.load_data", lambda *_, **__: few)
-    monkeypatch.setattr("antdiff.train.run.feature_net", lambda data: FeatureNet(1, 10).eval())
-    monkeypatch.setattr("antdiff.train.run.held_out_losses", partial(held_out_losses, timesteps=1, images=4))
+    for module in ("train.data", "experiments.compare", "experiments.sample"):
+        monkeypatch.setattr(f"antdiff.{module}.load_data", lambda *_, **__: few)
+    monkeypatch.setattr("antdiff.experiments.evaluate.feature_net", lambda data: FeatureNet(1, 10).eval())
+    monkeypatch.setattr("antdiff.experiments.evaluate.held_out_losses", partial(held_out_losses, timesteps=1, images=4))
 
 
 @pytest.mark.usefixtures("_quickly_measured")

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from antdiff import balancing, diffusion, distributed, ops
+    from antdiff import analysis, balancing, companions, diffusion, distributed, ops, plotting
     from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
     from antdiff.gradients import BalancedBackward, ClusterGradients
 
@@ -14,10 +14,13 @@ __all__ = [
     "StratifiedTimesteps",
     "TimestepClusters",
     "UniformTimesteps",
+    "analysis",
     "balancing",
+    "companions",
     "diffusion",
     "distributed",
     "ops",
+    "plotting",
 ]
 
 _HOMES = {

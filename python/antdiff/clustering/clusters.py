@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torch import Tensor
 from antdiff import ops
 from antdiff._files import write_atomically
 from antdiff.ops._extension import as_count
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Array = Tensor | np.ndarray[Any, Any]
 
@@ -360,12 +357,6 @@ class TimestepClusters:
             raise ValueError(f"{path} must hold T and starts; {error} is missing.") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-
-    def plot(self, log_snr: Array | None = None, *, ax: Axes | None = None) -> Axes:
-        """Draws log-SNR against t with the intervals shaded: see :func:`antdiff.clustering.plot.plot_clusters`."""
-        from antdiff.clustering.plot import plot_clusters
-
-        return plot_clusters(self, log_snr, ax=ax)
 
 
 def _restore(T: int, starts: Sequence[int], edges: Sequence[float] | None) -> TimestepClusters:

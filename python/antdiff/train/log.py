@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from antdiff._files import write_atomically
+from antdiff.plotting.palette import SEQUENTIAL
 
 IMAGE_EVERY = 10  # rows between two pictures of the cosines in TensorBoard, which shows ten of a kind at most
 
@@ -92,7 +93,7 @@ class TensorBoardLogger:
             from matplotlib import colormaps
 
             side = max(1, 240 // len(cosines))  # pixels a cell
-            picture = colormaps["cividis"]((cosines + 1) / 2).repeat(side, 0).repeat(side, 1)[..., :3]
+            picture = colormaps[SEQUENTIAL]((cosines + 1) / 2).repeat(side, 0).repeat(side, 1)[..., :3]
             self.events.add_image("cosines", picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
         self.rows += 1
 

@@ -34,7 +34,7 @@ from antdiff.train.distributed import Team
 from antdiff.train.log import Logger, MetricLog
 from antdiff.train.methods import make_balancer, write_direction
 from antdiff.train.models import Denoiser, noise_schedule
-from antdiff.train.plots import save_progress_grid
+from antdiff.train.progress import save_progress_grid
 
 RANDOM_CHOICES = ("weights", "data", "noise", "timesteps", "balancing", "prompts")  # appended to, never reordered
 

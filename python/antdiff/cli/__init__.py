@@ -134,7 +134,7 @@ def _run(argv: list[str]) -> int:
             device: auto, cpu, cuda, cuda:1, ...
             out: where to write: OUT.png and OUT.npz; the default is RUN/samples-<n>.
         """
-        from antdiff.train.sample import sample as draw
+        from antdiff.experiments.sample import sample as draw
 
         grid, archive = draw(run, n=n, steps=steps, seed=seed, device=device, out=out or run / f"samples-{n}")
         print(f"wrote {grid} and {archive}")
@@ -171,7 +171,7 @@ def _run(argv: list[str]) -> int:
             run: run folder, or the folder of antdiff compare.
             out: file to write; the default is RUN/report.html.
         """
-        from antdiff.train.report import write_report
+        from antdiff.experiments.report import write_report
 
         print(f"wrote {write_report(run, out)}")
         return 0
@@ -234,7 +234,7 @@ def _analyze_app() -> Any:
             device: auto, cpu, cuda, cuda:1, ...
             out: folder of the results; the default is RUN/analysis/affinity.
         """
-        from antdiff.train.analyze import affinity_table, analyze_affinity
+        from antdiff.experiments.analyze import affinity_table, analyze_affinity
 
         where = out or run / "analysis" / "affinity"
         summary = analyze_affinity(
@@ -268,7 +268,7 @@ def _analyze_app() -> Any:
             device: auto, cpu, cuda, cuda:1, ...
             out: folder of the results; the default is RUN/analysis/conflict.
         """
-        from antdiff.train.analyze import analyze_conflict, conflict_table
+        from antdiff.experiments.analyze import analyze_conflict, conflict_table
 
         where = out or run / "analysis" / "conflict"
         summary = analyze_conflict(
@@ -301,7 +301,7 @@ def _analyze_app() -> Any:
             device: auto, cpu, cuda, cuda:1, ...
             out: folder of the results; the default is RUN/analysis/transfer.
         """
-        from antdiff.train.transfer import analyze_transfer, transfer_table
+        from antdiff.experiments.transfer import analyze_transfer, transfer_table
 
         where = out or run / "analysis" / "transfer"
         summary = analyze_transfer(run, seeds=seeds, steps=steps, samples=samples, device=device, out=where)
@@ -332,10 +332,11 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     saved = TrainConfig.load(resume / "config.json") if resume is not None else None
     if saved is not None:
         resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
+    from antdiff.experiments.evaluate import closing_table, execute
     from antdiff.train.data import ImageData, load_data
     from antdiff.train.distributed import restarted, team
     from antdiff.train.log import WandbLogger, import_wandb
-    from antdiff.train.run import closing_table, execute, extend_run, start_run
+    from antdiff.train.run import extend_run, start_run
 
     data: ImageData | None = None
 
@@ -404,7 +405,7 @@ def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> 
 def _compare(
     config: TrainConfig, methods: Sequence[str], companions: Sequence[Companion], seeds: Sequence[int], out: Path
 ) -> int:
-    from antdiff.train.compare import compare
+    from antdiff.experiments.compare import compare
 
     try:
         results = compare(config, methods, seeds, out, companions=companions)
@@ -436,11 +437,11 @@ def _cluster(
         clusters.save(save)
         print(f"wrote {save}")
     if plot is not None:
-        from antdiff.train.plots import figure
+        from antdiff.plotting import new_figure, plot_clusters
 
-        sheet, (ax,) = figure(7, 3.2)
-        clusters.plot(log_snr, ax=ax)
-        sheet.savefig(plot)
+        figure, (ax,) = new_figure(7, 3.2)
+        plot_clusters(clusters, log_snr, ax=ax)
+        figure.savefig(plot)
         print(f"wrote {plot}")
     return 0
 

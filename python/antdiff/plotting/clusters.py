@@ -1,4 +1,4 @@
-"""The picture of a clustering. matplotlib is imported when it is drawn."""
+"""The figure of a clustering."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antdiff.plotting._figure import new_figure
+from antdiff.plotting.palette import cluster_colours
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from antdiff.clustering.clusters import TimestepClusters
+    from antdiff.clustering import TimestepClusters
 
 
 def plot_clusters(
@@ -35,11 +38,10 @@ def plot_clusters(
     if curve is not None and curve.shape != (clusters.T,):
         raise ValueError(f"log_snr must have shape [T] with T={clusters.T}; got {list(curve.shape)}.")
     if ax is None:
-        from matplotlib.figure import Figure  # no pyplot: no window, no global state
-
-        ax = Figure(figsize=(7, 3.2), layout="constrained").subplots()
-    for i, (start, stop) in enumerate(pairwise(clusters.bounds)):
-        ax.axvspan(start - 0.5, stop - 0.5, color=f"C{i % 10}", alpha=0.18, linewidth=0)
+        _, (ax,) = new_figure(7, 3.2)
+    spans = list(pairwise(clusters.bounds))
+    for i, ((start, stop), colour) in enumerate(zip(spans, cluster_colours(clusters.k), strict=True)):
+        ax.axvspan(start - 0.5, stop - 0.5, color=colour, alpha=0.3, linewidth=0)
         ax.annotate(
             str(i),
             ((start + stop - 1) / 2, 0.97),

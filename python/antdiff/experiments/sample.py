@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from antdiff._files import write_npz
+from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import load_data, to_uint8
 from antdiff.train.loop import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
-from antdiff.train.plots import save_grid
 from antdiff.train.run import load_model
 
 GRID_IMAGES = 100

@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 
 from antdiff._files import write_atomically
-from antdiff.train.report import sections
-from antdiff.train.report.folder import Run
-from antdiff.train.report.page import document, figure, grid, image, section, table, wide
-from antdiff.train.report.svg import number
+from antdiff.experiments.report import sections
+from antdiff.experiments.report.folder import Run
+from antdiff.experiments.report.page import document, figure, grid, image, section, table, wide
+from antdiff.experiments.report.svg import number
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

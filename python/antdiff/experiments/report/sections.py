@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from antdiff.experiments.report import svg
+from antdiff.experiments.report.folder import CLOSING, Run, caption_of
+from antdiff.experiments.report.page import figure, grid, image, table
+from antdiff.experiments.report.svg import Line, number
+from antdiff.plotting.curves import smooth
 from antdiff.train.config import TrainConfig
-from antdiff.train.plots import smooth
-from antdiff.train.report import svg
-from antdiff.train.report.folder import CLOSING, Run, caption_of
-from antdiff.train.report.page import figure, grid, image, table
-from antdiff.train.report.svg import Line, number
 
 GRIDS = 12  # of samples over time, at most
 TIME_BINS, MOST_PAIRS = 48, 21  # columns of the picture of cosines over time, and rows

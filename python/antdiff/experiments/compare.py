@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from antdiff._files import write_atomically
+from antdiff.experiments.evaluate import execute
+from antdiff.plotting.curves import save_comparison
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
 from antdiff.train.data import load_data
-from antdiff.train.plots import save_comparison
-from antdiff.train.run import execute, start_patch, start_run
+from antdiff.train.run import start_patch, start_run
 
 ANCHORS: tuple[Method, ...] = ("vanilla", "linear")  # always: what stratifying does, apart from what balancing does
 REFERENCE = {"patch": "longer"}  # what a row is held against; the others against vanilla

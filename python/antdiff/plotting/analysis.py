@@ -1,12 +1,7 @@
-"""Pictures of affinity, conflict and transfer. matplotlib is imported when they are drawn.
-
-One sequential map (viridis) whose lightness rises evenly, so that it reads in grey too, and marker shapes beside every
-colour that tells things apart.
-"""
+"""Figures of task affinity, conflict and transfer."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,32 +17,11 @@ from antdiff.analysis.conflict import Conflict
 from antdiff.analysis.estimate import Correlation
 from antdiff.analysis.transfer import TransferGap
 from antdiff.clustering import TimestepClusters
+from antdiff.plotting._figure import add_caption, new_figure
+from antdiff.plotting.palette import CATEGORICAL, MARKERS, SEQUENTIAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's, told apart by all kinds of colour vision
-MARKERS = ("o", "s", "^")
-
-
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Without pyplot: no window, no global state."""
-    from matplotlib.figure import Figure
-
-    sheet = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    axes = list(sheet.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-        ax.xaxis.label.set_size(9)
-        ax.yaxis.label.set_size(9)
-    return sheet, axes
-
-
-def _caption(sheet: Figure, text: str, width: int) -> None:
-    """Below the axes, where constrained layout leaves room for it, in lines of at most `width` characters."""
-    sheet.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)
 
 
 def save_heat_map(
@@ -55,7 +29,7 @@ def save_heat_map(
 ) -> None:
     """The affinities ``[T, T]`` once for each clustering, whose intervals are squares along the diagonal."""
     T = len(affinity)
-    sheet, axes = _figure(3.5 * len(clusterings) + 0.7, 4.4, columns=len(clusterings))
+    figure, axes = new_figure(3.5 * len(clusterings) + 0.7, 4.4, columns=len(clusterings))
     image: Any = None
     for ax, (name, clusters) in zip(axes, clusterings.items(), strict=True):
         image = _heat(ax, affinity, low=min(0.0, float(affinity.min())))
@@ -72,10 +46,10 @@ def save_heat_map(
     levels = axes[-1].secondary_yaxis("right")
     levels.set_yticks(ticks, [f"{round(float(log_snr[t]), 1) + 0.0}" for t in ticks], fontsize=8)
     levels.set_ylabel("log-SNR of s", fontsize=9)
-    bar = sheet.colorbar(image, ax=axes, shrink=0.75, pad=0.02, label="task affinity (cosine of gradients)")
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02, label="task affinity (cosine of gradients)")
     bar.ax.tick_params(labelsize=8)
-    _caption(sheet, text, 175)
-    sheet.savefig(path)
+    add_caption(figure, text, 175)
+    figure.savefig(path)
 
 
 def within(affinity: Tensor, clusters: TimestepClusters) -> float:
@@ -91,7 +65,7 @@ def within(affinity: Tensor, clusters: TimestepClusters) -> float:
 def _heat(ax: Axes, affinity: Tensor, *, low: float) -> Any:
     """The matrix with its zero line, beyond which gradients conflict."""
     values = affinity.numpy()
-    image = ax.imshow(values, cmap="viridis", vmin=low, vmax=1, origin="lower", interpolation="nearest")
+    image = ax.imshow(values, cmap=SEQUENTIAL, vmin=low, vmax=1, origin="lower", interpolation="nearest")
     if low < 0 and values.min() < 0:
         ax.contour(values, levels=[0.0], colors="white", linewidths=0.7, linestyles="--", zorder=3)
     ax.spines[:].set_visible(False)
@@ -104,7 +78,7 @@ def _square(low: float, high: float) -> tuple[list[float], list[float]]:
 
 def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text: str, path: Path) -> None:
     """Affinity of every pair against its gap in t and in log-SNR, with medians of twelve bins of equal count."""
-    sheet, axes = _figure(9.2, 3.7, columns=2)
+    figure, axes = new_figure(9.2, 3.7, columns=2)
     positions = {"t": found.timesteps, "log_snr": found.log_snr[found.timesteps]}
     labels = {"t": "gap |s - t| in timesteps", "log_snr": "gap in log-SNR (natural logarithm)"}
     i, j = np.triu_indices(len(found.timesteps), 1)
@@ -113,11 +87,11 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
         y = found.affinity[i, j].numpy()
         ax.plot(gaps, y, ".", color="#999999", markersize=2, alpha=0.3, linewidth=0, rasterized=True, zorder=1)
         x, low, middle, high = _binned(gaps, y)
-        ax.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, zorder=2, label="quartiles")
-        ax.plot(x, middle, "-", color=COLOURS[0], marker=MARKERS[0], markersize=4.5, zorder=4, label="median")
+        ax.fill_between(x, low, high, color=CATEGORICAL[0], alpha=0.2, linewidth=0, zorder=2, label="quartiles")
+        ax.plot(x, middle, "-", color=CATEGORICAL[0], marker=MARKERS[0], markersize=4.5, zorder=4, label="median")
         x, _, middle, _ = _binned(gaps, found.raw[i, j].numpy())
         ax.plot(x, middle, linestyle="none", marker=MARKERS[1], markersize=8, markerfacecolor="none",
-                markeredgecolor=COLOURS[1], zorder=3, label="median without noise correction")  # fmt: skip
+                markeredgecolor=CATEGORICAL[1], zorder=3, label="median without noise correction")  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.7, linestyle=":")
         value = correlations[name]
         ax.set_title(f"Spearman {value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]", fontsize=9)
@@ -126,8 +100,8 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
     axes[0].set_ylabel("task affinity (cosine)")
     axes[1].sharey(axes[0])
     axes[0].legend(fontsize=8, frameon=False, loc="best")
-    _caption(sheet, text, 130)
-    sheet.savefig(path)
+    add_caption(figure, text, 130)
+    figure.savefig(path)
 
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int = 12) -> tuple[np.ndarray, ...]:
@@ -145,7 +119,7 @@ def save_layers(
     L = len(names)
     columns = min(5, L)
     rows = -(-L // columns)
-    sheet, axes = _figure(2.1 * columns + 0.6, 2.25 * rows + 0.55, columns=columns, rows=rows)
+    figure, axes = new_figure(2.1 * columns + 0.6, 2.25 * rows + 0.55, columns=columns, rows=rows)
     finite = [layer[layer.isfinite()] for layer in layers]
     low = max(-1.0, min(0.0, *(float(values.quantile(0.01)) if len(values) else 0.0 for values in finite)))
     image: Any = None
@@ -155,7 +129,7 @@ def save_layers(
             ax.set_visible(False)
             continue
         image = ax.imshow(
-            layers[place].numpy(), cmap="viridis", vmin=low, vmax=1, origin="lower", interpolation="nearest",
+            layers[place].numpy(), cmap=SEQUENTIAL, vmin=low, vmax=1, origin="lower", interpolation="nearest",
         )  # fmt: skip
         ax.set_facecolor("#dddddd")  # where there is no estimate
         ax.spines[:].set_visible(False)
@@ -167,15 +141,15 @@ def save_layers(
             ax.set_ylabel("timestep s", fontsize=8)
         if place + columns >= L:
             ax.set_xlabel("timestep t", fontsize=8)
-    bar = sheet.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="task affinity (cosine)", extend="min")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="task affinity (cosine)", extend="min")
     bar.ax.tick_params(labelsize=8)
-    _caption(sheet, text, 150)
-    sheet.savefig(path)
+    add_caption(figure, text, 150)
+    figure.savefig(path)
 
 
 def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, text: str, path: Path) -> None:
     """Cosines of the clusters' expected gradients, and the share of conflicting pairs, over the checkpoints."""
-    sheet, (left, right) = _figure(9.4, 4.1, columns=2)
+    figure, (left, right) = new_figure(9.4, 4.1, columns=2)
     steps, k = sorted(found), clusters.k
     names = [f"{start}..{stop - 1}" for start, stop in pairwise(clusters.bounds)]
     mean = torch.stack([found[step].expected().mean for step in steps]).nanmean(0)  # [K, K]
@@ -184,7 +158,7 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     else:
         spread = (found[steps[0]].expected().high - mean).nan_to_num(0)
     floor = min(0.0, float(mean.nan_to_num(0).min()))
-    image = left.imshow(mean.numpy(), cmap="viridis", vmin=floor, vmax=1, origin="lower")
+    image = left.imshow(mean.numpy(), cmap=SEQUENTIAL, vmin=floor, vmax=1, origin="lower")
     for i in range(k):
         for j in range(k):
             if i == j or k > 8:
@@ -198,14 +172,14 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     left.set(xlabel="timesteps of the cluster", ylabel="timesteps of the cluster")
     many = f"mean ± SD of {len(steps)} checkpoints" if len(steps) > 1 else "± 95 % interval"
     left.set_title(f"cosine of expected gradients, {many}", fontsize=9)
-    bar = sheet.colorbar(image, ax=left, shrink=0.85)
+    bar = figure.colorbar(image, ax=left, shrink=0.85)
     bar.ax.tick_params(labelsize=8)
 
     shares = [found[step].share() for step in steps]
     _errorbar(right, steps, shares, 0, "pairs in a batch, noise and all")
     pairs = max(1, k * (k - 1) // 2)
     expected = [found[step].conflicting_pairs() / pairs for step in steps]
-    right.plot(steps, expected, color=COLOURS[1], marker=MARKERS[1], linestyle="--", linewidth=1.2, markersize=5,
+    right.plot(steps, expected, color=CATEGORICAL[1], marker=MARKERS[1], linestyle="--", linewidth=1.2, markersize=5,
                label="pairs of expected gradients, beyond noise")  # fmt: skip
     top = max([0.5, *expected, *(float(share.high.nan_to_num(0)) for share in shares)])
     right.set_ylim(0, 1.25 * top)
@@ -215,8 +189,8 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     right.legend(fontsize=8, frameon=False, loc="upper left")
     if len(steps) == 1:
         right.set_xticks(steps)
-    _caption(sheet, text, 140)
-    sheet.savefig(path)
+    add_caption(figure, text, 140)
+    figure.savefig(path)
 
 
 def _errorbar(
@@ -224,7 +198,7 @@ def _errorbar(
 ) -> None:
     mean = np.array([float(interval.mean) for interval in intervals])
     half = np.array([float(interval.high - interval.low) / 2 for interval in intervals])
-    ax.errorbar(x, mean, np.nan_to_num(half), color=COLOURS[place], marker=MARKERS[place], markersize=5, capsize=3,
+    ax.errorbar(x, mean, np.nan_to_num(half), color=CATEGORICAL[place], marker=MARKERS[place], markersize=5, capsize=3,
                 linewidth=1.2, label=label, **options)  # fmt: skip
 
 
@@ -233,7 +207,7 @@ def save_transfer(
     text: str, path: Path,
 ) -> None:  # fmt: skip
     """NTG of each interval with its 95 % interval over seeds: by held-out loss, relative, and by sample quality."""
-    sheet, axes = _figure(9.6, 4.0, columns=2)
+    figure, axes = new_figure(9.6, 4.0, columns=2)
     names = [f"{start}..{stop - 1}" for start, stop in intervals]
     for ax, gaps, relative in ((axes[0], losses, True), (axes[1], quality, False)):
         for place, gap in enumerate(gaps):
@@ -247,13 +221,13 @@ def save_transfer(
                     linestyle="none",
                     marker=MARKERS[place],
                     markersize=3,
-                    color=COLOURS[place],
+                    color=CATEGORICAL[place],
                     alpha=0.6,
                 )
             mean, low, high = gap.relative if relative else gap.gap
             half = torch.nan_to_num((high - low) / 2) * scale
             ax.errorbar(x, mean * scale, half, linestyle="none", marker=MARKERS[place], markersize=6.5, capsize=4,
-                        color=COLOURS[place], label=f"equal {gap.budget}")  # fmt: skip
+                        color=CATEGORICAL[place], label=f"equal {gap.budget}")  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
         ax.set_xlabel("interval of timesteps (least noise on the left)")
@@ -266,5 +240,5 @@ def save_transfer(
     axes[1].set_ylabel(f"NTG, {metric}")
     axes[1].set_title("quality of samples, the specialist in its interval", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
-    _caption(sheet, text, 140)
-    sheet.savefig(path)
+    add_caption(figure, text, 140)
+    figure.savefig(path)

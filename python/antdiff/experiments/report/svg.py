@@ -13,14 +13,14 @@ from html import escape
 
 import numpy as np
 
+from antdiff.plotting.palette import sequential
+
 WIDTH, HEIGHT = 380, 236
 LEFT, RIGHT, TOP, BOTTOM = 46, 68, 26, 36  # of the plotting area, inside which the axes lie
 LABEL_GAP = 13  # least distance of two labels' baselines
 CHARACTER = 6.7  # a little more than the mean width of one, in the 12-pixel type of the style sheet
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4.5 2")
 MOST_POINTS = 240  # of a line: beyond them a curve gets longer, not clearer
-# Of cividis, what stands out from white paper by 3:1, and from the dark page.
-LIGHT_RANGE, DARK_RANGE = (0.0, 0.6), (1.0, 0.42)
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,6 @@ class Line:
     y: np.ndarray
     cluster: int | None = None
     raw: np.ndarray | None = None
-
-
-def cividis(u: float) -> str:
-    """The colour at u in [0, 1] as #rrggbb."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    return to_hex(colormaps["cividis"](float(u)))
-
-
-def cluster_colours(k: int) -> tuple[list[str], list[str]]:
-    """The colours of k clusters on a light and on a dark page; the least noise stands out most."""
-    return tuple(  # type: ignore[return-value]
-        [cividis(a + (b - a) * i / max(1, k - 1)) for i in range(k)] for a, b in (LIGHT_RANGE, DARK_RANGE)
-    )
 
 
 def number(value: float) -> str:
@@ -317,7 +302,7 @@ def _cell(
 ) -> str:
     u = min(1.0, max(0.0, (value - limits[0]) / (limits[1] - limits[0])))
     box = f'x="{x:.1f}" y="{y:.1f}" width="{width + 0.3:.1f}" height="{height + 0.3:.1f}"'
-    out = f'<rect {box} fill="{cividis(u)}"/>'
+    out = f'<rect {box} fill="{sequential(u)}"/>'
     ink = "on-dark" if u < 0.47 else "on-light"  # which of white and black reads better there
     if numbers:
         return out + _text(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", ink)
@@ -329,7 +314,7 @@ def _scale(limits: tuple[float, float], left: float, top: float, width: float) -
     step = width / n
     parts = [
         f'<rect x="{left + i * step:.1f}" y="{top:.1f}" width="{step + 0.4:.1f}" height="7" '
-        f'fill="{cividis(i / (n - 1))}"/>'
+        f'fill="{sequential(i / (n - 1))}"/>'
         for i in range(n)
     ]
     axis = Axis(*limits, left, left + width, fit=True)

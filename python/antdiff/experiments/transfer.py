@@ -19,14 +19,14 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._files import write_atomically, write_npz
-from antdiff.analysis.plots import save_transfer
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
+from antdiff.experiments.quality import Judge, feature_net, held_out_losses
+from antdiff.plotting.analysis import save_transfer
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.loop import choose_device, sensible_threads, train
-from antdiff.train.metrics import Judge, feature_net, held_out_losses
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.run import intervals, load_model, start_run
 

@@ -1,86 +1,15 @@
-"""Pictures of a run: sample grids, curves, comparisons."""
+"""Figures of runs: the curves of one run, and the comparison of several."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-from antdiff.train.data import to_uint8
-from antdiff.train.models import draw_samples
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-PROGRESS_IMAGES = 16
-
-# One hue from light to dark in the order of the noise: the clusters are ordered, so their colours are too.
-CLUSTER_COLOURS = "viridis"
-
-
-def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int = 64, gap: int = 4) -> None:
-    """uint8 images [N, C, H, W] as a PNG grid; small ones are enlarged to about `side` pixels without smoothing."""
-    from PIL import Image
-
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
-    scale = max(1, round(side / pixels.shape[1]))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    n, height, width, channels = pixels.shape
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = (
-            gap + place * (length + gap) for place, length in zip(divmod(i, columns), (height, width), strict=True)
-        )
-        sheet[top : top + height, left : left + width] = image
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
-
-
-def save_progress_grid(
-    model: torch.nn.Module,
-    schedule: DDPMScheduler,
-    shape: tuple[int, int, int],
-    run: Path,
-    step: int,
-    sample_steps: int,
-    device: torch.device,
-) -> None:
-    """16 samples of `model` after `step` steps as ``<run>/samples/step-<step>.png``.
-
-    They start from the same noise at every step and in every run, of a generator that is nobody else's, so that grids
-    can be compared and training does not notice. `model` is left in the mode it was in.
-    """
-    was_training = model.training
-    generator = torch.Generator(device).manual_seed(0)
-    images = draw_samples(model, schedule, PROGRESS_IMAGES, shape, steps=sample_steps, generator=generator)
-    model.train(was_training)
-    path = run / "samples" / f"step-{step:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    save_grid(to_uint8(images), path, columns=8, side=40, gap=2)
-
-
-def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure that needs no display, with its axes in reading order."""
-    from matplotlib.figure import Figure
-
-    sheet = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axes = sheet.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, alpha=0.25, linewidth=0.6)
-    return sheet, list(axes.flat)
-
-
-def cluster_colours(k: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps[CLUSTER_COLOURS](0.9 - 0.85 * i / max(1, k - 1)) for i in range(k)]
+from antdiff.plotting._figure import new_figure
+from antdiff.plotting.palette import CATEGORICAL, cluster_colours
 
 
 def save_curves(
@@ -89,7 +18,7 @@ def save_curves(
     """Loss a cluster, balancing weights and conflicts over the steps, from the rows of metrics.csv."""
     k = len(intervals)
     conflicts = any(row["conflict_rate"] > 0 for row in rows)
-    sheet, axes = figure(4.6 * (2 + conflicts), 4.3, columns=2 + conflicts)
+    figure, axes = new_figure(4.6 * (2 + conflicts), 4.3, columns=2 + conflicts, grid=True)
     steps = np.array([row["step"] for row in rows])
     colours = cluster_colours(k)
     for i, (start, stop) in enumerate(intervals):
@@ -104,13 +33,13 @@ def save_curves(
     axes[1].set_ylim(bottom=0)
     if conflicts:
         rate = np.array([row["conflict_rate"] for row in rows])
-        axes[2].plot(steps, rate, color="#d55e00", alpha=0.25, linewidth=0.8)
-        axes[2].plot(steps, smooth(rate), color="#d55e00", linewidth=1.8)
+        axes[2].plot(steps, rate, color=CATEGORICAL[1], alpha=0.25, linewidth=0.8)
+        axes[2].plot(steps, smooth(rate), color=CATEGORICAL[1], linewidth=1.8)
         axes[2].set(title="cluster pairs in conflict", xlabel="step", ylabel="share with a negative inner product")
         axes[2].set_ylim(bottom=0)
-    sheet.legend(loc="outside lower center", ncols=k + 1, fontsize=9, frameon=False)
-    sheet.suptitle(title)
-    sheet.savefig(path)
+    figure.legend(loc="outside lower center", ncols=k + 1, fontsize=9, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path)
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
@@ -137,8 +66,8 @@ def save_comparison(
     columns = [[np.array([cell["fd"]["mean"] for cell in cells]) for cells in results.values()]]
     for i, vanilla in enumerate(reference):
         columns.append([100 * (each[:, i] / vanilla - 1) for each in losses.values()])
-    sheet, axes = figure(3.4 + 1.7 * len(intervals), 1.5 + 0.27 * len(results), columns=len(columns))
-    for ax, column, colour in zip(axes, columns, ["#d55e00", *cluster_colours(len(intervals))], strict=True):
+    figure, axes = new_figure(3.4 + 1.7 * len(intervals), 1.5 + 0.27 * len(results), columns=len(columns), grid=True)
+    for ax, column, colour in zip(axes, columns, [CATEGORICAL[1], *cluster_colours(len(intervals))], strict=True):
         for place, values in enumerate(column):
             ax.plot(values, np.full(len(values), place), "o", color=colour, alpha=0.45, markersize=4)
             spread = values.std(ddof=1) if len(values) > 1 else 0.0
@@ -153,5 +82,5 @@ def save_comparison(
         ax.set_xticks([tick for tick in (-50, -5, 0, 5, 50, 500) if low < tick < high])
         ax.xaxis.set_major_formatter("{x:+g}")
         ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, % (log beyond 5)", xlim=(low, high))
-    sheet.suptitle(title)
-    sheet.savefig(path)
+    figure.suptitle(title)
+    figure.savefig(path)

@@ -19,8 +19,8 @@ import torch
 from antdiff import TimestepClusters
 from antdiff._files import write_atomically, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
-from antdiff.analysis.plots import save_conflict, save_gaps, save_heat_map, save_layers, within
 from antdiff.diffusion import log_snr
+from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers, within
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts, make_model
 from antdiff.train.config import TrainConfig

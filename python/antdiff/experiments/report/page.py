@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from antdiff.train.report import svg
+from antdiff.plotting.palette import cluster_colours
 
 
 def section(name: str, title: str, parts: Iterable[str]) -> tuple[str, str, str]:
@@ -73,8 +73,8 @@ def wide(title: str, content: str, label: str) -> str:
 def document(title: str, head: str, sections: Sequence[tuple[str, str, str]], k: int, source: str) -> str:
     """The file: style, head, links to the sections, the sections."""
     links = "".join(f"<a href='#{name}'>{title}</a>" for name, title, _ in sections)
-    style = files("antdiff.train.report").joinpath("style.css").read_text(encoding="utf-8")
-    light, dark = (_colours(colours) for colours in svg.cluster_colours(k))
+    style = files("antdiff.experiments.report").joinpath("style.css").read_text(encoding="utf-8")
+    light, dark = (_colours(cluster_colours(k, dark=dark)) for dark in (False, True))
     style += f"{light}@media (prefers-color-scheme: dark) {{ {dark} }}@media print {{ {light} }}"
     hatches = "".join(
         f"<pattern id='negative-{name}' width='5' height='5' patternUnits='userSpaceOnUse' "

@@ -1,0 +1,37 @@
+"""The figure factory, and the parts that figures share."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, *, grid: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `width` by `height` inches and its axes in reading order.
+
+    It is made without pyplot: no window, no global state, no display needed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+        ax.title.set_size(9)
+        ax.xaxis.label.set_size(9)
+        ax.yaxis.label.set_size(9)
+        if grid:
+            ax.grid(True, alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def add_caption(figure: Figure, text: str, width: int) -> None:
+    """Write `text` below the axes in lines of at most `width` characters; constrained layout leaves room for it."""
+    figure.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)

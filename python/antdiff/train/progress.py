@@ -1,0 +1,40 @@
+"""Grids of samples while a run trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from antdiff.plotting.images import save_grid
+from antdiff.train.data import to_uint8
+from antdiff.train.models import draw_samples
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+PROGRESS_IMAGES = 16
+
+
+def save_progress_grid(
+    model: torch.nn.Module,
+    schedule: DDPMScheduler,
+    shape: tuple[int, int, int],
+    run: Path,
+    step: int,
+    sample_steps: int,
+    device: torch.device,
+) -> None:
+    """16 samples of `model` after `step` steps as ``<run>/samples/step-<step>.png``.
+
+    They start from the same noise at every step and in every run, of a generator that is nobody else's, so that grids
+    can be compared and training does not notice. `model` is left in the mode it was in.
+    """
+    was_training = model.training
+    generator = torch.Generator(device).manual_seed(0)
+    images = draw_samples(model, schedule, PROGRESS_IMAGES, shape, steps=sample_steps, generator=generator)
+    model.train(was_training)
+    path = run / "samples" / f"step-{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_grid(to_uint8(images), path, columns=8, side=40, gap=2)
