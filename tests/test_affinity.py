@@ -293,7 +293,7 @@ def test_memory_stays_within_what_was_asked_for(
     model, x0 = Wide(), torch.randn(4, 450)
     peak = Peak()
 
-    class Mapped(module.Rows):
+    class Mapped(module.ResumableRows):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             if on_disk:  # pages of a file, which the system takes back when it likes
@@ -301,7 +301,7 @@ def test_memory_stays_within_what_was_asked_for(
                 peak.now -= self.rows.nbytes
                 peak.most = peak.now
 
-    monkeypatch.setattr(module, "Rows", Mapped)
+    monkeypatch.setattr(module, "ResumableRows", Mapped)
     for p in model.parameters():
         peak.known.add(p.untyped_storage()._cdata)
     with peak:

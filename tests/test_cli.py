@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,12 @@ import pytest
 from PIL import Image
 
 from antdiff import balancing
-from antdiff.cli import Schedule, main
+from antdiff._command import command
+from antdiff.cli import main
+from antdiff.cli.cluster import Schedule
 from antdiff.diffusion import SCHEDULES
 from antdiff.train.config import TrainConfig
+from antdiff.train.run import start_run
 
 QUICK = [
     "--steps",
@@ -108,20 +114,72 @@ def test_a_run_that_stops_early_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr("antdiff.experiments.evaluate.execute", lambda *_, **__: None)
     assert main(["train", "--out", str(tmp_path / "r")]) == 130
-    assert f"antdiff train --resume {tmp_path / 'r'}" in capsys.readouterr().err
+    assert f"antdiff train --resume {tmp_path / 'r'}\n" in capsys.readouterr().err
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt  # while the run is measured
 
     monkeypatch.setattr("antdiff.experiments.evaluate.execute", interrupted)
     assert main(["train", "--out", str(tmp_path / "s")]) == 130
-    assert f"antdiff train --resume {tmp_path / 's'}" in capsys.readouterr().err
+    assert f"antdiff train --resume {tmp_path / 's'}\n" in capsys.readouterr().err
     monkeypatch.setattr("antdiff.experiments.compare.execute", interrupted)
     assert main(["compare", "--out", str(tmp_path / "c")]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
     assert main(["train", "--out", str(tmp_path / "r")]) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_printed_commands_work_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = re.escape(command())
+    tried: list[str] = []
+
+    def follow(text: str, *further: str) -> None:
+        (printed,) = re.findall(rf"{program} (.+)$", text, re.MULTILINE)
+        arguments = shlex.split(printed)
+        assert main([*arguments, *further]) == 0, printed
+        tried.append(" ".join(arguments[:2]))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    assert main(["train", *QUICK, "--out", "a run"]) == 0
+    follow(capsys.readouterr().out)
+    assert Path("a run/report.html").exists()
+
+    assert main(["train", *QUICK, "--out", "a run"]) == 1  # holds a run
+    follow(capsys.readouterr().err)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("antdiff.experiments.evaluate.execute", stop)
+        assert main(["train", *QUICK, "--out", "my other run"]) == 130
+        stopped = capsys.readouterr().err
+    assert main(["sample", "my other run"]) == 1  # no checkpoint yet
+    without_checkpoint = capsys.readouterr().err
+    assert main(["analyze", "conflict", "my other run"]) == 1
+    follow(capsys.readouterr().err)
+    follow(without_checkpoint)
+    follow(stopped)
+
+    start_run(TrainConfig.load(Path("my other run/config.json")), Path("a third"))
+    assert main(["report", "a third"]) == 0
+    page = Path("a third/report.html").read_text()
+    (of_report,) = re.findall(r"<code>(.+?)</code> resumes", page)
+    follow(html.unescape(of_report))
+
+    capsys.readouterr()
+    assert main(["analyze", "affinity", "a run", "--timesteps", "5", "--images", "8", "--device", "cpu"]) == 0
+    follow(capsys.readouterr().out, *QUICK, "-k", "5")
+    assert tried == ["report a run", *["train --resume"] * 5, "train --clusters"]
+
+
+def test_printed_commands_start_the_right_installation(tmp_path: Path) -> None:
+    done = subprocess.run(command("info"), shell=True, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("antdiff")
 
 
 def test_help_and_mistyped_names_need_no_torch() -> None:

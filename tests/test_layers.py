@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "antdiff"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2, "analysis": 3,
-        "companions": 3, "distributed": 3, "info": 3, "plotting": 4, "train": 5, "experiments": 6, "cli": 7,
-        "__main__": 8}  # fmt: skip
+RANK = {"_command": 0, "_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2,
+        "analysis": 3, "companions": 3, "distributed": 3, "info": 3, "plotting": 4, "train": 5, "experiments": 6,
+        "cli": 7, "__main__": 8}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 
@@ -160,3 +160,9 @@ def test_public_names_have_docstrings() -> None:
     for module in (antdiff, ops):
         for name in module.__all__:
             assert getattr(module, name).__doc__, f"{module.__name__}.{name}"
+
+
+def test_the_version_is_that_of_pyproject() -> None:
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert antdiff.__version__ in (declared[1], f"{declared[1]}+source")

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from antdiff import analysis, balancing, companions, diffusion, distributed, ops, plotting
     from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
     from antdiff.gradients import BalancedBackward, ClusterGradients
@@ -32,11 +33,27 @@ _HOMES = {
 }
 
 
+def _version() -> str:
+    """Return the version of the installed package, or that of the source tree with "+source"."""
+    import re
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version("antdiff")
+    except PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        found = re.search(r'^version = "(.+)"$', project.read_text(), re.MULTILINE) if project.exists() else None
+        return f"{found[1] if found else '0'}+source"
+
+
 def __dir__() -> list[str]:
     return __all__
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return globals().setdefault(name, _version())
     # On first use: importing torch takes a second, which the help of the command line and its errors do without.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

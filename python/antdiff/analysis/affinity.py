@@ -24,7 +24,7 @@ from antdiff._files import digest, write_npz
 from antdiff.analysis import estimate
 from antdiff.analysis.plan import Plan, make_plan
 from antdiff.analysis.projection import Columns, Projection
-from antdiff.analysis.state import Rows
+from antdiff.analysis.rows import ResumableRows
 from antdiff.clustering import TimestepClusters
 from antdiff.diffusion import log_snr as named_log_snr
 from antdiff.gradients import ClusterGradients
@@ -180,7 +180,7 @@ def task_affinity(
     group_of = groups or (lambda name: "all")
     plan = make_plan(named, group_of, len(grid), sketch=sketch, memory=memory, on_disk=folder is not None)
     projection = Projection(model, group_of, plan.dim, generator)
-    store = Rows(
+    store = ResumableRows(
         None if folder is None else Path(folder),
         _fingerprint(named, halves, grid, levels, projection, batch_size),
         (2, len(grid), projection.columns),
@@ -209,7 +209,7 @@ class _Stream:
 
     def __init__(
         self, model: nn.Module, loss: Loss, halves: list[list[Tensor]], grid: Tensor, batch_size: int, plan: Plan,
-        projection: Projection, store: Rows,
+        projection: Projection, store: ResumableRows,
     ) -> None:  # fmt: skip
         self.model, self.loss, self.halves, self.grid, self.batch_size = model, loss, halves, grid, batch_size
         self.plan, self.projection, self.store = plan, projection, store

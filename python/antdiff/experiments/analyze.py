@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._command import command
 from antdiff._files import write_atomically, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.diffusion import log_snr
@@ -70,7 +71,7 @@ def open_run(run: Path, device: torch.device) -> LoadedRun:
     config = TrainConfig.load(run / "config.json")
     paths = checkpoints(run / "checkpoints")
     if not paths:
-        raise ValueError(f"{run} has no checkpoint yet: train it first (antdiff train --resume {run})")
+        raise ValueError(f"{run} has no checkpoint yet: train it first with: {command('train', '--resume', run)}")
     data = load_data(config.data, image_size=config.image_size)
     model = make_model(config, data.shape, run, seed=0).to(device)
     clusters = TimestepClusters.load(run / "clusters.json")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 
 
 def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int = 64, gap: int = 4) -> None:
     """uint8 images [N, C, H, W] as a PNG grid; small ones are enlarged to about `side` pixels without smoothing."""
     from PIL import Image
 
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
-    scale = max(1, round(side / pixels.shape[1]))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    n, height, width, channels = pixels.shape
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = (
-            gap + place * (length + gap) for place, length in zip(divmod(i, columns), (height, width), strict=True)
-        )
-        sheet[top : top + height, left : left + width] = image
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+    scale = max(1, round(side / images.shape[2]))
+    tiles = repeat(images.cpu(), "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+    blanks = tiles.new_full((-len(tiles) % columns, *tiles.shape[1:]), 255)
+    tiles = F.pad(torch.cat([tiles, blanks]), (gap, 0, gap, 0), value=255)  # a gap to the left of and above each
+    sheet = rearrange(tiles, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+    sheet = F.pad(sheet, (0, gap, 0, gap), value=255)
+    Image.fromarray(rearrange(sheet, "c h w -> h w c").squeeze(-1).numpy()).save(path)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._command import command
 from antdiff._files import write_atomically
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -46,7 +47,8 @@ def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClust
 def start_run(config: TrainConfig, run: Path) -> None:
     """Make the folder of a new run and write its clusters and settings. A ValueError if it already holds a run."""
     if (run / "config.json").exists():
-        raise ValueError(f"{run} already holds a run: go on with --resume {run}, or give another --out")
+        resume_command = command("train", "--resume", run)
+        raise ValueError(f"{run} already holds a run: give another --out, or go on with it: {resume_command}")
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
     require_rows(clusters.k, config.batch_size)  # a file of clusters has a k of its own
     if config.specialist is not None and not 0 <= config.specialist < clusters.k:
@@ -73,7 +75,7 @@ def start_patch(base: Path, run: Path, *, steps: int, lr: float, device: str) ->
     config = replace(config, patch=str(base), steps=steps, lr=lr, device=device, curriculum=False)
     path = latest_checkpoint(base / "checkpoints")
     if path is None:
-        raise ValueError(f"{base} has no checkpoint yet: train it first (antdiff train --resume {base})")
+        raise ValueError(f"{base} has no checkpoint yet: train it first with: {command('train', '--resume', base)}")
     state = load_checkpoint(path)
     start_run(config, run)
     save_checkpoint(run / BASE, int(state["step"]), {"model": averaged(state)})
@@ -110,7 +112,7 @@ def load_model(
     """
     path = latest_checkpoint(run / "checkpoints")
     if path is None:
-        raise ValueError(f"{run} has no checkpoint yet: train it first (antdiff train --resume {run})")
+        raise ValueError(f"{run} has no checkpoint yet: train it first with: {command('train', '--resume', run)}")
     state = load_checkpoint(path)
     model = make_model(config, shape, run, seed=0)
     model.load_state_dict(averaged(state))

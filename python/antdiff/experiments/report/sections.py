@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from antdiff._command import command
 from antdiff.experiments.report import svg
 from antdiff.experiments.report.folder import CLOSING, Run, caption_of
 from antdiff.experiments.report.page import figure, grid, image, table
@@ -58,7 +59,7 @@ def quality(run: Run) -> list[str]:
     results = run.results
     if results is None:
         what = "diverged" if run.diverged else "has not come to its end"
-        remedy = f"<code>antdiff train --resume {escape(str(run.folder))}</code> goes on with it."
+        remedy = f"<code>{escape(command('train', '--resume', run.folder))}</code> resumes it."
         if run.diverged:
             remedy = "A new run with a smaller --lr may help."
         return [f"<p>Not measured: the run {what}. {remedy}</p>"]

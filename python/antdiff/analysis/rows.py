@@ -13,7 +13,7 @@ from torch import Tensor
 from antdiff._files import write_atomically, write_npz
 
 
-class Rows:
+class ResumableRows:
     """The gradients' rows ``[2, n, D]``, in memory or, given a folder, in a file there, and how many are done.
 
     A folder holds ``rows.bin``, ``progress.json`` (what is computed, for which checkpoint, how many timesteps are done)

@@ -1,0 +1,151 @@
+"""``antdiff train`` and ``antdiff patch``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import tyro
+
+from antdiff._command import command
+from antdiff.train.config import PATCH_LR, TrainConfig, resumed
+
+
+def make_train(argv: Sequence[str]) -> Callable[..., int]:
+    """Return the command ``antdiff train`` with the defaults that these arguments call for."""
+
+    def train(
+        config: tyro.conf.OmitArgPrefixes[TrainConfig] = _defaults(argv),  # noqa: B008
+        out: Path | None = None,
+        resume: Path | None = None,
+        wandb: str | None = None,
+    ) -> int:
+        """Train a small diffusion model on real images and measure it. No arguments are needed.
+
+        Args:
+            config: the settings.
+            out: run folder; the default is the first free runs/<data>-<method>-<number>.
+            resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
+            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
+        """
+        return _train(config, out, resume, wandb)
+
+    return train
+
+
+def patch(
+    run: tyro.conf.Positional[Path],
+    steps: int = 400,
+    lr: float = PATCH_LR,
+    device: str = "auto",
+    out: Path | None = None,
+) -> int:
+    """Patch the trained DiT of a run with a mixture of prompts (DMP), on the same data. The network stays as it is.
+
+    antdiff train --resume goes on with an interrupted one.
+
+    Args:
+        run: run folder of antdiff train --model dit.
+        steps: optimizer steps.
+        lr: learning rate of the prompts; the gate's is ten times that.
+        device: auto, cpu, cuda, cuda:1, ...
+        out: run folder of the patch; the default is the first free RUN-patch-<number>.
+    """
+    return _patch(run, steps, lr, device, out)
+
+
+def _defaults(argv: Sequence[str]) -> TrainConfig:
+    """Return the settings for options that are not given: those of the resumed run, or of a new run.
+
+    With --resume, an option that is typed then counts as a change even if its value is the default of a new run.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", type=Path)
+    run = parser.parse_known_args(argv)[0].resume if argv[:1] == ["train"] else None
+    # _train refuses a folder that is not a run, after tyro has reported mistyped options.
+    return TrainConfig.load(run / "config.json") if run and (run / "config.json").exists() else TrainConfig()
+
+
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
+    if resume is not None and out is not None:
+        raise ValueError(
+            f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+        )
+    saved = TrainConfig.load(resume / "config.json") if resume is not None else None
+    if saved is not None:
+        resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
+    from antdiff.experiments.evaluate import closing_table, execute
+    from antdiff.train.data import ImageData, load_data
+    from antdiff.train.distributed import restarted, team
+    from antdiff.train.log import WandbLogger, import_wandb
+    from antdiff.train.run import extend_run, start_run
+
+    data: ImageData | None = None
+
+    def folder() -> tuple[TrainConfig, Path]:
+        """The run's settings and its folder, made if it is new."""
+        nonlocal data
+        again = resume
+        if restarted() and again is None:  # torchrun repeats the command: go on with what it began
+            again = out if out is not None else _last_folder(config)
+            again = again if again is not None and (again / "config.json").exists() else None
+        saved = None if again is None else TrainConfig.load(again / "config.json")
+        settings = config if saved is None else resumed(config, saved)
+        # A mistyped name of data, or a missing package, leaves no folder behind.
+        data = load_data(settings.data, image_size=settings.image_size)
+        if wandb is not None:
+            import_wandb()
+        if again is None or saved is None:
+            run = out or _free_folder(config)
+            start_run(config, run)
+            return config, run
+        extend_run(again, saved, settings.steps)
+        return settings, again
+
+    with team() as ranks:
+        config, run = ranks.agree(folder)
+        if ranks.leads:
+            print(f"run folder {run}", flush=True)
+        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.leads else []
+        try:
+            results = execute(config, run, data=data, loggers=loggers)
+        except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
+            results = None
+    if results is None:
+        if ranks.leads:
+            print(
+                f"\nstopped; the last checkpoint is whole. Go on with: {command('train', '--resume', run)}",
+                file=sys.stderr,
+            )
+        return 130
+    if results:  # of several ranks, the first has them
+        print(
+            f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
+        )
+        print(f"all of it on one page: {command('report', run)}")
+    return 0
+
+
+def _free_folder(config: TrainConfig) -> Path:
+    return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
+
+
+def _last_folder(config: TrainConfig) -> Path | None:
+    free = _free_folder(config)
+    stem, _, number = free.name.rpartition("-")
+    return free.with_name(f"{stem}-{int(number) - 1}") if int(number) else None
+
+
+def _first_free(stem: Path) -> Path:
+    return next(run for number in itertools.count() if not (run := stem.with_name(f"{stem.name}-{number}")).exists())
+
+
+def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> int:
+    from antdiff.train.run import start_patch
+
+    run = out or _first_free(base.with_name(f"{base.name}-patch"))
+    return _train(start_patch(base, run, steps=steps, lr=lr, device=device), None, run)
