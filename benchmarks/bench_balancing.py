@@ -74,7 +74,7 @@ def costs(k: int = 5, repeats: int = 400) -> None:
     rows = []
     for name in balancing.names():
         method = balancing.get(name)
-        if method.needs == "J":
+        if method.needs == "rows":
             continue  # grows with P
         run = repeated(
             *((method().weights, G) if method.needs == "gram" else (method(k).loss, losses.requires_grad_()))

@@ -118,7 +118,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
 
             def step() -> None:
                 J = cg.compute(loss_fn, batch, cluster, counts=sizes)
-                ops.combine(balancer.weights(ops.gram(J)) / K, J, out=cg.grads())
+                ops.combine(balancer.weights(ops.gram(J)), J, out=cg.grads())
                 optimizer.step()
 
             return step
@@ -130,7 +130,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
         cg, balancer = ClusterGradients(model, K, "grouped"), balancing.PCGrad()
 
         def step() -> None:
-            cg.combine(balancer.weights(cg.gram(loss_fn, batch, cluster, counts=sizes)) / K)
+            cg.combine(balancer.weights(cg.gram(loss_fn, batch, cluster, counts=sizes)))
             optimizer.step()
 
         return step
@@ -184,7 +184,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
             optimizer.zero_grad()
             per_sample = loss_fn(*batch)
             G = share @ engine.compute_gramian(per_sample) @ share.T
-            per_sample.backward(share.T @ (ops.pcgrad_weights(G.double()) / K).to(share.dtype))
+            per_sample.backward(share.T @ ops.pcgrad_weights(G.double()).to(share.dtype))
             optimizer.step()
 
         return step

@@ -66,7 +66,7 @@ class Training:
         batch = (self.schedule.add_noise(self.x0, noise, t), noise, t, weight)
         J = self.gradients.compute(partial(sample_losses, self.model), batch, cluster, counts=shares)
         G = ops.gram(J)
-        self.numbers = (self.gradients.losses, self.gradients.counts, self.balancer.weights(G) / K, G)
+        self.numbers = (self.gradients.losses, self.gradients.counts, self.balancer.weights(G), G)
         ops.combine(self.numbers[2], J, out=self.gradients.grads())
         self.optimizer.step()
         if watched:

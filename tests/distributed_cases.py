@@ -24,7 +24,7 @@ from antdiff import balancing, distributed, ops
 
 WIDTH = 12
 Loss = Callable[[Tensor, Tensor], Tensor]
-METHODS = [name for name in balancing.names() if balancing.get(name).needs in ("gram", "J")]
+METHODS = [name for name in balancing.names() if balancing.get(name).needs in ("gram", "rows")]
 LOSSES = [name for name in balancing.names() if balancing.get(name).needs == "losses"]
 
 
@@ -73,9 +73,9 @@ def one_process(name: str, K: int, cluster: Tensor, dtype: torch.dtype, steps: i
         losses = cg.losses
         if name == "graddrop":
             for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
-                p.grad = g / K
+                p.grad = g
         else:
-            w = balancer.weights(ops.gram(J)) / (K if balancer.scale == "sum" else 1)
+            w = balancer.weights(ops.gram(J))
             ops.combine(w, J, out=cg.grads())
     return grads(model), losses.detach()
 
@@ -140,9 +140,9 @@ def step(
     G = cg.gram(J)
     if name == "graddrop":
         for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
-            p.grad = g / K
+            p.grad = g
     else:
-        cg.combine(balancer.weights(G) / (K if balancer.scale == "sum" else 1), J)
+        cg.combine(balancer.weights(G), J)
     return grads(cg.model), cg
 
 
@@ -176,7 +176,7 @@ def other_routes(rank: int, world: int) -> dict[Any, Any]:
         for rows in mine.split(1 + rank):  # ranks cut their samples into different numbers of pieces
             cg.accumulate(losses_of(model), (x[rows], y[rows]), cluster[rows])
         J = cg.mean()
-        cg.combine(balancing.PCGrad().weights(cg.gram(J)) / K, J)
+        cg.combine(balancing.PCGrad().weights(cg.gram(J)), J)
         errors[route, "accumulated"] = relative(grads(model), want), relative([cg.losses], [losses])
     pair = dist.new_group([1, 3])
     if rank in (1, 3):
@@ -298,7 +298,7 @@ def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
         rows = slice(a, a + sizes[rank])
         J = cg.compute(losses_of(model), (x[rows], y[rows]), drawn.cluster, counts=counts)
         w = balancer.weights(cg.gram(J))
-        cg.combine(w / K, J)
+        cg.combine(w, J)
         gathered.append((w, [g.clone() for g in grads(model)]))
     return {
         "chunks": chunks,

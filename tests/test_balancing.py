@@ -16,10 +16,11 @@ from tolerances import ADAM_AT_REST, CLARABEL, LOG_SHARES, minimiser, nash, powe
 from torch import Tensor
 
 from antdiff import balancing, ops
-from antdiff.balancing import Balancer, Linear, NashMTL, PCGrad, UncertaintyWeighting
+from antdiff.balancing import Balancer, DirectionBalancer, Linear, NashMTL, PCGrad, UncertaintyWeighting
 
 GRAM_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "gram"]
 LOSS_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "losses"]
+PUBLISHED_AS_SUMS = ("pcgrad", "config", "gradvac", "uw", "linear", "dwa", "imtl_l")  # over K here, as is graddrop
 CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 
 
@@ -54,27 +55,30 @@ def test_names() -> None:
 @pytest.mark.parametrize("name", balancing.names())
 def test_every_method_declares_itself(name: str) -> None:
     method = make(name)
-    assert isinstance(method, Balancer)
     assert type(method).name == name
-    assert method.needs in ("gram", "losses", "J")
+    assert method.needs in ("gram", "losses", "rows")
+    assert isinstance(method, Balancer) == (method.needs != "rows")
+    assert isinstance(method, DirectionBalancer) == (method.needs == "rows")
     about = method.about
     assert all((about.title, about.paper, about.solves, about.when))
     make(name, **balancing.published(name))
-    assert method.scale in ("sum", "mean")
+    assert not hasattr(method, "scale")
     assert type(method).__doc__
     method.load_state_dict(copy.deepcopy(method.state_dict()))
     method.reset()
 
 
-@pytest.mark.parametrize("name", balancing.names())
+@pytest.mark.parametrize("name", [*PUBLISHED_AS_SUMS, "graddrop"])
 def test_sum_type_methods_keep_the_meaning_of_a_learning_rate(name: str) -> None:
-    """Without conflict, weights / K of a sum-type method are the mean's, up to the constant 1/2 of a fresh UW."""
+    """Without conflict, the weights of a sum-type method are the mean's, 1/K, up to the constant 1/2 of a fresh UW."""
     method = make(name, k=4)
-    if method.scale == "sum" and method.needs != "J":
-        x = torch.eye(4, dtype=torch.float64) if method.needs == "gram" else torch.ones(4)
-        assert torch.equal(
-            method.weights(x), torch.full_like(x[0] if x.dim() == 2 else x, 0.5 if name == "uw" else 1.0)
-        )
+    if name == "graddrop":
+        J = torch.arange(1.0, 13).view(4, 3)
+        torch.testing.assert_close(method.direction(J), J.mean(0))
+        return
+    x = torch.eye(4, dtype=torch.float64) if method.needs == "gram" else torch.ones(4)
+    want = torch.full_like(x[0] if x.dim() == 2 else x, 0.125 if name == "uw" else 0.25)
+    assert torch.equal(method.weights(x), want)
 
 
 # ---- methods that need the Gram matrix -------------------------------------------------------------------------------
@@ -137,14 +141,15 @@ def test_one_gradient_is_its_own_direction(name: str) -> None:
 
 
 def test_graddrop() -> None:
-    """Each parameter gets the sum of its positive or of its negative gradients, with the probability of its mass."""
+    """Each parameter gets the sum of its positive or of its negative gradients, over K, with the probability of its
+    mass."""
     method = balancing.GradDrop(seed=3)
     J = torch.tensor([[3.0, 1.0, -2.0, 0.0], [-1.0, 2.0, -1.0, 0.0]])
-    draws = torch.stack([method.direction(J) for _ in range(4000)])  # [4000, 4]
+    draws = 2 * torch.stack([method.direction(J) for _ in range(4000)])  # [4000, 4], the published sums
     assert set(draws[:, 0].tolist()) == {3.0, -1.0}
     assert abs((draws[:, 0] == 3).double().mean() - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5
     assert (draws[:, 1:] == torch.tensor([3.0, -3.0, 0.0])).all()
-    assert torch.equal(balancing.GradDrop(seed=3).direction(J), draws[0])
+    assert torch.equal(2 * balancing.GradDrop(seed=3).direction(J), draws[0])
     assert torch.equal(method.direction(J[:1]), J[0])
     listed = method.direction([J, None, J.bfloat16().view(2, 2, 2)])
     assert listed[1] is None
@@ -156,9 +161,8 @@ def test_graddrop() -> None:
     resumed = balancing.GradDrop(seed=9)
     resumed.load_state_dict(copy.deepcopy(method.state_dict()))
     assert torch.equal(resumed.direction(J), method.direction(J))
-    with pytest.raises(TypeError, match="has no weights"):
-        method.weights(J)
-    with pytest.raises(TypeError, match="J must be a floating-point tensor"):
+    assert not hasattr(method, "weights")
+    with pytest.raises(TypeError, match="rows must be a floating-point tensor"):
         method.direction([J.long()])
 
 
@@ -256,7 +260,7 @@ def test_pcgrad() -> None:
     given.reset()
     assert given.generator is shared
     torch.testing.assert_close(
-        PCGrad().weights(CONFLICT @ CONFLICT.T) @ CONFLICT,
+        2 * PCGrad().weights(CONFLICT @ CONFLICT.T) @ CONFLICT,  # the published sum of two
         torch.tensor([0.5848, 3.8012, 3.8012], dtype=torch.float64),
         rtol=0,
         atol=5e-5,
@@ -269,7 +273,6 @@ def test_nash() -> None:
     torch.testing.assert_close(clipped, torch.tensor([0.0542, 0.7061, 0.7061], dtype=torch.float64), rtol=0, atol=5e-5)
     torch.testing.assert_close(clipped.norm(), torch.tensor(1.0, dtype=torch.float64))
     assert torch.equal(NashMTL(max_norm=10.0).weights(G), ops.nash_weights(G))
-    torch.testing.assert_close(NashMTL(solver="cvxpy").weights(G), ops.nash_weights(G), rtol=CLARABEL, atol=0)
     batch = torch.stack([G, G * 1e-40, G * 1e200, torch.zeros_like(G)])
     norms = (NashMTL(max_norm=0.5).weights(batch[:3]) * batch.diagonal(dim1=-2, dim2=-1)[:3].sqrt())[:, 0]
     torch.testing.assert_close(norms, norms[:1].expand(3))
@@ -280,12 +283,18 @@ def test_nash() -> None:
         NashMTL(max_norm=0.0)
 
 
+def test_nash_with_cvxpy() -> None:
+    pytest.importorskip("cvxpy")
+    G = CONFLICT @ CONFLICT.T
+    torch.testing.assert_close(NashMTL(solver="cvxpy").weights(G), ops.nash_weights(G), rtol=CLARABEL, atol=0)
+
+
 # ---- methods that need the losses ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOSS_METHODS)
 def test_loss_is_what_the_weights_say(name: str) -> None:
-    """The gradient of loss(losses) in the losses is weights(losses) / K for a sum-type method."""
+    """The gradient of loss(losses) in the losses is weights(losses)."""
     method = make(name, k=3)
     if isinstance(method, torch.nn.Module):
         with torch.no_grad():
@@ -296,7 +305,7 @@ def test_loss_is_what_the_weights_say(name: str) -> None:
     weights = method.weights(losses)
     assert not weights.requires_grad
     assert weights.dtype == losses.dtype
-    torch.testing.assert_close(losses.grad, weights / (3 if method.scale == "sum" else 1))
+    torch.testing.assert_close(losses.grad, weights)
     assert method.weights(losses.double()).dtype == torch.float64
     with pytest.raises(ValueError, match=r"losses must have shape \[K\] with K=3; got \[2\]"):
         method.weights(losses[:2])
@@ -323,7 +332,7 @@ def test_uncertainty_weighting() -> None:
         optimizer.step()
     torch.testing.assert_close(uw.log_variance.detach()[:2], (losses[:2] / 3).log(), rtol=0, atol=ADAM_AT_REST)
     assert uw.log_variance[2] == 0
-    torch.testing.assert_close(uw.weights(losses)[:2], 1.5 / losses[:2], rtol=2 * ADAM_AT_REST, atol=0)
+    torch.testing.assert_close(uw.weights(losses)[:2], 0.5 / losses[:2], rtol=2 * ADAM_AT_REST, atol=0)
 
     other = UncertaintyWeighting(3)
     other.load_state_dict(uw.state_dict())
@@ -394,13 +403,13 @@ def test_random_loss_weighting() -> None:
 
 
 def test_dynamic_weight_average() -> None:
-    """Liu et al., eq. 5: K softmax(r / T) with r the ratio of the last two epochs' means."""
+    """Liu et al., eq. 5, over K: softmax(r / T) with r the ratio of the last two epochs' means."""
     method = balancing.DynamicWeightAverage(2, temperature=2.0, epoch=2)
     for losses in ([4.0, 2.0], [2.0, 2.0], [1.0, 2.0]):
         method.loss(torch.tensor(losses))
-        assert method.weights(torch.ones(2)).tolist() == [1, 1]
+        assert method.weights(torch.ones(2)).tolist() == [0.5, 0.5]
     method.loss(torch.tensor([2.0, 4.0]))  # means 3, 2 and then 1.5, 3
-    want = 2 * (torch.tensor([0.5, 1.5]) / 2).softmax(0)
+    want = (torch.tensor([0.5, 1.5]) / 2).softmax(0)
     torch.testing.assert_close(method.weights(torch.ones(2)), want)
 
 
@@ -422,9 +431,7 @@ def test_imtl_l() -> None:
         optimizer.zero_grad()
         method(losses, torch.tensor([1, 1, 0])).backward()
         optimizer.step()
-    torch.testing.assert_close(
-        (method.weights(losses) * losses)[:2], torch.full((2,), 3.0), rtol=2 * ADAM_AT_REST, atol=0
-    )
+    torch.testing.assert_close((method.weights(losses) * losses)[:2], torch.ones(2), rtol=2 * ADAM_AT_REST, atol=0)
     method.reset()
     assert not method.log_variance.any()
     with pytest.raises(ValueError, match="k must be at least 1"):
@@ -470,7 +477,7 @@ def test_smooth_tchebycheff() -> None:
 
 def test_linear() -> None:
     losses = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
-    assert Linear().weights(losses).tolist() == [1, 1, 1]
+    assert torch.equal(Linear().weights(losses), torch.full((3,), 1 / 3))
     assert Linear().loss(losses) == losses.mean()
     with pytest.raises(ValueError, match=r"losses must have shape \[K\]; got \[1, 3\]"):
         Linear().weights(losses[None])

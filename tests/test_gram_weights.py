@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, get_args
 
-import cvxpy as cp
 import pytest
 import torch
 from devices import DEVICES, HAS_CUDA
@@ -31,7 +30,7 @@ from antdiff.ops.gram_weights import Method
 
 METHODS = get_args(Method)
 CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
-# In torchjd's order: the direction of J = CONFLICT, computed by hand or to convergence.
+# In torchjd's order: the published direction of J = CONFLICT, computed by hand or to convergence.
 FIXED = {
     "upgrad": [0.2924, 1.9006, 1.9006],
     "dualproj": [0.5556, 1.1111, 1.1111],
@@ -41,6 +40,11 @@ FIXED = {
     "imtl_g": [0.0767, 1.0, 1.0],
     "config": [0.1588, 2.0706, 2.0706],
 }
+
+
+def published(method: Method) -> str:
+    """The reduction of the paper: ConFIG's direction is a sum."""
+    return "sum" if method == "config" else "mean"
 
 
 def direction(J: Tensor, weights: Tensor) -> Tensor:
@@ -93,8 +97,23 @@ def assume_rank_is_clear(method: Method, J: Tensor) -> None:
 def test_fixed_values(device: str, method: Method) -> None:
     J = CONFLICT.to(device)
     for module in (ops, reference):
-        got = module.gram_weights(J @ J.T, method) @ J
+        got = module.gram_weights(J @ J.T, method, reduction=published(method)) @ J
         torch.testing.assert_close(got.cpu(), torch.tensor(FIXED[method], dtype=torch.float64), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_default_is_the_sum_over_k(k: int) -> None:
+    G = gram(rows("conflicting", k))
+    for module in (ops, reference):
+        mean, total = (module.gram_weights(G, "config", reduction=reduction) for reduction in ("mean", "sum"))
+        assert torch.equal(mean, total / k)
+        assert torch.equal(module.gram_weights(G, "config"), mean)
+        steps = []
+        for reduction in ("mean", "sum"):
+            generator = torch.Generator().manual_seed(0)
+            steps.append(module.gradvac_weights(G, torch.zeros_like(G), generator=generator, reduction=reduction))
+        torch.testing.assert_close(steps[0][0], steps[1][0] / k, rtol=1e-15, atol=0)
+        assert torch.equal(steps[0][1], steps[1][1]), "the targets know no reduction"
 
 
 @settings(max_examples=150, deadline=None)
@@ -113,12 +132,13 @@ def test_matches_the_twin(kind: str, k: int, seed: int, method: Method) -> None:
 # ---- cvxpy: the problems as the papers state them, on the gradients --------------------------------------------------
 
 
-def solve(objective: Any, constraints: list[Any]) -> None:
-    cp.Problem(objective, constraints).solve(solver=cp.CLARABEL)
-
-
 def with_cvxpy(method: str, J: Tensor) -> Tensor:
     """The direction [P]."""
+    cp: Any = pytest.importorskip("cvxpy")
+
+    def solve(objective: Any, constraints: list[Any]) -> None:
+        cp.Problem(objective, constraints).solve(solver=cp.CLARABEL)
+
     k, P = J.shape
     g, mean = J.numpy(), J.mean(0).numpy()
     d = cp.Variable(P)
@@ -187,7 +207,7 @@ def test_torchjd_finds_the_same_direction(method: Method, kind: str, k: int) -> 
     """On independent gradients of ordinary size, where TorchJD is right. Below |J|^2 = 1e-4 its UPGrad is the mean and
     its CAGrad zero; where rows are nearly dependent its IMTL-G and ConFIG cut singular values of G and J."""
     J = rows(kind, k, 40)
-    got = direction(J, ops.gram_weights(gram(J), method))
+    got = direction(J, ops.gram_weights(gram(J), method, reduction=published(method)))
     assert (got - peer(method)(J)).norm() <= TORCHJD[method][2] * J.norm(dim=1).max()
 
 
@@ -243,7 +263,7 @@ def test_equal_cosines_and_projections(J: Tensor) -> None:
     norms = J.norm(dim=1)
     e = equal_cosines(len(J), condition(unit_rows(J)), dependent=False)
     for method in ("imtl_g", "config"):
-        w = ops.gram_weights(gram(J), method)
+        w = ops.gram_weights(gram(J), method, reduction=published(method))
         d = direction(J, w)
         cosines = J @ d / norms
         assert (cosines - cosines.mean()).abs().max() <= e * (w.abs() * norms).max()
@@ -309,8 +329,10 @@ def test_cagrad_between_the_mean_and_the_dual_cone() -> None:
 @given(J=examples(6), seed=st.integers(0, 2**31 - 1))
 def test_gradvac_is_pcgrad_where_targets_are_zero(J: Tensor, seed: int) -> None:
     G, g = gram(J), torch.Generator()
-    weights, targets = ops.gradvac_weights(G, torch.zeros_like(G), beta=0.0, generator=g.manual_seed(seed))
-    want = ops.pcgrad_weights(G, generator=g.manual_seed(seed))
+    weights, targets = ops.gradvac_weights(
+        G, torch.zeros_like(G), beta=0.0, generator=g.manual_seed(seed), reduction="sum"
+    )
+    want = ops.pcgrad_weights(G, generator=g.manual_seed(seed), reduction="sum")
     assert (targets == 0).all()
     assert direction(J, weights - want).norm() <= vanishing(len(J)) * J.norm(dim=1).sum()
 
@@ -325,7 +347,7 @@ def test_gradvac_matches_its_twin_over_steps(device: str, kind: str, k: int) -> 
         targets = targets.to(device)
         for step in range(4):
             G = gram(torch.stack([rows(kind, k, 40, seed=10 * step + s) for s in range(2)])).to(device)
-            weights, targets = module.gradvac_weights(G, targets, beta=0.3, generator=generator)
+            weights, targets = module.gradvac_weights(G, targets, beta=0.3, generator=generator, reduction="sum")
         states.append((weights, targets))
     (mine, my_targets), (twin, twin_targets) = states
     torch.testing.assert_close(mine, twin, rtol=projected(k), atol=projected(k))
@@ -336,7 +358,7 @@ def test_gradvac_matches_its_twin_over_steps(device: str, kind: str, k: int) -> 
 def test_gradvac_raises_a_cosine_to_its_target() -> None:
     J = torch.tensor([[1.0, 0, 0], [-1.0, 1, 0]], dtype=torch.float64)
     targets = torch.full((2, 2), 0.5, dtype=torch.float64)
-    weights, after = ops.gradvac_weights(gram(J), targets, beta=0.5)
+    weights, after = ops.gradvac_weights(gram(J), targets, beta=0.5, reduction="sum")
     cosine = -(0.5**0.5)
     torch.testing.assert_close(after[0, 1], torch.tensor(0.25 + 0.5 * cosine, dtype=torch.float64))
     assert (targets == 0.5).all(), "not written to"
@@ -372,9 +394,10 @@ def test_batches_sizes_and_extremes(device: str, method: Method) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_and_compile(device: str) -> None:
     G = gram(torch.stack([rows("conflicting", 4, seed=s) for s in range(3)])).to(device)
-    torch.library.opcheck(torch.ops.antdiff.gram_weights, (G.mT, "cagrad", 0.5, False))
+    torch.library.opcheck(torch.ops.antdiff.gram_weights, (G.mT, "cagrad", 0.5, True, False))
     keys, targets = torch.rand_like(G), torch.zeros_like(G)
-    torch.library.opcheck(torch.ops.antdiff.gradvac_weights, (G, targets, keys, 0.1, False))
+    torch.library.opcheck(torch.ops.antdiff.gram_weights, (G, "config", 0.0, True, False))
+    torch.library.opcheck(torch.ops.antdiff.gradvac_weights, (G, targets, keys, 0.1, True, False))
 
     def step(G: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return ops.gram_weights(G * 2, "upgrad") + 1, ops.gradvac_weights(G, targets)[1]
@@ -396,6 +419,9 @@ BAD = {
     "type": (lambda: ops.gram_weights(EYE, "cagrad", parameter="a"), TypeError, "parameter"),  # type: ignore
     "NaN": (lambda: ops.gram_weights(NAN, "mgda"), ValueError, r"finite; got nan at \[0, 2\]"),
     "nonfinite": (lambda: ops.gram_weights(EYE, "mgda", nonfinite="no"), ValueError, "nonfinite"),  # type: ignore
+    "reduction": (lambda: ops.gram_weights(EYE, "config", reduction="max"), ValueError, "reduction must be one of"),  # type: ignore
+    "no sum": (lambda: ops.gram_weights(EYE, "mgda", reduction="sum"), ValueError, "reduction must be 'mean' for"),
+    "GradVac's reduction": (lambda: ops.gradvac_weights(EYE, EYE, reduction=1), ValueError, "reduction must"),  # type: ignore
     "targets": (lambda: ops.gradvac_weights(EYE, EYE[:2]), ValueError, "targets must have the shape"),
     "targets dtype": (lambda: ops.gradvac_weights(EYE, EYE.float()), TypeError, "targets must be float64"),
     "beta": (lambda: ops.gradvac_weights(EYE, EYE, beta=1.5), ValueError, r"beta must be in \[0, 1\]"),

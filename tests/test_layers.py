@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "antdiff"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"_command": 0, "_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2, "diffusion": 2,
+RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2,
+        "diffusion": 2,
         "analysis": 3, "companions": 3, "distributed": 3, "info": 3, "plotting": 4, "train": 5, "experiments": 6,
         "cli": 7, "__main__": 8}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}

@@ -17,6 +17,7 @@ from tolerances import combined, projected
 from torch import Tensor
 
 from antdiff import ops
+from antdiff._checks import check_generator, same_device
 from antdiff.ops import reference
 
 DIAMOND = torch.tensor([[-2.0, 1, 4], [1, 4, 2], [-3, 2, -1], [3, -4, -3]], dtype=torch.float64)
@@ -45,8 +46,18 @@ def random_perms(k: int, seed: int) -> Tensor:
 def test_fixed_values(device: str) -> None:
     J = CONFLICT.to(device)
     want = torch.tensor([0.5848, 3.8012, 3.8012], dtype=torch.float64, device=device)
-    torch.testing.assert_close(ops.pcgrad_weights(J @ J.T) @ J, want, rtol=0, atol=5e-5)
-    torch.testing.assert_close(ops.pcgrad_weights(J @ J.T, reduction="mean") @ J, want / 2, rtol=0, atol=5e-5)
+    torch.testing.assert_close(ops.pcgrad_weights(J @ J.T, reduction="sum") @ J, want, rtol=0, atol=5e-5)
+    torch.testing.assert_close(ops.pcgrad_weights(J @ J.T) @ J, want / 2, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 2, 5, 33])
+def test_the_default_is_the_sum_over_k(device: str, k: int) -> None:
+    J, perms = rows("conflicting", k).to(device), random_perms(k, 0).to(device)
+    for module in (ops, reference):
+        total = module.pcgrad_weights(ops.gram(J), perms, reduction="sum")
+        for mean in (module.pcgrad_weights(ops.gram(J), perms), module.pcgrad(J, perms)[1]):
+            torch.testing.assert_close(mean, total / k, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,11 +65,11 @@ def test_a_row_never_visits_itself(device: str) -> None:
     """After two projections <p_i, g_i> can be negative; implementations that visit j = i get the other direction."""
     J = DIAMOND.to(device)
     orders = torch.tensor([[j for j in range(4) if j != i] for i in range(4)], device=device)
-    direction = ops.pcgrad_weights(J @ J.T, orders) @ J
+    direction = ops.pcgrad_weights(J @ J.T, orders, reduction="sum") @ J
     right = torch.tensor([0.32249, 0.42802, 1.53562], dtype=torch.float64, device=device)
     torch.testing.assert_close(direction, right, rtol=0, atol=5e-6)
     assert (direction - torch.tensor([0.79468, -0.20157, 1.06343], device=device)).abs().max() > 0.4
-    backwards = ops.pcgrad_weights(J @ J.T, orders.flip(-1)) @ J
+    backwards = ops.pcgrad_weights(J @ J.T, orders.flip(-1), reduction="sum") @ J
     assert (backwards - right).abs().max() > 0.1  # the order matters
     torch.testing.assert_close(backwards, pairwise(J.cpu(), orders.cpu().flip(-1)).to(device), rtol=1e-13, atol=0)
 
@@ -73,8 +84,8 @@ def assert_directions_match(J: Tensor, weights: Tensor, perms: Tensor) -> None:
 @given(J=examples(), seed=st.integers(0, 2**31 - 1))
 def test_matches_the_pairwise_algorithm(J: Tensor, seed: int) -> None:
     perms = random_perms(len(J), seed)
-    assert_directions_match(J, ops.pcgrad_weights(gram(J), perms), perms)
-    assert_directions_match(J, reference.pcgrad_weights(gram(J), perms), perms)
+    assert_directions_match(J, ops.pcgrad_weights(gram(J), perms, reduction="sum"), perms)
+    assert_directions_match(J, reference.pcgrad_weights(gram(J), perms, reduction="sum"), perms)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -83,21 +94,22 @@ def test_matches_the_pairwise_algorithm(J: Tensor, seed: int) -> None:
 def test_sizes(device: str, kind: str, k: int) -> None:
     J = rows(kind, k, 100)
     perms = random_perms(k, k)
-    weights = ops.pcgrad_weights(gram(J).to(device), perms.to(device))
+    weights = ops.pcgrad_weights(gram(J).to(device), perms.to(device), reduction="sum")
     assert weights.dtype == torch.float64
     assert_directions_match(J, weights.cpu(), perms)
 
 
 def test_no_conflict_and_one_row() -> None:
     J = rows("random", 6, 20).abs()
-    assert torch.equal(ops.pcgrad_weights(gram(J)), torch.ones(6, dtype=torch.float64))
+    assert torch.equal(ops.pcgrad_weights(gram(J), reduction="sum"), torch.ones(6, dtype=torch.float64))
+    assert torch.equal(ops.pcgrad_weights(gram(J)), torch.full((6,), 1 / 6, dtype=torch.float64))
     assert ops.pcgrad_weights(torch.tensor([[3.0]], dtype=torch.float64)).tolist() == [1]
-    assert ops.pcgrad_weights(torch.zeros(4, 4, dtype=torch.float64)).tolist() == [1, 1, 1, 1]
+    assert ops.pcgrad_weights(torch.zeros(4, 4, dtype=torch.float64), reduction="sum").tolist() == [1, 1, 1, 1]
 
 
 def test_exactly_opposed_rows_cancel() -> None:
     J = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
-    assert (ops.pcgrad_weights(J @ J.T) @ J).abs().max() <= 1e-14
+    assert (ops.pcgrad_weights(J @ J.T, reduction="sum") @ J).abs().max() <= 1e-14
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,8 +118,8 @@ def test_permuted_rows_give_permuted_weights(J: Tensor, seed: int) -> None:
     k = len(J)
     perms = random_perms(k, seed)
     p = torch.randperm(k, generator=torch.Generator().manual_seed(seed))  # new row i is old row p[i]
-    permuted = ops.pcgrad_weights(gram(J[p]), p.argsort()[perms[p]].view(k, k - 1))
-    weights = ops.pcgrad_weights(gram(J), perms)
+    permuted = ops.pcgrad_weights(gram(J[p]), p.argsort()[perms[p]].view(k, k - 1), reduction="sum")
+    weights = ops.pcgrad_weights(gram(J), perms, reduction="sum")
     norms = J.norm(dim=1)
     assert ((permuted - weights[p]) * norms[p]).abs().max() <= projected(k) * norms.sum()
 
@@ -154,9 +166,9 @@ def test_drawn_orders(device: str, k: int) -> None:
     results = []
     for module in (ops, reference):
         generator.manual_seed(3)
-        results.append([module.pcgrad_weights(G, generator=generator) for _ in range(2)])
+        results.append([module.pcgrad_weights(G, generator=generator, reduction="sum") for _ in range(2)])
         torch.manual_seed(3)
-        assert torch.equal(results[-1][0], module.pcgrad_weights(G))
+        assert torch.equal(results[-1][0], module.pcgrad_weights(G, reduction="sum"))
     for mine, twin in zip(*results, strict=True):
         torch.testing.assert_close(mine, twin, rtol=0, atol=projected(k) * k)
     assert k == 1 or not torch.equal(results[0][0], results[0][1])
@@ -176,7 +188,7 @@ def test_equal_keys_visit_in_row_order() -> None:
     G = DIAMOND @ DIAMOND.T
     orders = torch.tensor([[j for j in range(4) if j != i] for i in range(4)])
     equal = torch.ops.antdiff.pcgrad_weights(G, None, torch.zeros(4, 4, dtype=torch.float64), False, False)
-    assert torch.equal(equal, ops.pcgrad_weights(G, orders))
+    assert torch.equal(equal, ops.pcgrad_weights(G, orders, reduction="sum"))
 
 
 def test_only_the_symmetric_part_counts_and_no_gradient_flows() -> None:
@@ -194,9 +206,9 @@ def test_only_the_symmetric_part_counts_and_no_gradient_flows() -> None:
 def test_one_call(device: str, dtype: torch.dtype) -> None:
     J = rows("conflicting", 5, 40).to(device, dtype)
     perms = random_perms(5, 4).to(device)
-    direction, weights = ops.pcgrad(J, perms)
-    assert torch.equal(weights, ops.pcgrad_weights(ops.gram(J), perms))
-    want, _ = reference.pcgrad(J.double(), perms)
+    direction, weights = ops.pcgrad(J, perms, reduction="sum")
+    assert torch.equal(weights, ops.pcgrad_weights(ops.gram(J), perms, reduction="sum"))
+    want, _ = reference.pcgrad(J.double(), perms, reduction="sum")
     scale = J.double().norm(dim=1).sum()
     assert direction.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # G is off by gram(dtype) and a coefficient by some times that: 1e-5 for float32 products
@@ -204,7 +216,7 @@ def test_one_call(device: str, dtype: torch.dtype) -> None:
     assert (direction - want).norm() <= (projected(5) + combined(dtype, direction.dtype, 5) if exact else 1e-5) * scale
     out = [torch.empty(shape, device=device, dtype=direction.dtype) for shape in ((8, 4), (8,))]
     out.insert(1, None)
-    listed, _ = ops.pcgrad([J[:, :32].reshape(5, 8, 4), None, J[:, 32:].contiguous()], perms, out=out, reduction="mean")
+    listed, _ = ops.pcgrad([J[:, :32].reshape(5, 8, 4), None, J[:, 32:].contiguous()], perms, out=out)
     assert listed[0] is out[0]
     torch.testing.assert_close(torch.cat([out[0].flatten(), out[2]]), direction / 5, rtol=1e-4, atol=1e-5)
     generator = torch.Generator(device).manual_seed(0)
@@ -222,7 +234,7 @@ def test_opcheck_compile_and_fake(device: str) -> None:
     torch.library.opcheck(op, (G.mT, None, keys.mT, False, True))
 
     def step(G: Tensor, perms: Tensor) -> Tensor:
-        return ops.pcgrad_weights(G * 2, perms, reduction="mean") + 1
+        return ops.pcgrad_weights(G * 2, perms) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(G, perms), step(G, perms))
@@ -278,6 +290,20 @@ def test_bad_input(case: str) -> None:
     make, error, text = BAD[case]
     with pytest.raises(error, match=text):
         ops.pcgrad_weights(**make())
+
+
+def test_a_generator_without_an_index_draws_on_any_index() -> None:
+    """``torch.Generator("cuda").device`` has no index, and the device of every CUDA tensor has one."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert same_device(cuda, torch.device("cuda:1"))
+    assert same_device(torch.device("cuda:1"), cuda)
+    assert same_device(torch.device("cuda:1"), torch.device("cuda:1"))
+    assert same_device(cpu, torch.device("cpu:0"))
+    assert not same_device(torch.device("cuda:0"), torch.device("cuda:1"))
+    assert not same_device(cpu, cuda)
+    check_generator(torch.Generator(), torch.device("cpu:0"))
+    with pytest.raises(ValueError, match=r"generator must live on the device of gram \(cuda:0\); got one on cpu"):
+        check_generator(torch.Generator(), torch.device("cuda:0"))
 
 
 def test_the_error_names_the_entry_of_a_batch() -> None:

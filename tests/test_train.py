@@ -153,7 +153,7 @@ def test_the_direction_of_a_method_without_weights_reaches_the_parameters() -> N
     model = torch.nn.Module()
     model.a, model.frozen = (torch.nn.Parameter(torch.zeros(2), requires_grad=on) for on in (True, False))
     model.b = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    write_direction([torch.tensor([4.0, 8.0]), None, torch.ones(3)], 0.25, model)
+    write_direction([torch.tensor([1.0, 2.0]), None, torch.full((3,), 0.25)], model)
     assert model.a.grad is not None
     assert model.b.grad is not None
     assert model.frozen.grad is None

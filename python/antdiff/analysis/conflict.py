@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from antdiff import ops
+from antdiff._checks import as_count
 from antdiff.analysis.affinity import Loss, epsilon_loss, levels_of
 from antdiff.analysis.confidence import Interval, student_interval
 from antdiff.analysis.estimate import normalised
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters
 from antdiff.gradients import ClusterGradients
-from antdiff.ops._extension import as_count
 
 
 @dataclass

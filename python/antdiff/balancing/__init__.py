@@ -1,4 +1,4 @@
-"""Balancing methods: from the K losses, or the Gram matrix of their K gradients, to K weights.
+"""Balancing methods: from the K losses, or the Gram matrix of their K gradients, to K weights that are ready to use.
 
 One file a method. A new one is its file and its line in ``_METHODS``; :func:`get`, the command line, the table of the
 documentation and the property tests find it there.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from antdiff.balancing.aligned_mtl import AlignedMTL
-    from antdiff.balancing.base import About, Balancer, GramBalancer, LossBalancer
+    from antdiff.balancing.base import About, Balancer, DirectionBalancer, GramBalancer, LossBalancer
     from antdiff.balancing.cagrad import CAGrad
     from antdiff.balancing.config import ConFIG
     from antdiff.balancing.dualproj import DualProj
@@ -42,6 +42,7 @@ __all__ = [
     "Balancer",
     "CAGrad",
     "ConFIG",
+    "DirectionBalancer",
     "DualProj",
     "DynamicWeightAverage",
     "FairGrad",
@@ -89,7 +90,7 @@ _METHODS = {
     "famo": "famo.FAMO",
     "stch": "stch.SmoothTchebycheff",
 }
-_BASES = ("base.About", "base.Balancer", "base.GramBalancer", "base.LossBalancer")
+_BASES = ("base.About", "base.Balancer", "base.DirectionBalancer", "base.GramBalancer", "base.LossBalancer")
 _HOMES = {home.partition(".")[2]: home for home in (*_METHODS.values(), *_BASES)}
 
 
@@ -113,7 +114,7 @@ def get(name: str) -> Any:
     """The class of a method, to be called with its options.
 
     Methods with ``needs == "gram"`` take keyword options alone, ``get("nash")(max_norm=1.0)``, and so do those with
-    ``needs == "J"``; those with ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
+    ``needs == "rows"``; those with ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
 
     Raises:
         ValueError: there is no such method.

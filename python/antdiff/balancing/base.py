@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Needs = Literal["gram", "losses", "J"]
+Needs = Literal["gram", "losses", "rows"]
 
 
 class About(NamedTuple):
@@ -25,16 +26,15 @@ class About(NamedTuple):
 
 @runtime_checkable
 class Balancer(Protocol):
-    """From K losses or their K x K Gram matrix to K weights.
+    """A method that chooses K weights, from K losses or from their K x K Gram matrix: ``needs`` says which.
 
-    ``needs`` says what :meth:`weights` is given. ``scale`` says how the weights enter a step: those of a ``"sum"``-type
-    method are multiplied by 1/K, so that without conflict they give the gradient of the mean loss and a learning rate
-    keeps its meaning; those of a ``"mean"``-type method are used as they are.
+    The weights multiply the cluster gradients in the update as they are. Methods that are published as a sum over K
+    clusters divide by K themselves, so that without conflict the update is about the gradient of the mean loss and a
+    learning rate keeps its meaning.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
-    scale: ClassVar[Literal["sum", "mean"]]
+    needs: ClassVar[Needs]  # "gram" or "losses"
     about: ClassVar[About]
 
     def weights(self, x: Tensor, /) -> Tensor: ...
@@ -43,8 +43,25 @@ class Balancer(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+@runtime_checkable
+class DirectionBalancer(Protocol):
+    """A method that chooses per parameter and has no weights: it needs the K cluster gradients, ``needs == "rows"``.
+
+    :meth:`direction` maps a list of ``[k, *shape]`` to the list of ``[*shape]`` that is the update, as it is.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]  # "rows"
+    about: ClassVar[About]
+
+    def direction(self, rows: Sequence[Tensor | None], /) -> list[Tensor | None]: ...
+    def reset(self) -> None: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
 class GramBalancer:
-    """Base of the methods that need the Gram matrix: a subclass defines ``name``, ``scale`` and :meth:`solve`.
+    """Base of the methods that need the Gram matrix: a subclass defines ``name``, ``about`` and :meth:`solve`.
 
     Args:
         update_every: solve on every ``update_every``-th call of :meth:`weights`, return the last solution in between.
@@ -54,7 +71,6 @@ class GramBalancer:
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = "gram"
-    scale: ClassVar[Literal["sum", "mean"]] = "mean"
     about: ClassVar[About]
 
     def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
@@ -75,7 +91,8 @@ class GramBalancer:
         return self._last is None or self._calls % self.update_every == 0
 
     def weights(self, gram: Tensor | None = None, /) -> Tensor:
-        """Weights float64 [..., k] for this step, from the Gram matrix float64 [..., k, k] of unscaled gradients.
+        """Weights float64 [..., k] of this step's update, from the Gram matrix float64 [..., k, k] of unscaled
+        gradients.
 
         Raises:
             ValueError: ``gram`` is None although a solution is :attr:`due`; what the op raises.
@@ -114,7 +131,7 @@ class GramBalancer:
 
 
 class LossBalancer:
-    """Base of the methods that need the losses alone: a subclass defines ``name``, ``scale``, ``about``, and
+    """Base of the methods that need the losses alone: a subclass defines ``name``, ``about`` and
     :meth:`weights`; :meth:`observe` where it has a state.
 
     A loss of exactly zero is an empty cluster's: it has weight 0 and takes no part in the weights of the others.
@@ -125,7 +142,6 @@ class LossBalancer:
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = "losses"
-    scale: ClassVar[Literal["sum", "mean"]] = "mean"
     about: ClassVar[About]
 
     def __init__(self, k: int) -> None:
@@ -141,12 +157,10 @@ class LossBalancer:
         """Takes the losses of a step into the state. :meth:`loss` does it; call it where you use weights alone."""
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The scalar to back-propagate from ``losses [K]``: :meth:`observe`, then ``sum_i weights_i losses_i``, for a
-        "sum"-type method divided by K."""
+        """The scalar to back-propagate from ``losses [K]``: :meth:`observe`, then ``sum_i weights_i losses_i``."""
         self._check(losses)
         self.observe(losses.detach())
-        total = (self.weights(losses) * losses).sum()
-        return total / self.k if self.scale == "sum" else total
+        return (self.weights(losses) * losses).sum()
 
     def reset(self) -> None:
         """Forgets all steps."""

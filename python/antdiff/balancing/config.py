@@ -9,24 +9,23 @@ from antdiff.ops import gram_weights
 
 
 class ConFIG(GramBalancer):
-    """Weights of the direction with equal cosines to all gradients, as long as the sum of its projections onto them.
+    """Weights of the direction with equal cosines to all gradients, as long as the mean of its projections onto them.
 
-    Without conflict that length is about K gradients, so it is a "sum" method. The cosines are equal where the rows are
-    independent, and as nearly so as the rows allow (in the least-squares sense) elsewhere.
+    The published length is the sum of the projections, K times that: without conflict about K gradients. The cosines
+    are equal where the rows are independent, and as nearly so as the rows allow (in the least-squares sense) elsewhere.
 
     See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
     """
 
     name = "config"
-    scale = "sum"
     about = About(
         title="ConFIG",
         paper="Liu et al., ICLR 2025",
-        solves="equal cosines to all gradients, as long as the sum of its projections onto them",
+        solves="equal cosines to all gradients, as long as the mean of its projections onto them",
         when="losses of very different units that should all fall at one relative rate",
         invariant=True,
         conflict_free=True,
-        published="The sum of projections is the published length; the 1/K of training makes it their mean.",
+        published="The published length is the sum of the projections, K times the mean.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

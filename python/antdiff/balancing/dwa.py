@@ -11,9 +11,9 @@ from antdiff.balancing.base import About, LossBalancer, RunningMean
 
 
 class DynamicWeightAverage(LossBalancer):
-    """``K softmax(r / temperature)``, r_i the mean loss of the last epoch over that of the one before.
+    """Weights ``softmax(r / temperature)``, r_i the mean loss of the last epoch over that of the one before.
 
-    The first two epochs weigh all clusters alike.
+    The paper's are K times these, for a loss that is divided by K. The first two epochs weigh all clusters alike.
 
     Args:
         k: the number of clusters.
@@ -23,7 +23,6 @@ class DynamicWeightAverage(LossBalancer):
     """
 
     name = "dwa"
-    scale = "sum"
     about = About(
         title="Dynamic weight average",
         paper="Liu et al., CVPR 2019",
@@ -48,7 +47,7 @@ class DynamicWeightAverage(LossBalancer):
         self._check(losses)
         last, before = self._means.to(losses.device)
         rates = torch.where((last > 0) & (before > 0), last / before, 1.0)  # [K]
-        return (self.k * (rates / self.temperature).softmax(0)).to(losses.dtype)
+        return (rates / self.temperature).softmax(0).to(losses.dtype)
 
     def observe(self, losses: Tensor, /) -> None:
         self._mean.add(losses)

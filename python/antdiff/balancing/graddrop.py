@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -14,21 +14,21 @@ from antdiff.balancing.random import Draws
 
 class GradDrop:
     """For each parameter, the sum of its positive gradients with probability ``positive / (positive + |negative|)``,
-    else of its negative ones.
+    else of its negative ones; divided by k (the paper does not divide).
 
-    The only method that K weights cannot express: it needs the gradients, ``direction(J)``, and takes no Gram matrix.
+    The only method that K weights cannot express. It is a :class:`DirectionBalancer`: ``direction(rows)`` takes the K
+    cluster gradients, and there are no weights.
 
     Args:
         generator, seed: draw the signs, as in :class:`PCGrad`.
     """
 
     name: ClassVar[str] = "graddrop"
-    needs: ClassVar[Needs] = "J"
-    scale: ClassVar[Literal["sum", "mean"]] = "sum"
+    needs: ClassVar[Needs] = "rows"
     about: ClassVar[About] = About(
         title="GradDrop",
         paper="Chen et al., NeurIPS 2020",
-        solves="for each parameter, draws a sign by the gradients' mass and sums the gradients of that sign",
+        solves="for each parameter, draws a sign by the gradients' mass and sums the gradients of that sign, over K",
         when="conflicts lie in single parameters; adds noise",
     )
 
@@ -41,30 +41,27 @@ class GradDrop:
         return self._draws.generator
 
     @overload
-    def direction(self, J: Tensor) -> Tensor: ...
+    def direction(self, rows: Tensor, /) -> Tensor: ...
     @overload
-    def direction(self, J: Sequence[Tensor | None]) -> list[Tensor | None]: ...
-    def direction(self, J: Tensor | Sequence[Tensor | None]) -> Tensor | list[Tensor | None]:
-        """The direction ``[*shape]`` of J ``[k, *shape]``, in the dtype of J, or float32 for half precision; of a list
-        of such tensors the list, with None where it has None. NaN and Inf in J give NaN."""
-        if isinstance(J, Tensor):
-            return self._one(J)
-        return [None if x is None else self._one(x) for x in J]
+    def direction(self, rows: Sequence[Tensor | None], /) -> list[Tensor | None]: ...
+    def direction(self, rows: Tensor | Sequence[Tensor | None], /) -> Tensor | list[Tensor | None]:
+        """The direction ``[*shape]`` of the gradients ``[k, *shape]``, in their dtype, or float32 for half precision;
+        of a list of such tensors the list, with None where it has None. NaN and Inf in a gradient give NaN."""
+        if isinstance(rows, Tensor):
+            return self._one(rows)
+        return [None if x is None else self._one(x) for x in rows]
 
-    def _one(self, J: Tensor) -> Tensor:
-        if not isinstance(J, Tensor) or not J.is_floating_point() or J.dim() == 0:
+    def _one(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             raise TypeError(
-                f"J must be a floating-point tensor [k, *shape], or a list of such; got {type(J).__name__}."
+                f"rows must be a floating-point tensor [k, *shape], or a list of such; got {type(x).__name__}."
             )
-        J = J.detach()
-        J = J.float() if J.dtype in (torch.float16, torch.bfloat16) else J
-        positive, negative = J.clamp(min=0).sum(0), J.clamp(max=0).sum(0)  # [*shape]
-        draw = torch.rand(positive.shape, dtype=J.dtype, device=J.device, generator=self._draws.on(J.device))
+        x = x.detach()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        positive, negative = x.clamp(min=0).sum(0), x.clamp(max=0).sum(0)  # [*shape]
+        draw = torch.rand(positive.shape, dtype=x.dtype, device=x.device, generator=self._draws.on(x.device))
         chosen = torch.where(draw * (positive - negative) < positive, positive, negative)
-        return chosen + 0 * (positive + negative)  # an infinite sum that was not drawn must show too
-
-    def weights(self, _x: Tensor, /) -> Tensor:
-        raise TypeError("graddrop has no weights: it chooses for each parameter. Call direction(J).")
+        return (chosen + 0 * (positive + negative)) / len(x)  # an infinite sum that was not drawn must show too
 
     def reset(self) -> None:
         """Back to the seed."""

@@ -15,6 +15,8 @@ from antdiff.ops import gradvac_weights
 class GradVac(GramBalancer):
     """Weights of GradVac's direction; see :func:`antdiff.ops.gradvac_weights`. The first step is PCGrad's.
 
+    The direction is the mean of the raised gradients; the paper's is their sum.
+
     Args:
         beta: how fast the targets follow the cosines, in [0, 1].
         generator, seed: draw the visiting orders, as in :class:`PCGrad`.
@@ -22,7 +24,6 @@ class GradVac(GramBalancer):
     """
 
     name = "gradvac"
-    scale = "sum"
     about = About(
         title="GradVac",
         paper="Wang et al., ICLR 2021",

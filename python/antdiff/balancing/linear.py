@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from antdiff.balancing.base import About, Needs
 
 
 class Linear:
-    """Weight 1 for every cluster; with the 1/K of a sum-type method, the gradient of the mean of the cluster losses.
+    """Weight 1/K for every cluster: the gradient of the mean of the cluster losses.
 
     Args:
         k: the number of clusters, checked against the losses; default any.
@@ -19,7 +19,6 @@ class Linear:
 
     name: ClassVar[str] = "linear"
     needs: ClassVar[Needs] = "losses"
-    scale: ClassVar[Literal["sum", "mean"]] = "sum"
     about: ClassVar[About] = About(
         title="Linear",
         paper="-",
@@ -31,15 +30,19 @@ class Linear:
         self.k = k
 
     def weights(self, losses: Tensor, /) -> Tensor:
-        """Ones ``[K]`` in the dtype and on the device of ``losses [K]``."""
+        """``1/K`` for each of ``losses [K]``, in their dtype and on their device."""
+        self._check(losses)
+        return torch.full_like(losses, 1 / len(losses), requires_grad=False)
+
+    def _check(self, losses: Tensor) -> None:
         if losses.dim() != 1 or (self.k is not None and len(losses) != self.k):
             rule = "[K]" if self.k is None else f"[K] with K={self.k}"
             raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
-        return torch.ones_like(losses, requires_grad=False)
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
         """The scalar to back-propagate: ``sum_i losses_i / K``. An empty cluster's loss is 0 already."""
-        return (self.weights(losses) * losses).sum() / len(losses)
+        self._check(losses)
+        return losses.sum() / len(losses)
 
     def reset(self) -> None:
         """There is no state."""

@@ -25,7 +25,6 @@ class NashMTL(GramBalancer):
     """
 
     name = "nash"
-    scale = "mean"
     about = About(
         title="NashMTL",
         paper="Navon et al., ICML 2022",

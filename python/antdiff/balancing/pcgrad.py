@@ -13,7 +13,9 @@ from antdiff.ops import pcgrad_weights
 
 
 class PCGrad(GramBalancer):
-    """Weights of PCGrad's direction ``sum_i p_i``; see :func:`antdiff.ops.pcgrad_weights`.
+    """Weights of PCGrad's direction, the mean of the projected gradients; see :func:`antdiff.ops.pcgrad_weights`.
+
+    The paper's direction is their sum, K times as long.
 
     Args:
         generator: draws the visiting orders; on the device of the Gram matrix. Default: one of the object's own, on
@@ -24,13 +26,12 @@ class PCGrad(GramBalancer):
     """
 
     name = "pcgrad"
-    scale = "sum"
     about = About(
         title="PCGrad",
         paper="Yu et al., NeurIPS 2020",
         solves="removes from each gradient what conflicts with another, one after the other in random order",
-        when="conflicts are few and mild; without any it is the plain sum",
-        published="The same with loss / K (which 'sum' methods get in training); most code visits j = i too, a defect.",
+        when="conflicts are few and mild; without any it is the plain mean",
+        published="The same with loss / K, as here; most code visits j = i too, a defect.",
     )
 
     def __init__(

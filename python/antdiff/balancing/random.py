@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import same_device
+
 
 class Draws:
     """Where a method draws from, with the state that a resumed run needs.
@@ -26,7 +28,7 @@ class Draws:
 
     def on(self, device: torch.device) -> torch.Generator:
         """The generator, made on ``device`` if it is the method's own."""
-        if self.generator is None or (self._own and self.generator.device != device):
+        if self.generator is None or (self._own and not same_device(self.generator.device, device)):
             self.generator = torch.Generator(device).manual_seed(self.seed)
         if self._pending is not None:
             self.generator.set_state(self._pending)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class UncertaintyWeighting(nn.Module):
 
     name: ClassVar[str] = "uw"
     needs: ClassVar[Needs] = "losses"
-    scale: ClassVar[Literal["sum", "mean"]] = "sum"
     about: ClassVar[About] = About(
         title="Uncertainty weighting",
         paper="Kendall et al., CVPR 2018",
@@ -57,10 +56,10 @@ class UncertaintyWeighting(nn.Module):
         return terms.sum() if counts is None else torch.where(counts > 0, terms, 0.0).sum()
 
     def weights(self, losses: Tensor, /) -> Tensor:
-        """``1/2 exp(-s)`` detached, ``[K]`` in the dtype of ``losses``: the gradient of :meth:`loss` in the model is
-        ``sum_i weights_i / K`` times the gradient of ``losses_i``."""
+        """``1/2 exp(-s) / K`` detached, ``[K]`` in the dtype of ``losses``: the gradient of :meth:`loss` in the model
+        is ``sum_i weights_i`` times the gradient of ``losses_i``."""
         self._check(losses)
-        return (self.factor * torch.exp(-self.log_variance.detach())).to(losses)
+        return (self.factor * torch.exp(-self.log_variance.detach()) / self.k).to(losses)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups to append to the optimizer's."""

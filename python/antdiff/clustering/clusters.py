@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from antdiff import ops
+from antdiff._checks import as_count
 from antdiff._files import write_atomically
-from antdiff.ops._extension import as_count
 
 Array = Tensor | np.ndarray[Any, Any]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count
 from antdiff.clustering.clusters import TimestepClusters
-from antdiff.ops._extension import as_count
 
 _KEEP = 64  # layouts to keep: k of them serve one batch size
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import as_count
+from antdiff._checks import as_count
 
 SCHEDULES = ("linear", "cosine", "ldm", "sd", "flow")
 

@@ -106,14 +106,14 @@ class BalancedBackward(antdiff.gradients.BalancedBackward):
                 cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
             J = cg.mean()
         self.gram = cg.gram(J) / (cg.scale * cg.scale)
-        self.weights = self._step(self.balancer.weights(self.gram))
+        self.weights = self.balancer.weights(self.gram)
         cg.combine(self.weights, J)
         return cg.losses
 
     def _between(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> Tensor:
         cg, ranks = self.gradients, self.gradients.ranks
         rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
-        self.weights = self._step(self.balancer.weights())
+        self.weights = self.balancer.weights()
         self._clear()
         total = rows.counts.double()
         if ranks.size > 1:

@@ -31,7 +31,7 @@ class ClusterGradients:
         cg = antdiff.distributed.ClusterGradients(model, k=5)
         J = cg.compute(loss_fn, batch, cluster)            # this rank's part of K rows, of the batch of all ranks
         weights = ops.pcgrad_weights(cg.gram(J))           # [k], the same on every rank
-        cg.combine(weights / 5, J)                         # p.grad, ready for optimizer.step()
+        cg.combine(weights, J)                             # p.grad, ready for optimizer.step()
 
     Row i is the gradient of the mean over the samples of cluster i on all ranks, whatever their numbers, zero included:
     ``p.grad`` is what one process would compute from the whole batch, up to rounding, and needs no further reduction.

@@ -18,7 +18,6 @@ class Balancer(Protocol):
     """What is asked of a balancing method; those of ``antdiff.balancing`` have it."""
 
     needs: Literal["gram", "losses"] | Any
-    scale: Literal["sum", "mean"] | Any
 
 
 class BalancedBackward:
@@ -68,7 +67,7 @@ class BalancedBackward:
         micro_batch: int | None = None,
         keep: Literal["jacobian", "gram"] = "jacobian",
     ) -> None:
-        if getattr(balancer, "needs", None) == "J" and not isinstance(balancer, type):
+        if getattr(balancer, "needs", None) == "rows" and not isinstance(balancer, type):
             raise TypeError(
                 f"balancer must have weights; {type(balancer).__name__} chooses for each parameter. Call its "
                 "direction(J) on what ClusterGradients computes."
@@ -115,7 +114,7 @@ class BalancedBackward:
         if self.keep == "gram":
             self.gram = cg.gram(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
             self.gram /= cg.scale * cg.scale
-            self.weights = self._step(self.balancer.weights(self.gram))
+            self.weights = self.balancer.weights(self.gram)
             cg.combine(self.weights)
             return cg.losses
         if self.micro_batch is None:
@@ -128,14 +127,14 @@ class BalancedBackward:
             J = cg.mean()
         self.gram = ops.gram(J)
         self.gram /= cg.scale * cg.scale
-        self.weights = self._step(self.balancer.weights(self.gram))
+        self.weights = self.balancer.weights(self.gram)
         ops.combine(self.weights, J, out=cg.grads())
         return cg.losses
 
     def _between(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> Tensor:
         """The weights are known: the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
         rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
-        self.weights = self._step(self.balancer.weights())
+        self.weights = self.balancer.weights()
         self._clear()
         scale = loss_scale(self.scaler, cluster.device)
         sizes = rows.one_hot(torch.float64).sum(1).clamp(min=1)  # [k], on the device
@@ -161,10 +160,6 @@ class BalancedBackward:
         self._clear()
         (self.balancer.loss(losses, counts_) * loss_scale(self.scaler, cluster.device)).backward()
         return losses.detach()
-
-    def _step(self, weights: Tensor) -> Tensor:
-        """As they enter a step: sum-type methods over K, so that a learning rate keeps its meaning."""
-        return weights / self.k if self.balancer.scale == "sum" else weights
 
     def _clear(self) -> None:
         for p in self.gradients.model.parameters():

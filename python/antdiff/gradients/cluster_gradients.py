@@ -38,7 +38,7 @@ class ClusterGradients:
         cg = antdiff.ClusterGradients(model, k=5)
         J = cg.compute(lambda x, noise, t: per_sample_loss(model, x, noise, t), (x, noise, t), cluster)
         weights = ops.pcgrad_weights(ops.gram(J))          # [k]
-        ops.combine(weights / 5, J, out=cg.grads())        # p.grad, ready for optimizer.step()
+        ops.combine(weights, J, out=cg.grads())            # p.grad, ready for optimizer.step()
 
     or, with the forward in your own hands (routes ``grouped`` and ``loop``)::
 

@@ -10,7 +10,6 @@ Each op has two routes to the same kernel:
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
 # Read once: the choice is made where the program starts, and costs nothing a call.
 _CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
 
-__all__ = ["_C", "as_count", "check_errors", "checked", "define", "dense", "differentiate", "traced"]
+__all__ = ["_C", "check_errors", "checked", "define", "dense", "differentiate", "traced"]
 
 _C.attach(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter)
 
@@ -61,20 +60,6 @@ def traced(*tensors: object) -> bool:
     if _is_compiling():
         return True
     return any(type(tensor) not in _PLAIN and isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors)
-
-
-def as_count(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int >= ``least``, with an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        try:
-            if isinstance(value, Tensor):
-                raise TypeError  # reading it would wait for its device
-            value = operator.index(value)  # NumPy integers
-        except TypeError:
-            raise TypeError(f"{name} must be an int; got {type(value).__name__}. Pass a Python int.") from None
-    if isinstance(value, int) and value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}.")
-    return value  # type: ignore[no-any-return]  # a SymInt counts as an int wherever it goes from here
 
 
 def dense(name: str, x: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from antdiff.ops._extension import checked, dense
 
-__all__ = ["NonFinite", "as_choice", "as_gram", "checked", "fake_weights", "outputs"]
+__all__ = ["NonFinite", "as_gram", "checked", "fake_weights", "outputs"]
 
 NonFinite = Literal["raise", "poison"]
 
@@ -29,13 +29,6 @@ def as_gram(gram: Tensor) -> Tensor:
             f"gram must have shape [..., k, k] with k >= 1; got {list(shape)}. Compute it with antdiff.ops.gram(J)."
         )
     return gram.detach() if gram.requires_grad else gram
-
-
-def as_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """``value`` if it is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-    return value  # type: ignore[return-value]
 
 
 def outputs(gram: Tensor, scratch_size: Callable[[int, int], int]) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, as_count, checked, define, dense, differentiate, traced
+from antdiff._checks import as_count
+from antdiff.ops._extension import _C, checked, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from antdiff.ops._extension import _C, define, dense, traced
-from antdiff.ops.gram import Rows, as_rows, first_tensor
+from antdiff.ops.gram import Jacobian, as_tensors, first_tensor
 
 
 @overload
@@ -19,7 +19,7 @@ def combine(
     weights: Tensor, J: Sequence[Tensor | None], out: Sequence[Tensor | None] | None = None
 ) -> list[Tensor | None]: ...
 def combine(
-    weights: Tensor, J: Rows, out: Tensor | Sequence[Tensor | None] | None = None
+    weights: Tensor, J: Jacobian, out: Tensor | Sequence[Tensor | None] | None = None
 ) -> Tensor | list[Tensor | None]:
     """``weights^T J``: the update direction that a balancing method chose.
 
@@ -38,24 +38,24 @@ def combine(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or layout of any of the three.
     """
-    rows = as_rows(J)
-    k = first_tensor(rows).shape[0]
+    tensors = as_tensors(J)
+    k = first_tensor(tensors).shape[0]
     weights = _as_weights(weights, k)
     if out is None:
-        if traced(weights, *rows):
-            made = iter(torch.ops.antdiff.combine(weights, [x.detach() for x in rows if x is not None]))
-            outs: list[Tensor | None] = [None if x is None else next(made) for x in rows]
+        if traced(weights, *tensors):
+            made = iter(torch.ops.antdiff.combine(weights, [x.detach() for x in tensors if x is not None]))
+            outs: list[Tensor | None] = [None if x is None else next(made) for x in tensors]
         else:
-            outs = _outputs(rows)
-            _C.combine(weights, rows, outs)
+            outs = _outputs(tensors)
+            _C.combine(weights, tensors, outs)
         return outs[0] if isinstance(J, Tensor) else outs  # type: ignore[return-value]
-    outs = _checked_outputs(out, J, rows)
-    if traced(weights, *rows, *outs):
+    outs = _checked_outputs(out, J, tensors)
+    if traced(weights, *tensors, *outs):
         torch.ops.antdiff.combine_out(
-            weights, [x.detach() for x in rows if x is not None], [o for o in outs if o is not None]
+            weights, [x.detach() for x in tensors if x is not None], [o for o in outs if o is not None]
         )
     else:
-        _C.combine(weights, rows, outs)
+        _C.combine(weights, tensors, outs)
     return out if isinstance(out, (Tensor, list)) else outs
 
 
@@ -67,14 +67,14 @@ def _as_weights(weights: object, k: int | torch.SymInt) -> Tensor:
     return w.double() if w.dtype == torch.float32 else w
 
 
-def _outputs(rows: list[Tensor | None]) -> list[Tensor | None]:
-    dtype = first_tensor(rows).dtype
+def _outputs(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    dtype = first_tensor(tensors).dtype
     if dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    return [None if x is None else torch.empty(x.shape[1:], dtype=dtype, device=x.device) for x in rows]
+    return [None if x is None else torch.empty(x.shape[1:], dtype=dtype, device=x.device) for x in tensors]
 
 
-def _checked_outputs(out: object, J: object, rows: list[Tensor | None]) -> list[Tensor | None]:
+def _checked_outputs(out: object, J: object, tensors: list[Tensor | None]) -> list[Tensor | None]:
     """``out`` as a list with None exactly where J has None; the extension checks each tensor."""
     if isinstance(J, Tensor) != isinstance(out, Tensor) or not isinstance(out, (Tensor, list, tuple)):
         raise TypeError(
@@ -82,9 +82,9 @@ def _checked_outputs(out: object, J: object, rows: list[Tensor | None]) -> list[
             f"{type(J).__name__}."
         )
     outs: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
-    if len(outs) != len(rows):
-        raise ValueError(f"out must be as long as J; got {len(outs)} entries for {len(rows)}.")
-    for i, (o, x) in enumerate(zip(outs, rows, strict=True)):
+    if len(outs) != len(tensors):
+        raise ValueError(f"out must be as long as J; got {len(outs)} entries for {len(tensors)}.")
+    for i, (o, x) in enumerate(zip(outs, tensors, strict=True)):
         if (o is None) != (x is None):
             raise ValueError(f"out[{i}] must be None exactly where J[{i}] is None; got {_kind(o)} for {_kind(x)}.")
         if o is not None and getattr(o, "requires_grad", False):
@@ -100,14 +100,14 @@ def _kind(x: object) -> str:
 
 
 def _combine(weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:
-    rows = as_rows(J)
-    outs = _outputs(rows)
-    _C.combine(weights, rows, outs)
+    tensors = as_tensors(J)
+    outs = _outputs(tensors)
+    _C.combine(weights, tensors, outs)
     return outs
 
 
 def _combine_out(weights: Tensor, J: list[Tensor], out: list[Tensor]) -> None:
-    _C.combine(weights, as_rows(J), list(out))
+    _C.combine(weights, as_tensors(J), list(out))
 
 
 def _fake_combine(_weights: Tensor, J: list[Tensor]) -> list[Tensor | None]:

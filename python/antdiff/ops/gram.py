@@ -14,10 +14,11 @@ from torch import Tensor
 
 from antdiff.ops._extension import _C, define, dense, traced
 
-Rows = Tensor | Sequence[Tensor | None]
+# K gradients as the ops take them: one matrix [k, P], or a list of [k, *shape], one tensor (or None) per parameter.
+Jacobian = Tensor | Sequence[Tensor | None]
 
 
-def gram(J: Rows) -> Tensor:
+def gram(J: Jacobian) -> Tensor:
     """``G = J J^T``, the inner products of K gradients.
 
     Args:
@@ -35,35 +36,35 @@ def gram(J: Rows) -> Tensor:
     Raises:
         TypeError, ValueError: no tensor in the list, or a wrong dtype, shape, device or layout.
     """
-    rows = as_rows(J)
-    if traced(*rows):
-        return torch.ops.antdiff.gram([x.detach() for x in rows if x is not None])  # type: ignore[no-any-return]
-    return _gram(rows)
+    tensors = as_tensors(J)
+    if traced(*tensors):
+        return torch.ops.antdiff.gram([x.detach() for x in tensors if x is not None])  # type: ignore[no-any-return]
+    return _gram(tensors)
 
 
-def gram_(out: Tensor, J: Rows) -> Tensor:
+def gram_(out: Tensor, J: Jacobian) -> Tensor:
     """Adds the Gram matrix of J to ``out`` float64 ``[k, k]``, and returns ``out``.
 
     For gradients that come in chunks of columns or live in shards: G is the sum over chunks, whatever their dtypes, and
     for sharded parameters one all-reduce of k x k numbers finishes it. J is as in :func:`gram`; ``out`` must be
     contiguous and must not require grad.
     """
-    rows = as_rows(J)
+    tensors = as_tensors(J)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}. Start from torch.zeros(k, k, ...).")
     if out.requires_grad:
         raise ValueError("out must not require grad (it is written in place). Pass out.detach().")
-    if traced(out, *rows):
-        torch.ops.antdiff.gram_(out, [x.detach() for x in rows if x is not None])
+    if traced(out, *tensors):
+        torch.ops.antdiff.gram_(out, [x.detach() for x in tensors if x is not None])
     else:
-        _accumulate(out, rows)
+        _accumulate(out, tensors)
     return out
 
 
 # ---- plain calls -----------------------------------------------------------------------------------------------------
 
 
-def as_rows(J: object) -> list[Tensor | None]:
+def as_tensors(J: object) -> list[Tensor | None]:
     """J as a list of contiguous tensors and None. Metadata only, but for the one copy of a non-contiguous tensor; the
     extension checks the rest."""
     if isinstance(J, Tensor):
@@ -71,21 +72,21 @@ def as_rows(J: object) -> list[Tensor | None]:
             raise ValueError(
                 f"J must be [k, P] or a list of [k, *shape]; got shape {list(J.shape)}. Stack the gradients."
             )
-        rows: list[Tensor | None] = [J]
+        tensors: list[Tensor | None] = [J]
     elif isinstance(J, (list, tuple)):
-        rows = list(J)
+        tensors = list(J)
     else:
         raise TypeError(f"J must be a torch.Tensor [k, P] or a list of [k, *shape]; got {type(J).__name__}.")
     try:  # the whole list in one sweep of C calls; a model has hundreds of parameters
-        if not torch.compiler.is_compiling() and all(map(Tensor.is_contiguous, rows)):  # type: ignore[arg-type]
-            return rows
+        if not torch.compiler.is_compiling() and all(map(Tensor.is_contiguous, tensors)):  # type: ignore[arg-type]
+            return tensors
     except (TypeError, RuntimeError):  # None, sparse, or no tensor at all
         pass
-    return [None if x is None else dense(f"J[{i}]" if len(rows) > 1 else "J", x) for i, x in enumerate(rows)]
+    return [None if x is None else dense(f"J[{i}]" if len(tensors) > 1 else "J", x) for i, x in enumerate(tensors)]
 
 
-def first_tensor(rows: list[Tensor | None]) -> Tensor:
-    for x in rows:
+def first_tensor(tensors: list[Tensor | None]) -> Tensor:
+    for x in tensors:
         if isinstance(x, Tensor):
             if x.dim() < 1:
                 raise ValueError("J must hold tensors [k, *shape]; got a 0-d tensor. Stack the gradients.")
@@ -99,17 +100,17 @@ def _scratch(k: int, device: torch.device) -> Tensor | None:
     return torch.empty(_C.gram_scratch(k, device.index), dtype=torch.float64, device=device)
 
 
-def _gram(rows: list[Tensor | None]) -> Tensor:
-    x = first_tensor(rows)
+def _gram(tensors: list[Tensor | None]) -> Tensor:
+    x = first_tensor(tensors)
     k = x.shape[0]
     out = torch.empty(k, k, dtype=torch.float64, device=x.device)
-    _C.gram(out, rows, False, _scratch(k, x.device))
+    _C.gram(out, tensors, False, _scratch(k, x.device))
     return out
 
 
-def _accumulate(out: Tensor, rows: list[Tensor | None]) -> None:
-    x = first_tensor(rows)
-    _C.gram(out, rows, True, _scratch(x.shape[0], x.device))
+def _accumulate(out: Tensor, tensors: list[Tensor | None]) -> None:
+    x = first_tensor(tensors)
+    _C.gram(out, tensors, True, _scratch(x.shape[0], x.device))
 
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
@@ -124,5 +125,5 @@ def _fake_accumulate(_out: Any, _J: Any) -> None:
     return None
 
 
-define("gram(Tensor[] J) -> Tensor", lambda J: _gram(as_rows(J)), _fake_gram)
-define("gram_(Tensor(a!) out, Tensor[] J) -> ()", lambda out, J: _accumulate(out, as_rows(J)), _fake_accumulate)
+define("gram(Tensor[] J) -> Tensor", lambda J: _gram(as_tensors(J)), _fake_gram)
+define("gram_(Tensor(a!) out, Tensor[] J) -> ()", lambda out, J: _accumulate(out, as_tensors(J)), _fake_accumulate)

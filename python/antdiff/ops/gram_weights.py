@@ -11,9 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_choice, check_generator
 from antdiff.ops._extension import _C, define, dense, traced
-from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
-from antdiff.ops.pcgrad import check_generator
+from antdiff.ops._problems import NonFinite, as_gram, checked, fake_weights, outputs
+from antdiff.ops.pcgrad import Reduction
 
 Method = Literal["upgrad", "dualproj", "aligned_mtl", "mgda", "cagrad", "imtl_g", "config", "fairgrad"]
 
@@ -22,7 +23,12 @@ _PARAMETERS = {"cagrad": ("c", 0.5), "fairgrad": ("alpha", 2.0)}
 
 
 def gram_weights(
-    gram: Tensor, method: Method, *, parameter: float | None = None, nonfinite: NonFinite = "raise"
+    gram: Tensor,
+    method: Method,
+    *,
+    parameter: float | None = None,
+    reduction: Reduction = "mean",
+    nonfinite: NonFinite = "raise",
 ) -> Tensor:
     """Weights w with ``w^T J`` the direction of ``method`` for the gradients J whose Gram matrix is ``gram``.
 
@@ -35,7 +41,7 @@ def gram_weights(
     mgda       the shortest convex combination of the g_i (Desideri 2012, Sener 2018)
     cagrad     of all d with ``|d - g_0| <= c |g_0|``, that with the greatest ``min_i <d, g_i>`` (Liu 2021)
     imtl_g     equal projections onto all g_i, weights of sum 1 (Liu 2021)
-    config     equal cosines to all g_i, as long as the sum of its projections onto them (Liu 2025)
+    config     equal cosines to all g_i, as long as the mean of its projections onto them (Liu 2025: their sum)
     fairgrad   ``(G w)_i = w_i^(-1/alpha)``, alpha-fair utilities (Ban 2024); alpha = 1 is NashMTL
     ========== ============================================================================================
 
@@ -49,6 +55,7 @@ def gram_weights(
             of a copy. Taken as a constant: no gradient flows through the weights.
         method: see above.
         parameter: c >= 0 of cagrad (default 0.5), alpha > 0 of fairgrad (default 2); the others have none.
+        reduction: ``"mean"``, ready for the update; or, for config alone, ``"sum"``: the published length, k times it.
         nonfinite: as in :func:`antdiff.ops.pcgrad_weights`.
 
     Returns:
@@ -62,10 +69,13 @@ def gram_weights(
     gram = as_gram(gram)
     as_choice("method", method, _METHODS)
     option = _parameter(method, parameter)
+    mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
+    if not mean and method != "config":
+        raise ValueError(f"reduction must be 'mean' for method {method!r}: only config is published as a sum.")
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if traced(gram):
-        return torch.ops.antdiff.gram_weights(gram, method, option, poison)  # type: ignore[no-any-return]
-    return _weights(gram, method, option, poison)
+        return torch.ops.antdiff.gram_weights(gram, method, option, mean, poison)  # type: ignore[no-any-return]
+    return _weights(gram, method, option, mean, poison)
 
 
 def gradvac_weights(
@@ -74,24 +84,26 @@ def gradvac_weights(
     *,
     beta: float = 0.01,
     generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor, Tensor]:
     """Weights of GradVac's direction, and the targets for its next step.
 
     Wang et al., "Gradient Vaccine", ICLR 2021, algorithm 1: p_i starts from g_i and visits the other g_j in random
     order; where their cosine is below ``targets[i, j]`` it is raised to it by adding a multiple of g_j, and the target
-    moves to ``(1 - beta) target + beta cosine``. The direction is ``sum_i p_i``. With targets of zero this is PCGrad.
+    moves to ``(1 - beta) target + beta cosine``. The direction is the mean of the p_i (the paper: their sum).
+    With targets of zero this is PCGrad.
 
     Args:
         gram: as in :func:`gram_weights`.
         targets: float64 of the shape of ``gram``; zero at first. Not written to.
         beta: in [0, 1]; 0.01 is the paper's, 0 keeps the targets.
         generator: draws the orders, as in :func:`antdiff.ops.pcgrad_weights`.
-        nonfinite: as in :func:`antdiff.ops.pcgrad_weights`.
+        reduction, nonfinite: as in :func:`antdiff.ops.pcgrad_weights`.
 
     Returns:
-        weights float64 ``[..., k]``, a zero row's being 1, and new targets like ``targets``: where the weights are NaN
-        for a bad ``gram``, the old ones.
+        weights float64 ``[..., k]``, a zero row's being 1/k (1 with ``"sum"``), and new targets like ``targets``:
+        where the weights are NaN for a bad ``gram``, the old ones.
 
     Raises:
         TypeError, ValueError: as :func:`antdiff.ops.pcgrad_weights`; a beta outside [0, 1].
@@ -107,13 +119,14 @@ def gradvac_weights(
         )
     if not 0 <= _number("beta", beta) <= 1:
         raise ValueError(f"beta must be in [0, 1]; got {beta}.")
+    mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if generator is not None:
         check_generator(generator, gram.device)
     keys = torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
     if traced(gram, targets):
-        return torch.ops.antdiff.gradvac_weights(gram, targets, keys, beta, poison)  # type: ignore[no-any-return]
-    return _gradvac(gram, targets, keys, beta, poison)
+        return torch.ops.antdiff.gradvac_weights(gram, targets, keys, beta, mean, poison)  # type: ignore[no-any-return]
+    return _gradvac(gram, targets, keys, beta, mean, poison)
 
 
 def _parameter(method: str, value: float | None) -> float:
@@ -138,30 +151,34 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def _weights(gram: Tensor, method: str, option: float, poison: bool) -> Tensor:
+def _weights(gram: Tensor, method: str, option: float, mean: bool, poison: bool) -> Tensor:
     weights, scratch = outputs(gram, _C.gram_weights_scratch)
     _C.gram_weights(gram, method, option, None, None, poison, weights, scratch)
-    return checked(weights)
+    checked(weights)
+    return weights.div_(gram.shape[-1]) if mean and method == "config" else weights
 
 
-def _gradvac(gram: Tensor, targets: Tensor, keys: Tensor, beta: float, poison: bool) -> tuple[Tensor, Tensor]:
+def _gradvac(
+    gram: Tensor, targets: Tensor, keys: Tensor, beta: float, mean: bool, poison: bool
+) -> tuple[Tensor, Tensor]:
     weights, scratch = outputs(gram, _C.gram_weights_scratch)
     targets = targets.detach().clone()
     _C.gram_weights(gram, "gradvac", beta, keys, targets, poison, weights, scratch)
-    return checked(weights), targets
+    checked(weights)
+    return weights.div_(gram.shape[-1]) if mean else weights, targets
 
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
 
 define(
-    "gram_weights(Tensor gram, str method, float option, bool poison) -> Tensor",
-    lambda gram, method, option, poison: _weights(gram.contiguous(), method, option, poison),
+    "gram_weights(Tensor gram, str method, float option, bool mean, bool poison) -> Tensor",
+    lambda gram, method, option, mean, poison: _weights(gram.contiguous(), method, option, mean, poison),
     lambda gram, *_rest: fake_weights(gram),
 )
 define(
-    "gradvac_weights(Tensor gram, Tensor targets, Tensor keys, float beta, bool poison) -> (Tensor, Tensor)",
-    lambda gram, targets, keys, beta, poison: _gradvac(
-        gram.contiguous(), targets.contiguous(), keys.contiguous(), beta, poison
+    "gradvac_weights(Tensor gram, Tensor targets, Tensor keys, float beta, bool mean, bool poison) -> (Tensor, Tensor)",
+    lambda gram, targets, keys, beta, mean, poison: _gradvac(
+        gram.contiguous(), targets.contiguous(), keys.contiguous(), beta, mean, poison
     ),
     lambda gram, targets, *_rest: (fake_weights(gram), torch.empty_like(targets)),
 )

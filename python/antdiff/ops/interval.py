@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdiff.ops._extension import _C, as_count, dense
+from antdiff._checks import as_count
+from antdiff.ops._extension import _C, dense
 
 Array = Tensor | np.ndarray[Any, np.dtype[np.float64]]
 

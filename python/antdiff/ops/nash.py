@@ -15,10 +15,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_choice
 from antdiff.ops._extension import _C, define, dense, traced
-from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
+from antdiff.ops._problems import NonFinite, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
-from antdiff.ops.gram import Rows
+from antdiff.ops.gram import Jacobian
 from antdiff.ops.gram import gram as gram_of
 
 Solver = Literal["newton", "cvxpy"]
@@ -102,7 +103,7 @@ def nash(
     nonfinite: NonFinite = ...,
 ) -> tuple[list[Tensor | None], Tensor]: ...
 def nash(
-    J: Rows,
+    J: Jacobian,
     *,
     out: Tensor | Sequence[Tensor | None] | None = None,
     solver: Solver = "newton",

@@ -12,10 +12,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_choice, check_generator
 from antdiff.ops._extension import _C, define, dense, traced
-from antdiff.ops._problems import NonFinite, as_choice, as_gram, checked, fake_weights, outputs
+from antdiff.ops._problems import NonFinite, as_gram, checked, fake_weights, outputs
 from antdiff.ops.combine import combine
-from antdiff.ops.gram import Rows
+from antdiff.ops.gram import Jacobian
 from antdiff.ops.gram import gram as gram_of
 
 Reduction = Literal["sum", "mean"]
@@ -26,15 +27,16 @@ def pcgrad_weights(
     perms: Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
-    reduction: Reduction = "sum",
+    reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
     """Weights w with ``w^T J`` the PCGrad direction of the gradients J whose Gram matrix is ``gram``.
 
     Row i starts from ``p_i = g_i`` and visits the other rows j in its order; where ``<p_i, g_j> < 0`` it subtracts
-    ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is ``sum_i p_i``. Nothing is added to
-    the denominator: rows scaled by powers of two give the same direction bit for bit, and zero rows are skipped (their
-    own weight is 1).
+    ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is the mean of the
+    p_i (the paper: their sum), so that without conflict it is the gradient of the mean loss. Nothing is added to the
+    denominator: rows scaled by powers of two give the same direction bit for bit, and zero rows are skipped (their own
+    weight is 1/k, or 1 with ``"sum"``).
 
     Args:
         gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price
@@ -43,7 +45,7 @@ def pcgrad_weights(
             ascending ``keys[..., i, j]`` of ``keys = torch.rand(gram.shape, dtype=torch.float64)``.
         generator: draws the keys; on the device of ``gram``, default the global generator of that device. Register it
             with a CUDA graph to capture the call.
-        reduction: ``"sum"`` (the paper) or ``"mean"``, which divides by k.
+        reduction: ``"mean"``, ready for the update, or ``"sum"``, the paper's, k times it.
         nonfinite: what a bad ``gram`` does on the CPU: ``"raise"``, or ``"poison"`` for NaN weights of that problem
             alone (so that a ``GradScaler`` skips the step). On CUDA it always poisons; ``"poison"`` keeps it out of
             :func:`antdiff.ops.check_errors` too.
@@ -93,12 +95,12 @@ def pcgrad(
     nonfinite: NonFinite = ...,
 ) -> tuple[list[Tensor | None], Tensor]: ...
 def pcgrad(
-    J: Rows,
+    J: Jacobian,
     perms: Tensor | None = None,
     *,
     out: Tensor | Sequence[Tensor | None] | None = None,
     generator: torch.Generator | None = None,
-    reduction: Reduction = "sum",
+    reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor | list[Tensor | None], Tensor]:
     """PCGrad's direction of the gradients J: :func:`gram`, :func:`pcgrad_weights` and :func:`combine` in one call.
@@ -121,17 +123,6 @@ def _draw_keys(gram: Tensor, generator: torch.Generator | None) -> Tensor:
         return torch.rand(gram.shape, dtype=torch.float64, device=gram.device)
     check_generator(generator, gram.device)
     return torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)
-
-
-def check_generator(generator: object, device: torch.device) -> None:
-    """Raises unless ``generator`` draws on ``device``."""
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
-    if generator.device != device:
-        raise ValueError(
-            f"generator must live on the device of gram ({device}); got one on {generator.device}. "
-            f"Create it with torch.Generator({str(device)!r})."
-        )
 
 
 def _weights(gram: Tensor, perms: Tensor | None, keys: Tensor | None, mean: bool, poison: bool) -> Tensor:

@@ -102,7 +102,7 @@ def pcgrad_weights(
     perms: Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     nonfinite: str = "raise",
 ) -> Tensor:
     """Twin of :func:`antdiff.ops.pcgrad_weights`."""
@@ -130,7 +130,7 @@ def pcgrad(
     *,
     out: Tensor | Sequence[Tensor | None] | None = None,
     generator: torch.Generator | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     nonfinite: str = "raise",
 ) -> tuple[Tensor | list[Tensor | None], Tensor]:
     """Twin of :func:`antdiff.ops.pcgrad`."""
@@ -198,7 +198,14 @@ def _nash_newton(C: Tensor) -> Tensor | None:
     return None
 
 
-def gram_weights(gram: Tensor, method: str, *, parameter: float | None = None, nonfinite: str = "raise") -> Tensor:
+def gram_weights(
+    gram: Tensor,
+    method: str,
+    *,
+    parameter: float | None = None,
+    reduction: str = "mean",
+    nonfinite: str = "raise",
+) -> Tensor:
     """Twin of :func:`antdiff.ops.gram_weights`: quadratic programs by trying every set of rows, 2^k of them."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     k = gram.shape[-1]
@@ -214,7 +221,7 @@ def gram_weights(gram: Tensor, method: str, *, parameter: float | None = None, n
             if method == "fairgrad":
                 alpha = 2.0 if parameter is None else parameter
                 w.mul_(unit ** (-alpha / (1 + alpha)))
-    return weights
+    return weights / k if method == "config" and reduction == "mean" else weights
 
 
 def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
@@ -343,6 +350,7 @@ def gradvac_weights(
     *,
     beta: float = 0.01,
     generator: torch.Generator | None = None,
+    reduction: str = "mean",
     nonfinite: str = "raise",
 ) -> tuple[Tensor, Tensor]:
     """Twin of :func:`antdiff.ops.gradvac_weights`: the algorithm, one pair of rows after the other."""
@@ -370,7 +378,7 @@ def gradvac_weights(
                     s, r = (1 - phi**2) ** 0.5, (1 - t**2) ** 0.5
                     c[i, j] += length * (t * s - phi * r) / (G[j, j].sqrt() * r)
                 target[i, j] = (1 - beta) * t + beta * phi
-        w.copy_(c.sum(0))
+        w.copy_(c.sum(0) if reduction == "sum" else c.mean(0))
     return weights, targets
 
 

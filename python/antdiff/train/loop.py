@@ -82,12 +82,10 @@ def train(
     curriculum = timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None
     epoch = math.ceil(len(data.train) / B)
     balancer = make_balancer(config.method, K, optimizer, generator=rng["balancing"], epoch=epoch)
-    # The weights of a "sum" method add K gradients up: 1/K keeps the learning rate's meaning.
-    scale = 1 / K if balancer.scale == "sum" else 1.0
     # The balancing loss of a patch is of a whole slice, not of a sample: only split hands it a cluster at a time.
     route: Route = "split" if config.patch or team.size > 1 else "auto"
     # GradDrop looks at all of J, so every rank holds it.
-    gradients = ClusterGradients(model, K, route, scheme="all_reduce" if balancer.needs == "J" else "auto")
+    gradients = ClusterGradients(model, K, route, scheme="all_reduce" if balancer.needs == "rows" else "auto")
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
     importance = cluster_weights(timesteps, device)
@@ -125,10 +123,10 @@ def train(
                 losses, counts = gradients.losses, gradients.counts
                 if balancer.needs == "gram":
                     # 4a. Every p.grad becomes the weighted sum of its K gradients.
-                    w = balancer.weights(G) * scale
+                    w = balancer.weights(G)
                     gradients.combine(w, J)
                 else:  # but for GradDrop, which chooses for each parameter: there are no weights to log
-                    write_direction(balancer.direction(J), scale, model)
+                    write_direction(balancer.direction(J), model)
                     w = torch.full_like(losses, torch.nan)
             else:
                 # 2b. K losses from one forward, one backward of what the method makes of them.
@@ -137,7 +135,7 @@ def train(
                 losses, counts = global_losses(losses, counts)
                 (balancer.loss(losses, counts) + model.auxiliary_loss() / team.size).backward()
                 reduce_gradients(model, skip_unused=True)
-                G, w = None, balancer.weights(losses) * scale
+                G, w = None, balancer.weights(losses)
 
             # 5. Nothing else changes.
             optimizer.step()

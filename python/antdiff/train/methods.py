@@ -15,7 +15,7 @@ from antdiff import balancing
 class BatchMean:
     """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
 
-    needs, scale = "losses", "mean"
+    needs = "losses"
     shares: Tensor
 
     def loss(self, losses: Tensor, counts: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def make_balancer(
     return balancer
 
 
-def write_direction(direction: Sequence[Tensor | None], scale: float, model: torch.nn.Module) -> None:
-    """What `combine` is to K weights: p.grad of every trainable parameter becomes `scale` times its part."""
+def write_direction(direction: Sequence[Tensor | None], model: torch.nn.Module) -> None:
+    """What `combine` is to K weights: p.grad of every trainable parameter becomes its part of the direction."""
     parts = [d for d in direction if d is not None]
     for p, d in zip((p for p in model.parameters() if p.requires_grad), parts, strict=True):
-        p.grad = (d * scale).to(p.dtype)
+        p.grad = d.to(p.dtype)
