@@ -1,4 +1,4 @@
-"""Where weight gradients go: K rows a tensor, written in place."""
+"""The destinations of weight gradients: K rows per tensor, written in place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Sink:
     """The gradients of one tensor for K clusters.
 
     Attributes:
-        name: of the parameter, for messages.
-        rows: ``[k, *shape]``; allocated at the first write unless given.
-        fresh: nothing has been written yet, so the first writer overwrites and nobody has to clear K x P numbers.
+        name: the name of the parameter, for messages.
+        rows: ``[k, *shape]``, allocated at the first write unless given.
+        fresh: nothing has been written yet. The first write then overwrites the rows, so that they need not be zeroed.
     """
 
     def __init__(self, name: str, tensor: Tensor, k: int, rows: Tensor | None = None, *, fresh: bool = True) -> None:
@@ -29,7 +29,7 @@ class Sink:
         return self._rows
 
     def add_products(self, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Row i += ``left_i [m, n] @ right_i``, written straight into it where the dtypes agree."""
+        """Add ``left_i [m, n] @ right_i`` to row i, without a temporary if all dtypes are equal."""
         for row, (left, right) in zip(self.rows.unbind(), factors, strict=True):
             if not (left.dtype == right.dtype == row.dtype):
                 product = left @ right
@@ -37,26 +37,26 @@ class Sink:
             elif not self.fresh:
                 row.addmm_(left, right)
             else:
-                torch.mm(left, right, out=row)  # zero where the cluster is empty
+                torch.mm(left, right, out=row)  # writes zeros if the cluster is empty
         self.fresh = False
 
     def add_rows(self, grads: Iterable[Tensor | None]) -> None:
-        """Row i += ``grads_i``, None for a cluster without samples."""
-        to, given, missed = [], [], []
+        """Add ``grads_i`` to row i. It is None for a cluster without samples."""
+        written, sources, empty = [], [], []
         for row, grad in zip(self.rows.unbind(), grads, strict=True):
             if grad is None:
-                missed.append(row)
+                empty.append(row)
             else:
-                to.append(row)
-                given.append(grad.view(row.shape))
-        if to:
-            (torch._foreach_copy_ if self.fresh else torch._foreach_add_)(to, given)
-        if missed and self.fresh:
-            torch._foreach_zero_(missed)
+                written.append(row)
+                sources.append(grad.view(row.shape))
+        if written:
+            (torch._foreach_copy_ if self.fresh else torch._foreach_add_)(written, sources)
+        if empty and self.fresh:
+            torch._foreach_zero_(empty)
         self.fresh = False
 
     def add_all(self, grads: Tensor) -> None:
-        """All rows += grads ``[k, ...]``, of as many numbers."""
+        """Add ``grads [k, ...]`` to all rows. It may have another shape with the same number of elements."""
         rows = self.rows
         if self.fresh:
             rows.copy_(grads.view(rows.shape))
@@ -65,7 +65,7 @@ class Sink:
         self.fresh = False
 
     def take(self, grads: Tensor | None) -> None:
-        """All rows += grads ``[k, *shape]``, which the caller gives away: they become the rows where there are none."""
+        """Add ``grads [k, *shape]`` to all rows and take ownership of it. It becomes the rows if none are allocated."""
         if grads is None:
             self.finish()
         elif self.fresh and self._rows is None and grads.is_contiguous():
@@ -74,17 +74,18 @@ class Sink:
             self.add_all(grads)
 
     def drop(self) -> None:
+        """Free the rows."""
         self._rows = None
 
     def finish(self) -> None:
-        """A parameter that nothing reached has zero gradients."""
+        """Set the rows to zero if no gradient has been written."""
         if self.fresh:
             self.rows.zero_()
             self.fresh = False
 
 
 class FunctionalSink(Sink):
-    """As a sink, without writing in place.
+    """A sink that returns its gradients instead of writing in place, for traced graphs.
 
     Attributes:
         total: ``[k, *shape]``, or None before the first write.
@@ -112,11 +113,12 @@ Sinks = Sequence[Sink | None]
 
 
 class GradientStore:
-    """The buffers of J: one ``[k, *shape]`` a trainable parameter, made once.
+    """The buffers of J: one tensor ``[k, *shape]`` per trainable parameter, allocated once.
 
     Attributes:
-        tensors: in the order of ``model.parameters()``, None where frozen.
-        reuse: False where gradients arrive in buffers of their own (torch.compile), which are then taken over.
+        tensors: in the order of ``model.parameters()``, None where a parameter is frozen.
+        reuse: keep the buffers from call to call. False with torch.compile, whose backward returns new tensors; these
+            become the buffers.
     """
 
     def __init__(self, model: nn.Module, k: int, dtype: torch.dtype | None, *, reuse: bool = True) -> None:
@@ -125,9 +127,17 @@ class GradientStore:
         self.tensors: list[Tensor | None] = []
 
     def sinks(self, *, fresh: bool) -> list[Sink]:
-        """One a trainable parameter. Buffers are made again only if parameters were frozen, moved, converted or
-        replaced by others."""
-        named = list(self.model.named_parameters())  # those of now: a head may have been replaced, an adapter added
+        """Return one sink per trainable parameter.
+
+        Reallocate the buffers only if a parameter was frozen, moved, cast or replaced.
+
+        Args:
+            fresh: overwrite the rows instead of adding to them.
+
+        Raises:
+            ValueError: the buffers would have to be reallocated, and ``fresh`` is False.
+        """
+        named = list(self.model.named_parameters())  # again: a head may have been replaced or an adapter added
         replaced = len(named) != len(self.named) or any(
             a is not b for (_, a), (_, b) in zip(named, self.named, strict=True)
         )
@@ -148,7 +158,7 @@ class GradientStore:
         )
         if stale:
             if not fresh:
-                raise ValueError("model's parameters were frozen, moved or converted between two micro-batches.")
+                raise ValueError("model's parameters were frozen, moved or cast between two micro-batches.")
             self.tensors[:] = [self._empty(p) if p.requires_grad else None for _, p in self.named]
         return [
             Sink(name, p, self.k, J, fresh=fresh)
@@ -157,7 +167,7 @@ class GradientStore:
         ]
 
     def keep(self, sinks: list[Sink]) -> None:
-        """J is what these sinks hold."""
+        """Make the rows of these sinks the buffers of J."""
         rows = iter(sinks)
         self.tensors[:] = [next(rows).rows if p.requires_grad else None for _, p in self.named]
 
@@ -165,6 +175,7 @@ class GradientStore:
         return torch.empty((self.k, *p.shape), dtype=self._type(p), device=p.device)
 
     def nbytes(self) -> int:
+        """Return the memory of J in bytes."""
         return sum(self.k * p.numel() * self._type(p).itemsize for _, p in self.named if p.requires_grad)
 
     def _type(self, p: Tensor) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""Route ``grouped``: one forward and one backward, K weight gradients."""
+"""Route ``grouped``: one forward and one backward that yield K weight gradients."""

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention, whose function hides its projections: taken apart into ops that have rules."""
+"""Rule of nn.MultiheadAttention. Its torch function includes the projections, so it is split into ops with rules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,  # a hint that attn_mask is causal
 ) -> Any:
-    """Query, key and value ``[L, B, E]``: the function's own layout, whatever ``batch_first`` says."""
+    """Rule of multi-head attention.
+
+    Query, key and value are ``[L, B, E]``, the layout of the function, regardless of ``batch_first`` of the module.
+    """
     if query.dim() != 3 or static_k is not None or static_v is not None:
         return NotImplemented
     _, B, E = query.shape
@@ -57,15 +60,15 @@ def multi_head_attention(
         q, k, v = (x.unflatten(-1, (num_heads, E // num_heads)).transpose(1, 2) for x in (q, k, v))  # [B, H, ., E / H]
         if need_weights:
             scores = (q * (E // num_heads) ** -0.5) @ k.transpose(-2, -1)
-            share = (scores if mask is None else scores + mask).softmax(-1)  # [B, H, L, S]
-            share = F.dropout(share, p) if p else share
-            out = share @ v
+            attention = (scores if mask is None else scores + mask).softmax(-1)  # [B, H, L, S]
+            attention = F.dropout(attention, p) if p else attention
+            out = attention @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, p)
         out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1)  # [L, B, E]
         if not need_weights:
             return out, None
-        return out, share.mean(1) if average_attn_weights else share
+        return out, attention.mean(1) if average_attn_weights else attention
 
 
 def _project(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None) -> Any:
@@ -80,7 +83,11 @@ def _project(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tenso
 def _additive(
     attn_mask: Tensor | None, padding: Tensor | None, B: int, heads: int, S: int, like: Tensor
 ) -> Tensor | None:
-    """Both masks as one term of the scores, ``[B or 1, H or 1, L or 1, S]``; added keys count."""
+    """Return the sum of both masks, ``[B or 1, H or 1, L or 1, S]``, to be added to the scores.
+
+    Args:
+        S: the number of keys, including bias_k and the zero key.
+    """
     total: Tensor | None = None
     if attn_mask is not None:  # [L, S] or [B H, L, S]
         total = _scores(attn_mask, S, like)
@@ -93,6 +100,7 @@ def _additive(
 
 
 def _scores(mask: Tensor, S: int, like: Tensor) -> Tensor:
+    """Return a mask as terms of the scores, padded with zeros to S keys."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
     return F.pad(mask, (0, S - mask.shape[-1]))

@@ -1,7 +1,8 @@
-"""Shared tensors that meet the batch element by element or row by row: biases, scales, positional embeddings, tokens.
+"""Shared tensors that are broadcast over the batch: biases, scales, positional embeddings, learned tokens.
 
-The op runs on a copy-free expansion of the shared tensor over the rows of the batch. Autograd sums the gradient over
-every other broadcast dimension and hands it over row by row; the sum over each cluster's rows is taken here.
+The op runs on an expansion of the shared tensor over the rows of the batch, which copies nothing. Autograd sums the
+gradient over every other broadcast dimension and returns one gradient per row. The functions here sum the rows of each
+cluster.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from antdiff.gradients.sinks import Sinks
 
 
 def elementwise(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
-    """Ops that broadcast all of their tensors against each other."""
+    """Rule of ops that broadcast all of their tensors against each other."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if getattr(func, "__name__", "").endswith("_") and recorder.trains(args[0]) and not recorder.varies(args[0]):
-        return NotImplemented  # in place on what the parameter is
+        return NotImplemented  # the op would modify the parameter in place
     return _run(recorder, func, args, kwargs, max(x.dim() for x in tensors))
 
 
 def join(recorder: Recorder, func: Op, tensors: Any, dim: int = 0, *, out: Any = None) -> Any:
-    """cat and stack, along any dimension but the batch."""
+    """Rule of cat and stack along any dimension except the batch."""
     if out is not None or not isinstance(tensors, (tuple, list)) or not isinstance(dim, int):
         return NotImplemented
     ndim = max(x.dim() for x in tensors)
@@ -37,12 +38,12 @@ def join(recorder: Recorder, func: Op, tensors: Any, dim: int = 0, *, out: Any =
 
 
 def attention(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
-    """scaled_dot_product_attention whose queries, keys, values or bias are learned."""
+    """Rule of scaled_dot_product_attention with learned queries, keys, values or bias."""
     return _run(recorder, func, args, kwargs, 4)
 
 
 def metadata(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
-    """Ops that look at the dtype, device or shape of a parameter only, and comparisons, which have no gradient."""
+    """Rule of comparisons, which have no gradient, and of ops that read only a parameter's dtype, device or shape."""
     return func(*args, **kwargs) if not recorder.trains(args[0]) or func in COMPARISONS else NotImplemented
 
 
@@ -56,8 +57,8 @@ def _run(recorder: Recorder, func: Op, args: tuple[Any, ...], kwargs: dict[str, 
     for x in varying:
         if x.dim() == ndim and x.shape[0] == R:
             recorder.check(x, *trained)
-    each = partial(_expand_all, recorder, R, ndim)
-    return func(*map(each, args), **{name: each(v) for name, v in kwargs.items()})
+    expand = partial(_expand_all, recorder, R, ndim)
+    return func(*map(expand, args), **{name: expand(v) for name, v in kwargs.items()})
 
 
 def _expand_all(recorder: Recorder, R: int, ndim: int, value: Any) -> Any:
@@ -69,7 +70,7 @@ def _expand_all(recorder: Recorder, R: int, ndim: int, value: Any) -> Any:
 
 
 def _expand_shape(x: Tensor, R: int, ndim: int) -> list[int] | None:
-    """The shape ``[R, ...]`` of a shared tensor that broadcasts to ``ndim`` dimensions."""
+    """Return the shape ``[R, ...]`` to which a shared tensor broadcasts in ``ndim`` dimensions, or None."""
     if x.dim() < ndim:
         return [R, *[1] * (ndim - x.dim() - 1), *x.shape]
     return [R, *x.shape[1:]] if x.dim() == ndim and x.shape[0] in (1, R) else None
@@ -87,26 +88,27 @@ def _expand(recorder: Recorder, x: Tensor, R: int, ndim: int) -> Tensor:
 
 
 def sum_rows(clustered: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:
+    """Write the gradient of a shared tensor that was expanded over all rows of the batch."""
     for sink in sinks:
         if sink is not None:
             sink.add_all(clustered.sums(grad))
 
 
 def own_rows(clustered: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:
-    """The gradient of a shared tensor whose row r met row r of the batch alone."""
+    """Write the gradient of a shared tensor whose row r was applied only to row r of the batch."""
     ids = torch.arange(grad.shape[0], device=grad.device)
-    each = grad.new_zeros((clustered.k, *grad.shape))
-    each[clustered.row_cluster(clustered.repeats(grad)), ids] = grad
+    grads = grad.new_zeros((clustered.k, *grad.shape))
+    grads[clustered.row_cluster(clustered.repeats(grad)), ids] = grad
     for sink in sinks:
         if sink is not None:
-            sink.add_all(each)
+            sink.add_all(grads)
 
 
 def _functions(names: str) -> set[Op]:
-    """Every spelling of an op: torch.x, Tensor.x, in place, and as an operator."""
-    homes = (torch, Tensor, torch.special)
+    """Return every spelling of each named op: torch.x, Tensor.x, the in-place form, and the operators."""
+    namespaces = (torch, Tensor, torch.special)
     spellings = [s for n in names.split() for s in (n, f"{n}_", f"__{n}__", f"__r{n}__", f"__i{n}__")]
-    return {getattr(home, s) for home in homes for s in spellings if hasattr(home, s)}
+    return {getattr(namespace, s) for namespace in namespaces for s in spellings if hasattr(namespace, s)}
 
 
 ELEMENTWISE = _functions(

@@ -1,10 +1,12 @@
 """Route ``grouped`` under torch.compile: the same rules, run while the graph is traced.
 
-Dynamo captures the loss function as a graph of torch functions, with the parameters among its inputs, and guards what
-it assumed. The backend here runs that graph under a :class:`TracedMode`, so that every rule sees the calls it would see
-in eager mode, and hands the result to the backend that the user asked for. What differs is where gradients go: a traced
-graph must not write into J as a side effect, so each parameter enters as a *leaf* ``[k, *shape]``, the parameter
-expanded without a copy, and a tap returns its K gradients as the gradient of that leaf.
+Dynamo captures the loss function as a graph of torch functions. The parameters are inputs of the graph, and guards
+check its assumptions. The backend of this file runs the graph under a :class:`TracedMode`, so that every rule sees the
+same calls as in eager mode, and passes the result to the backend that the user asked for.
+
+Only the destination of the gradients differs. A traced graph must not write to J as a side effect. Each parameter
+therefore enters the graph as a *leaf* ``[k, *shape]``, which is the parameter expanded without a copy. A tap returns
+the K gradients of the parameter as the gradient of this leaf.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ LossFn = Callable[..., Tensor]
 
 
 class CompiledLoss:
-    """Compiles loss functions for the grouped route. The graphs are those of Dynamo's cache, one for each set of
-    guards. Of each there are at most k programs for k different tuples of cluster sizes, as stratified sampling of
-    any batch size has them; for further tuples one in which every cluster has the same room, for each room that is
-    asked for. Its weight gradients cost more: clusters are filled up with zeros.
+    """Compiles loss functions for the grouped route.
+
+    Dynamo caches one graph per set of guards. Per graph, the first k tuples of cluster sizes get one program each, and
+    stratified sampling with any batch size has no more than k tuples. Every further tuple uses a program that pads all
+    clusters with zeros to the same room, a number of samples. One such program is compiled per room that is needed. The
+    padding makes its weight gradients more expensive.
 
     Args:
         backend: of torch.compile.
-        fullgraph: of torch.compile. Graph breaks are sound: what an eager piece does to a parameter is found as a leak.
+        fullgraph: of torch.compile. Graph breaks are safe: if an eager part applies a parameter, the parameter receives
+            a gradient past the rules, which raises.
 
     Attributes:
-        programs: how many have been compiled.
+        programs: the number of programs that have been compiled.
     """
 
     def __init__(self, model: nn.Module, backend: Backend, fullgraph: bool, separable: Iterable[Any] = ()) -> None:
@@ -50,7 +55,7 @@ class CompiledLoss:
     def __call__(
         self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, sinks: list[Sink]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The per-sample losses ``[B]``, and for every sink the leaf ``[k, *shape]`` that will have its gradients."""
+        """Return the per-sample losses ``[B]`` and, per sink, the leaf ``[k, *shape]`` that receives its gradients."""
         if self._last is None or self._last[0] is not loss_fn:
             loss = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
             self._last = loss_fn, torch.compile(loss, backend=self._capture, fullgraph=self._fullgraph, dynamic=False)
@@ -62,18 +67,19 @@ class CompiledLoss:
             self._now = None
 
     def _capture(self, graph: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        """The backend: Dynamo calls it once a graph."""
+        """Compile a graph of Dynamo, which calls this backend once per graph."""
         programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
         def run(*inputs: Any) -> Any:
             if self._now is None:
-                raise GroupingError("a graph compiled for cluster gradients is called outside of compute().")
+                raise GroupingError("a graph compiled for cluster gradients was called outside of ClusterGradients.")
             clustered, leaves = self._now
             values = [*(leaves.get(id(x), x) for x in inputs), clustered.cluster]
             trained = tuple(id(x) in leaves for x in inputs)
             key: tuple[Any, ...] = (tuple(clustered.sizes), trained, torch.is_grad_enabled())
             if key not in programs and len(programs) >= clustered.k:
-                step = -(-clustered.B // (4 * clustered.k))  # a quarter of a mean cluster: few rooms, and few zeros
+                # Rooms are multiples of a quarter of the mean cluster size, so that there are few rooms and few zeros.
+                step = -(-clustered.B // (4 * clustered.k))
                 room = -(-max(clustered.sizes) // step) * step
                 key = (room, *key[1:])
                 values += PaddedBatch.fill(clustered, room)
@@ -93,13 +99,17 @@ class CompiledLoss:
 def compiler_of(
     model: nn.Module, options: Mapping[str, Any] | None, separable: Iterable[Any] = ()
 ) -> CompiledLoss | None:
-    """By the options of torch.compile, or, if None, as the model or a part of it is compiled; None if it is not."""
+    """Return a compiler with these options of torch.compile, or, if None, with the options of the compiled model.
+
+    Returns:
+        None if ``options`` is None and neither the model nor one of its modules is compiled.
+    """
     whole: Any = next((m for m in model.modules() if hasattr(m, "_orig_mod")), None) if options is None else None
     if whole is None:
         if options is None and all(m._compiled_call_impl is None for m in model.modules()):
             return None
         whole = torch.compile(nn.Identity(), **(options or {}))
-    # What torch.compile made of backend, mode and options. There is no public way to ask for it.
+    # The backend that torch.compile built from its backend, mode and options. No public API returns it.
     backend = whole.dynamo_ctx.callback
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
@@ -115,12 +125,13 @@ def _traced(
     separable: tuple[Any, ...],
     *values: Any,
 ) -> Any:
-    """The graph with taps; run by AOTAutograd on fake tensors.
+    """Run the graph with taps. AOTAutograd calls this function with fake tensors.
 
     Args:
-        names: of the inputs that are the model's own tensors; those that are
-        trained: come as their leaves.
-        values: the inputs; the cluster of each sample; for further tuples of sizes, how clusters are filled up.
+        names: the names of the inputs that are the model's own tensors, by position.
+        trained: whether each input is a trainable parameter, given as its leaf.
+        values: the inputs, then the cluster of each sample, then, if clusters are padded, the arguments ``index`` and
+            ``there`` of :class:`PaddedBatch`.
     """
     inputs, (cluster, *padding) = list(values[:n_inputs]), values[n_inputs:]
     clustered = PaddedBatch(cluster, len(sizes), *padding) if padding else ClusteredBatch(cluster, sizes, None)
@@ -133,7 +144,7 @@ def _traced(
 
 
 def _single_call(f: Callable[..., Any], n_inputs: int, n_outputs: int) -> fx.GraphModule:
-    """A graph of one node: compilers want a graph, and this one must be run, not rewritten."""
+    """Return a graph whose only node calls ``f``. Backends expect a graph, and ``f`` has to be run, not rewritten."""
 
     def traced(*values: Any) -> Any:
         return f(*values)
@@ -146,12 +157,13 @@ def _single_call(f: Callable[..., Any], n_inputs: int, n_outputs: int) -> fx.Gra
 
 
 class TracedMode(GroupedMode):
-    """Without side effects.
+    """A :class:`GroupedMode` without side effects: the K gradients of a parameter are returned as those of its leaf.
 
     Args:
-        graph: whose own tensors are shared, besides
-        shared: the inputs that are parameters or buffers, by their position.
-        leaves: the ``[k, *shape]`` of each that is trained.
+        graph: its own tensors are shared.
+        names: the names of ``shared``.
+        shared: the inputs of the graph that are parameters or buffers, by position. They are shared too.
+        leaves: the leaf ``[k, *shape]`` of each trainable parameter, by position.
     """
 
     def __init__(
@@ -179,7 +191,10 @@ class TracedMode(GroupedMode):
         return _Leaf.apply(x.detach(), partial(self._collect, write, (user,)), self._leaf_of(user))  # type: ignore
 
     def _leaf_of(self, x: Tensor | None) -> Tensor | None:
-        """Of a tensor computed from parameters: its expansion, whose gradient goes back to theirs."""
+        """Return the leaf of a shared tensor, None if it needs no gradient.
+
+        The leaf of a tensor computed from parameters is its expansion, whose gradient is pulled back to their leaves.
+        """
         if x is None or not self.trains(x):
             return None
         if id(x) not in self._leaves:
@@ -194,6 +209,7 @@ class TracedMode(GroupedMode):
     def _collect(
         self, write: Write, users: Sequence[Tensor | None], grad: Tensor, *saved: Tensor
     ) -> list[Tensor | None]:
+        """Return the gradient ``[k, *shape]`` of each user's leaf."""
         if torch.is_grad_enabled():
             raise GroupingError(SECOND_ORDER)
         sinks = [None if x is None or not self.trains(x) else FunctionalSink("", x, self.clustered.k) for x in users]
@@ -203,7 +219,7 @@ class TracedMode(GroupedMode):
 
 
 class _Parameter(torch.autograd.Function):
-    """A parameter, from its leaf. Gradients are to reach the leaf through taps alone."""
+    """Return a parameter, given its leaf. Only taps may send gradients to the leaf, so this backward raises."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, name: str) -> Tensor:
@@ -216,7 +232,7 @@ class _Parameter(torch.autograd.Function):
 
 
 class _Derived(torch.autograd.Function):
-    """A leaf for a tensor computed from parameters; its K gradients are pulled back to their leaves."""
+    """Return a leaf for a tensor computed from parameters. Its K gradients are pulled back to their leaves."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, pull_back: Callable[[Tensor], Any], *_leaves: Tensor) -> Tensor:
@@ -229,6 +245,8 @@ class _Derived(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
+    """Pass ``out`` and its gradient on unchanged, and return what ``collect`` makes of the gradient to the n leaves."""
+
     @staticmethod
     def forward(ctx: Any, out: Tensor, collect: Callable[..., Any], n: int, *tensors: Any) -> Tensor:
         ctx.save_for_backward(*tensors[n:])
@@ -242,6 +260,8 @@ class _Tap(torch.autograd.Function):
 
 
 class _Leaf(torch.autograd.Function):
+    """Pass the detached ``x`` on, and return what ``collect`` makes of its gradient to the leaf."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, collect: Callable[..., Any], _leaf: Tensor) -> Tensor:
         ctx.collect = collect

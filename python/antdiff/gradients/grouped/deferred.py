@@ -1,9 +1,10 @@
-"""The Gram matrix without J, for a J of K x P numbers that does not fit.
+"""The Gram matrix without J, for a J of K x P numbers that does not fit in memory.
 
-The K gradients of a parameter are taken as in route ``grouped``, multiplied with each other, and thrown away. What made
-them stays: the input of the op and the gradient of its output, from which, once the weights are known, one product
-gives the combined gradient, ``sum_k w_k grad_k``. Weight gradients are thus taken twice: 4/3 of a plain step. Where the
-K gradients are smaller than what makes them (biases; layers that see many tokens), they stay instead, at no cost.
+The K gradients of a parameter are computed as in route ``grouped``, multiplied with each other, and discarded. The
+input of the op and the gradient of its output are kept. Once the weights are known, one product of these two gives the
+combined gradient, ``sum_k w_k grad_k``. Weight gradients are therefore computed twice, which makes 4/3 of the FLOPs of
+a plain step. Where the K gradients are smaller than these two tensors (biases, layers that see many tokens), the K
+gradients are kept instead, at no cost.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from antdiff.gradients.sinks import Sink, Sinks
 
 
 class DeferredGradient(NamedTuple):
-    """What it takes to compute the weight gradients of one op again.
+    """The arguments for computing the weight gradients of one op again.
 
     Attributes:
-        sinks: where they go; None for a sink that keeps its K rows, and so needs no second computation.
+        sinks: the sinks of the gradients, None where a sink keeps its K rows and needs no second computation.
     """
 
     write: Write
@@ -34,15 +35,15 @@ class DeferredGradient(NamedTuple):
     saved: tuple[Tensor, ...]
 
     def nbytes(self) -> int:
-        """Memory that it holds until :meth:`GramMode.combine`."""
+        """Return the memory that is held until :meth:`GramMode.combine`."""
         return sum(x.nbytes for x in (self.grad, *self.saved))
 
 
 class GramMode(GroupedMode):
-    """Records one forward; :meth:`backward` leaves the Gram matrix, :meth:`combine` the combined gradient.
+    """Record one forward. :meth:`backward` then computes the Gram matrix, and :meth:`combine` the combined gradient.
 
     Attributes:
-        gram: float64 ``[k, k]``.
+        gram: float64 ``[k, k]``. If the losses carry a loss scale, it carries the square of the scale.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -50,9 +51,9 @@ class GramMode(GroupedMode):
         k = self.clustered.k
         self.gram = torch.zeros(k, k, dtype=torch.float64, device=self.clustered.cluster.device)
         self._deferred: list[DeferredGradient] = []
-        self._uses: dict[Sink, int] = {}
-        self._keeps: dict[Sink, bool] = {}
-        self._folded: set[Sink] = set()
+        self._uses: dict[Sink, int] = {}  # uses of the forward that the backward has not reached yet
+        self._keeps: dict[Sink, bool] = {}  # whether a sink keeps its K rows until combine()
+        self._folded: set[Sink] = set()  # sinks whose rows were added to the Gram matrix and discarded
         self._combined = False
 
     def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
@@ -64,7 +65,11 @@ class GramMode(GroupedMode):
         return super().leaf(x, write, user)
 
     def _count(self, users: Sequence[Tensor | None]) -> None:
-        """Uses in the forward. What a checkpoint runs again in the backward was counted, or is the only use."""
+        """Count the uses of shared tensors in the forward.
+
+        Ops that a checkpoint reruns in the backward are not counted: either they were counted in the forward, or they
+        are the only use.
+        """
         if not self._in_backward and torch.is_grad_enabled():
             for sink in filter(None, map(self.sink_of, users)):
                 self._uses[sink] = self._uses.get(sink, 0) + 1
@@ -72,11 +77,11 @@ class GramMode(GroupedMode):
     def sink(self, x: Tensor) -> Sink:
         known = id(x) in self._sinks
         sink = super().sink(x)
-        if not known:  # computed from parameters: they get their rows at the end, all K
+        if not known:  # x is computed from parameters, which get their K rows at the end of the backward
             roots = {id(s.tensor): s for s in self._roots}
-            behind = [roots[id(p)] for p in _parameters_behind(x) if id(p) in roots]
-            self._refuse_folded(behind)  # met in the backward of a re-entrant checkpoint
-            self._keeps.update((s, True) for s in behind)
+            parameters = [roots[id(p)] for p in _parameters_of(x) if id(p) in roots]
+            self._refuse_folded(parameters)  # possible if x is first used in the backward of a re-entrant checkpoint
+            self._keeps.update((s, True) for s in parameters)
             self._keeps[sink] = True
         return sink
 
@@ -101,8 +106,8 @@ class GramMode(GroupedMode):
         names = [s.name for s in sinks if s in self._folded]
         if names:
             raise GroupingError(
-                f"{', '.join(names)} is used inside a checkpoint and again elsewhere, so its Gram matrix was taken too "
-                "early. Take use_reentrant=False for the checkpoint, or compute() in place of gram()."
+                f"{', '.join(names)} is used inside a checkpoint and again elsewhere, so its Gram matrix was computed "
+                "too early. Use use_reentrant=False for the checkpoint, or hold='jacobian'."
             )
 
     def _finish(self) -> None:
@@ -111,18 +116,18 @@ class GramMode(GroupedMode):
             self.gram += ops.gram(remaining)
 
     def combine(self, weights: Tensor) -> None:
-        """Write ``p.grad = sum_k weights_k J_k`` of every parameter, once, and free what was kept for it.
+        """Write ``sum_k weights_k J_k`` to the ``.grad`` of every parameter, and free all tensors kept for it.
 
         Args:
             weights: ``[k]``.
 
         Raises:
-            RuntimeError: it was called before.
+            RuntimeError: a second call.
         """
         if self._combined:
             raise RuntimeError(
-                "combine() frees what it needs while it runs, so it works once; it was called a second time. "
-                "Compute the Gram matrix of the batch again."
+                "combine() works once, since it frees the tensors that it uses, and it was called a second time. "
+                "Compute the cluster gradients again."
             )
         one_cluster = ClusteredBatch(torch.zeros_like(self.clustered.cluster), [self.clustered.B], None)
         kept: list[tuple[Tensor, Tensor]] = []
@@ -148,7 +153,8 @@ class GramMode(GroupedMode):
         self._combined = True
 
 
-def _parameters_behind(x: Tensor) -> Iterator[Tensor]:
+def _parameters_of(x: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that ``x`` was computed from."""
     seen, stack = set(), [x.grad_fn]
     while stack:
         node = stack.pop()

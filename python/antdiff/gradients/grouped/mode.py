@@ -1,19 +1,20 @@
-"""Route ``grouped``: one forward and one backward, K weight gradients.
+"""Route ``grouped``: one forward and one backward that yield K weight gradients.
 
-The backward of an op that applies a parameter to the batch costs two products of the same size: the gradient of its
-input and that of its weight. The first is left to autograd, untouched. The second, a sum over samples, is taken cluster
-by cluster: the FLOPs are the same, and K x P numbers are written instead of P.
+The backward of an op that applies a parameter to the batch costs two products of the same size: the gradient of the
+input and the gradient of the weight. Autograd computes the first one as usual. The second one is a sum over samples,
+which is computed here cluster by cluster: the FLOPs are the same, and K x P numbers are written instead of P.
 
-:class:`GroupedMode` sees every torch function that a network calls, so the network needs no change. To it a tensor is
+:class:`GroupedMode` sees every torch function that a network calls, so the network needs no change. The mode
+distinguishes two kinds of tensors:
 
-- *shared*: a parameter, a buffer, or computed from such tensors alone. No cluster owns any part of it; or
-- *varying*: anything else. Its first dimension is the batch.
+- A *shared* tensor is a parameter, a buffer, or computed from such tensors alone. It does not depend on the batch.
+- Any other tensor is *varying*. Its first dimension is the batch.
 
-Where an op applies a shared tensor that needs a gradient to a varying one, it runs on the detached tensor, and a *tap*
-on its output writes that tensor's K gradients when the output's gradient arrives.
+If an op applies a shared tensor that needs a gradient to a varying one, the op runs on the detached shared tensor. A
+*tap* on the output writes the K gradients of the shared tensor when the gradient of the output arrives.
 
-A shared tensor may be computed from parameters (weight normalisation, casts, tables). It then has K rows of its own,
-which are pulled back to the parameters at the end, through the small graph between the two.
+A shared tensor may be computed from parameters (weight normalisation, casts, tables). Such a tensor gets K rows of its
+own. At the end of the backward they are pulled back to the parameters through the small graph between the two.
 """
 
 from __future__ import annotations
@@ -35,17 +36,21 @@ from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.sinks import Sink, Sinks
 
-# What gives an op's output a graph where its input has none. It never receives a gradient.
+# An extra input of every tap, so that the output gets a graph even if no other input has one. It receives no gradient.
 _ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class GroupedMode(TorchFunctionMode):
-    """Records one forward of ``model``; :meth:`backward` fills the sinks.
+    """Record one forward of ``model``. :meth:`backward` then fills the sinks.
+
+    It implements :class:`antdiff.gradients.grouped.recorder.Recorder`.
 
     Args:
-        separable: torch functions that have no rule here and treat the samples, first dimension of every tensor
-            argument that varies and of the result, independently and without random numbers.
-        probe: the sample whose values are NaN; each op that has a rule then checks that only its rows are.
+        sinks: one per trainable parameter.
+        separable: torch functions without a rule that treat samples independently and draw no random numbers. The
+            samples are the first dimension of every varying tensor argument and of the result.
+        probe: index of the sample whose values are NaN. Each op with a rule then checks that only the rows of this
+            sample are NaN.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class GroupedMode(TorchFunctionMode):
         self._sinks = {id(s.tensor): s for s in sinks}
         self._separable = set(separable)
         self._derived: list[Sink] = []
-        # Strong references, so that no id is used twice while the mode is on.
+        # The tensors are kept alive, so that no id is reused while the mode is active.
         self._shared: dict[int, Tensor] = {id(x): x for x in own_tensors(model)}
         self._expanded: dict[int, Tensor] = {}
 
@@ -105,7 +110,8 @@ class GroupedMode(TorchFunctionMode):
             names = sorted({self.sink(x).name for x in trainable})
             raise GroupingError(
                 f"{resolve_name(func) or func} applies {', '.join(names)} to the batch in a way that has no grouped "
-                "rule. If it treats samples independently, pass separable=[that function]; else use route='split'."
+                "rule. If it treats samples independently, pass separable=[that function]; otherwise use "
+                "route='split'."
             )
         return out
 
@@ -151,18 +157,22 @@ class GroupedMode(TorchFunctionMode):
     # ---- backward ------------------------------------------------------------------------------------------------
 
     def backward(self, per_sample: Tensor, factors: Tensor) -> None:
-        """Row i of every sink += the gradient of ``(factors * per_sample)`` summed over cluster i.
+        """Add the gradient of ``(factors * per_sample)``, summed over cluster i, to row i of every sink.
+
+        Args:
+            per_sample: the losses ``[B]``.
+            factors: ``[B]``.
 
         Raises:
-            GroupingError: a parameter received a gradient past the rules, so its K gradients are unknown.
+            GroupingError: a parameter received a gradient that no rule has split, so its K gradients are unknown.
         """
-        if id(per_sample) in self._shared:  # depends on no data
+        if id(per_sample) in self._shared:  # the losses do not depend on the batch
             per_sample = self.leaf(per_sample, own_rows, per_sample)
         edge = get_gradient_edge(per_sample)
         for sink in self._roots:
             sink.tensor.grad = None
-        # Given an edge in place of the tensor, autograd leaves this mode on while it runs, so that what a checkpoint
-        # computes again is recorded too.
+        # Given a gradient edge instead of a tensor, autograd leaves this mode on while it runs. The mode has to stay
+        # on, so that the ops that a checkpoint recomputes are recorded too.
         self._in_backward = True
         try:
             with self:
@@ -180,7 +190,7 @@ class GroupedMode(TorchFunctionMode):
             sink.finish()
 
     def _pull_back(self) -> None:
-        """The rows of tensors computed from parameters become rows of the parameters."""
+        """Pull the rows of tensors computed from parameters back to rows of the parameters."""
         written = [s for s in self._derived if not s.fresh]
         if not written:
             return
@@ -196,12 +206,14 @@ class GroupedMode(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast(grad.device.type):
             self._fill(write, sinks, grad, saved)
 
+    # GramMode overrides this method.
     def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         write(self.clustered, sinks, grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
     def _share(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Register the result of an op whose tensor arguments are all shared."""
         if isinstance(out, Tensor):
             self._shared[id(out)] = out
             if out.requires_grad and func in _EXPANDS and out.dim() and out.shape[0] != 1 and out.stride(0) == 0:
@@ -214,7 +226,7 @@ class GroupedMode(TorchFunctionMode):
         return out
 
     def _unshare(self, x: Tensor) -> None:
-        """A shared tensor was filled in place with values that vary: it varies now, and so does every view of it."""
+        """Treat ``x`` and all its views as varying, because varying values were written into it in place."""
         storage = x.untyped_storage()._cdata
         roots = {id(s.tensor) for s in self._roots}
         for key, y in list(self._shared.items()):
@@ -222,6 +234,7 @@ class GroupedMode(TorchFunctionMode):
                 del self._shared[key]
 
     def _probe(self, x: Tensor, m: int, name: str) -> None:
+        """Raise if a row of a sample other than the probe is NaN in ``x``, which has m rows per sample."""
         assert self.probe is not None
         bad = torch.isnan(x).reshape(x.shape[0], -1).any(1)
         own = bad[self.probe * m : (self.probe + 1) * m]
@@ -231,26 +244,31 @@ class GroupedMode(TorchFunctionMode):
                 f"where {name} meets the batch, the values of sample {self.probe} have reached {others} of the "
                 f"{x.shape[0] - m} rows of other samples: an op before it mixes samples (BatchNorm, attention over the "
                 "batch), or the batch is not the first dimension. Use route='loop' for a network that mixes samples, "
-                "'split' for another layout."
+                "and route='split' for another layout."
             )
 
 
 class _Tap(torch.autograd.Function):
+    """Pass ``out`` and its gradient on unchanged, and call ``write`` with the gradient."""
+
     @staticmethod
     def forward(ctx: Any, out: Tensor, _anchor: Tensor, write: Write, *saved: Tensor) -> Tensor:
-        ctx.save_for_backward(*saved)  # not in a closure: checkpoints and offloading replace saved tensors
+        ctx.save_for_backward(*saved)  # not in a closure: checkpointing and offloading replace only saved tensors
         ctx.write = write
-        # The same memory under a new history, as a tensor that is no view, so that the network may go on in place.
+        # The output has the memory of `out` and a history of its own. To autograd it is not a view, so the network may
+        # modify it in place.
         return torch.ops.aten._unsafe_view(out, out.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # may run a checkpointed forward again, with the mode on
+        saved = ctx.saved_tensors  # may rerun a checkpointed forward, which the active mode records
         ctx.write(grad_out, *saved)
         return grad_out, None, None, *(None for _ in saved)
 
 
 class _Leaf(torch.autograd.Function):
+    """Pass the detached ``x`` on, and call ``write`` with its gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, write: Write) -> Tensor:
         ctx.write = write
@@ -263,15 +281,21 @@ class _Leaf(torch.autograd.Function):
 
 
 def pull_back(outs: Sequence[Tensor], rows: Sequence[Tensor], ins: Sequence[Tensor]) -> list[Tensor | None]:
-    """K rows of gradients of tensors computed from parameters, as K rows of the parameters; None for those that are not
-    behind them."""
-    of, to = ([get_gradient_edge(x) for x in tensors] for tensors in (outs, ins))
-    grad = partial(torch.autograd.grad, of, to, retain_graph=True, allow_unused=True)
+    """Return the K gradients of the parameters ``ins``, given the K gradients of tensors computed from them.
+
+    Args:
+        rows: ``[k, *shape]`` per tensor of ``outs``.
+
+    Returns:
+        ``[k, *shape]`` per tensor of ``ins``, None if no tensor of ``outs`` depends on it.
+    """
+    out_edges, in_edges = ([get_gradient_edge(x) for x in tensors] for tensors in (outs, ins))
+    grad = partial(torch.autograd.grad, out_edges, in_edges, retain_graph=True, allow_unused=True)
     try:
         return list(grad(rows, is_grads_batched=True))
-    except RuntimeError:  # some op between the two has no batched backward: a custom Function, say
-        each = [grad([r[i] for r in rows]) for i in range(len(rows[0]))]
-        return [_stack(p, gs) for p, gs in zip(ins, zip(*each, strict=True), strict=True)]
+    except RuntimeError:  # an op between the two has no batched backward, for example a custom Function
+        per_cluster = [grad([r[i] for r in rows]) for i in range(len(rows[0]))]
+        return [_stack(p, grads) for p, grads in zip(ins, zip(*per_cluster, strict=True), strict=True)]
 
 
 def _stack(p: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -285,12 +309,12 @@ def no_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 LEAK = (
-    "received a gradient that is not split by cluster: used in a custom autograd Function, a compiled region or "
+    "received a gradient that is not split by cluster: it is used in a custom autograd Function, a compiled region, or "
     "another op that a torch function mode does not see. Use route='split'."
 )
 SECOND_ORDER = (
-    "a gradient is taken inside the forward (a penalty on gradients, say), and the grouped route knows first "
-    "derivatives alone. Use route='split'."
+    "the forward computes a gradient (a gradient penalty, for example), and the grouped route supports first "
+    "derivatives only. Use route='split'."
 )
 
 _EXPANDS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
@@ -307,6 +331,6 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
+    """Yield parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
     for module in model.modules():
         yield from tensors_in((vars(module),), {})

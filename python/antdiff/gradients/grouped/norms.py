@@ -1,4 +1,4 @@
-"""Gradients of the scale and shift of normalisations, cluster by cluster."""
+"""Gradients of the weight and bias of normalisations, cluster by cluster."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ def group_norm(
 def _group_norm_grads(
     clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:
-    """Of each sample first: the sums of grad, and of grad times the normalised x, over each of its channels. The fused
-    kernel sums over samples for each channel; to it the channels of all samples are those of one."""
+    """Sum grad, and grad times the normalised x, per channel of each sample, and then over the samples of each cluster.
+
+    The fused backward kernel sums each channel over all samples. Here it gets the channels of all R samples as the
+    channels of a single sample, so that it returns sums per sample.
+    """
     R, C = x.shape[:2]
     g, x = (_float(y).reshape(1, R * C, -1) for y in (grad, x))
     mean, rstd = (_float(y).view(1, -1) for y in (mean, rstd))  # [1, R groups]
     shape = (1, R * C, x.shape[2], mean.shape[1])
-    _, scale, shift = torch.ops.aten.native_group_norm_backward.default(
+    _, weight_sums, bias_sums = torch.ops.aten.native_group_norm_backward.default(
         g, x, mean, rstd, x.new_ones(R * C), *shape, [False, True, True]
     )
-    for sink, each in zip(sinks, (scale, shift), strict=True):
+    for sink, sums in zip(sinks, (weight_sums, bias_sums), strict=True):
         if sink is not None:
-            sink.add_all(clustered.sums(each.view(R, C)))
+            sink.add_all(clustered.sums(sums.view(R, C)))
 
 
 def layer_norm(
@@ -74,11 +77,11 @@ def _layer_norm_grads(
     clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Any = None, mean: Any = None, rstd: Any = None
 ) -> None:
     weight, bias = sinks
-    last = (weight or bias).tensor.numel()  # type: ignore[union-attr]
+    size = (weight or bias).tensor.numel()  # type: ignore[union-attr]
     if bias is not None:
-        bias.add_all(clustered.sums(grad.reshape(-1, last)))
+        bias.add_all(clustered.sums(grad.reshape(-1, size)))
     if weight is not None:
-        weight.add_all(clustered.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, last)))
+        weight.add_all(clustered.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, size)))
 
 
 def rms_norm(
@@ -89,7 +92,7 @@ def rms_norm(
     x = recorder.check(input, weight)
     out = func(x, normalized_shape, detached(weight), eps)
     normalized = partial(func, normalized_shape=normalized_shape, eps=eps)
-    return recorder.tap(out, partial(_affine_grads, normalized, len(normalized_shape)), (weight, None), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, False), (weight, None), x)
 
 
 def batch_norm(
@@ -105,13 +108,13 @@ def batch_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    """With frozen statistics; :func:`no_batch_statistics` has refused the others."""
+    """Apply batch norm with frozen statistics. :func:`no_batch_statistics` has already refused batch statistics."""
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
     x = recorder.check(input, weight, bias)
     out = F.batch_norm(x, running_mean, running_var, detached(weight), detached(bias), False, momentum, eps)
     normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
-    return recorder.tap(out, partial(_affine_grads, normalized, None), (weight, bias), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, True), (weight, bias), x)
 
 
 def instance_norm(
@@ -137,19 +140,24 @@ def instance_norm(
     normalized = partial(
         F.instance_norm, running_mean=stats[0], running_var=stats[1], use_input_stats=use_input_stats, eps=eps
     )
-    return recorder.tap(out, partial(_affine_grads, normalized, None), (weight, bias), x)
+    return recorder.tap(out, partial(_affine_grads, normalized, True), (weight, bias), x)
 
 
 def _affine_grads(
-    normalized: Op, last: int | None, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor
+    normalized: Op, channels: bool, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor
 ) -> None:
-    """``out = normalized(x) * weight + bias``, over the last dimensions, or over dimension 1 where ``last`` is None."""
+    """Write the gradients of ``out = normalized(x) * weight + bias``.
+
+    Args:
+        channels: weight and bias belong to dimension 1 of x; if False, to its last dimensions.
+    """
     weight, bias = sinks
-    for sink, inner in ((weight, True), (bias, False)):
+    for sink, factor in ((weight, normalized), (bias, None)):
         if sink is not None:
-            each = _float(grad) * normalized(x) if inner else _float(grad)
-            sums = each.flatten(2).sum(2) if last is None and each.dim() > 2 else each.reshape(-1, sink.tensor.numel())
-            sink.add_all(clustered.sums(sums))
+            terms = _float(grad) if factor is None else _float(grad) * factor(x)
+            if channels and terms.dim() > 2:
+                terms = terms.flatten(2).sum(2)
+            sink.add_all(clustered.sums(terms.reshape(-1, sink.tensor.numel())))
 
 
 def _float(x: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _norm_input(x: Tensor) -> Tensor:
-    """Autocast on CUDA runs these in float32; on the CPU it leaves them as they are."""
+    """Cast ``x`` as autocast does: normalisations run in float32 on CUDA, and in the dtype of the input on the CPU."""
     return x.float() if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
 
 
@@ -173,6 +181,6 @@ def no_batch_statistics(
 ) -> None:
     if training:
         raise GroupingError(
-            "BatchNorm in training mode mixes the samples of all clusters, so a cluster's gradient is no sum over its "
-            "own samples. Use GroupNorm, freeze its statistics with .eval(), or take route='loop'."
+            "BatchNorm in training mode mixes the samples of all clusters, so the gradient of a cluster is not a sum "
+            "over its own samples. Use GroupNorm, freeze the statistics with .eval(), or use route='loop'."
         )

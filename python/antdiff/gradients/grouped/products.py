@@ -15,9 +15,10 @@ from antdiff.gradients.grouped.recorder import Op, Recorder, autocast_operand, d
 from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.sinks import Sinks
 
-# Types of devices where torch's grouped_mm takes the K products of a linear layer's weight gradient, in one launch
-# (bfloat16, sizes a multiple of 8). On a CPU it is the same K products and a copy: 0.6 to 1.04 times the speed of mm
-# with `out=`, the more rows the closer. On a GPU nobody has measured it; the result is the same.
+# Device types on which torch's grouped_mm computes the K products of a linear layer's weight gradient in one launch
+# (bfloat16, sizes that are a multiple of 8). On a CPU it computes the same K products and copies them, at 0.6 to 1.04
+# times the speed of mm with `out=`; the speeds get closer as the number of rows grows. It has not been measured on a
+# GPU. The result is the same.
 GROUPED_MM: frozenset[str] = frozenset()
 
 
@@ -62,19 +63,21 @@ def addmm(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """One matrix, as torch makes it where the weight needs a gradient; of a detached weight it would make a batch of
-    copies if the input is not contiguous."""
+    """Flatten ``x`` to one matrix, as torch does for a weight that needs a gradient.
+
+    For a detached weight and an input that is not contiguous, torch would instead compute a batched product of copies.
+    """
     return autocast_operand(x).reshape(-1, x.shape[-1])
 
 
 def _linear_grads(
     transposed: bool, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, x: Tensor | None = None
 ) -> None:
-    """Of ``grad [R, out]`` and ``x [R, in]``."""
+    """Write the gradients of the weight and the bias, given ``grad [R, out]`` and ``x [R, in]``."""
     weight, bias = sinks
     if weight is not None:
         assert x is not None
-        x = x.conj()  # itself where real
+        x = x.conj()  # no-op for a real tensor
         if x.device.type in GROUPED_MM and clustered.order is None:
             left, right = (x, grad) if transposed else (grad, x)
             stops = torch.tensor([stop for _, stop in clustered.slices()], device=x.device) * clustered.repeats(x)
@@ -116,7 +119,7 @@ def einsum(recorder: Recorder, func: Op, equation: Any, *operands: Any) -> Any:
 
 
 def _contract(recorder: Recorder, out: Tensor, p_name: str, x_name: str, result: str, p: Tensor, x: Tensor) -> Tensor:
-    """Tap for ``out = einsum(p, x)``, whose weight gradient is ``einsum(out, x)``."""
+    """Tap ``out = einsum(p, x)``, whose weight gradient is ``einsum(grad of out, x)``."""
     x = autocast_operand(recorder.check(x, p))
     return recorder.tap(out, partial(_einsum_grads, f"{result},{x_name}->{p_name}"), (p,), x)
 
@@ -142,8 +145,8 @@ def convolution(
     groups: int = 1,
 ) -> Any:
     if isinstance(padding, str):
-        spans = [(n - 1) * d for n, d in zip(weight.shape[2:], _each(weight, dilation), strict=True)]
-        if padding == "same" and any(span % 2 for span in spans):  # pads unevenly
+        spans = [(n - 1) * d for n, d in zip(weight.shape[2:], _per_dimension(weight, dilation), strict=True)]
+        if padding == "same" and any(span % 2 for span in spans):  # torch pads unevenly
             return by_slices(recorder, func, input, weight, bias, stride, padding, dilation, groups)
         padding = [span // 2 for span in spans] if padding == "same" else 0
     call = partial(func, stride=stride, padding=padding, dilation=dilation, groups=groups)
@@ -169,16 +172,16 @@ def convolution_transpose(
 
 
 def _convolve(
-    recorder: Recorder, call: Op, input: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...]
+    recorder: Recorder, call: Op, input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> Any:
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias) or input.dim() != weight.dim():
         return NotImplemented
     x = autocast_operand(recorder.check(input, weight, bias))  # [R, in, ...]
-    stride, padding, dilation, transposed, output_padding, groups = how
+    stride, padding, dilation, transposed, output_padding, groups = options
     options = (
-        *(_each(weight, v) for v in (stride, padding, dilation)),
+        *(_per_dimension(weight, v) for v in (stride, padding, dilation)),
         transposed,
-        _each(weight, output_padding),
+        _per_dimension(weight, output_padding),
         groups,
     )
     write = partial(_convolution_grads, options)
@@ -202,8 +205,8 @@ def _convolution_grads(
         bias.add_all(clustered.sums(grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))))
 
 
-def _each(weight: Tensor, value: Any) -> list[int]:
-    """An option of a convolution, for each of its dimensions."""
+def _per_dimension(weight: Tensor, value: Any) -> list[int]:
+    """Return an option of a convolution as a list with one value per spatial dimension."""
     n = weight.dim() - 2
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     return values * n if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""The interface between the rules and the mode that records a forward, and the two functions that every rule uses."""
+"""The interface that rules see of the mode that records a forward, and two functions that most rules use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from antdiff.gradients.batch import ClusteredBatch
 
 Op = Callable[..., Any]
 
-# Called as ``write(clustered, sinks, grad, *saved)``: adds the K weight gradients of one op to its sinks.
+# Called as ``write(clustered, sinks, grad, *saved)``. Adds the K weight gradients of one op to their sinks.
 Write = Callable[..., None]
 
 
 class Recorder(Protocol):
-    """What a rule may ask of the mode that calls it.
+    """The interface of :class:`antdiff.gradients.grouped.mode.GroupedMode` that rules may use.
 
     A tensor is *shared* if it is a parameter, a buffer, or computed from such tensors alone. Any other tensor *varies*,
     and its first dimension is the batch.
@@ -31,7 +31,7 @@ class Recorder(Protocol):
     probe: int | None
 
     def __enter__(self) -> Any:
-        """Record the ops that a rule calls in turn."""
+        """Record the ops in this context, for a rule that is composed of ops with rules."""
 
     def __exit__(self, *exception: Any) -> Any: ...
 
@@ -44,16 +44,16 @@ class Recorder(Protocol):
         ...
 
     def expanded_from(self, x: Tensor) -> Tensor | None:
-        """Return the tensor that the shared tensor ``x`` was expanded from along its first dimension alone, if any."""
+        """Return the tensor from which the shared tensor ``x`` was expanded along its first dimension only, if any."""
         ...
 
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
-        """Return the varying tensor ``x`` if it has one or more rows per sample.
+        """Return the varying tensor ``x`` after a check that it has one or more rows per sample.
 
-        With a probe, also check that only the rows of that sample are NaN.
+        With a probe, also check that only the rows of the probed sample are NaN.
 
         Args:
-            users: the shared tensors that meet ``x``, for the message.
+            users: the shared tensors that the op applies to ``x``. The message names them.
 
         Raises:
             GroupingError: the first dimension of ``x`` is no multiple of the batch size, or samples have been mixed.
@@ -64,13 +64,18 @@ class Recorder(Protocol):
         """Return ``out``, and call ``write(clustered, sinks, grad, *saved)`` when its gradient arrives.
 
         Args:
-            users: the shared tensors behind ``out``. ``sinks`` has one entry per user: None where it needs no gradient.
+            users: the shared tensors that ``out`` was computed from. ``sinks`` has one entry per user, None if the user
+                needs no gradient.
+            saved: tensors that ``write`` needs. They are saved for the backward as autograd saves its own.
         """
         ...
 
     def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
-        """Return the values of ``x`` without its graph, and call ``write(clustered, [sink of user], grad)`` when their
-        gradient arrives."""
+        """Return ``x`` without its graph, and call ``write(clustered, [sink], grad)`` when its gradient arrives.
+
+        Args:
+            user: the shared tensor whose sink ``write`` gets.
+        """
         ...
 
 

@@ -1,9 +1,12 @@
-"""Which rule serves which torch function.
+"""The table of rules: one rule per torch function.
 
-A rule is called as ``rule(recorder, func, *args, **kwargs)`` in place of an op that applies a parameter to the batch.
-It runs the op on detached parameters, so that the output and the input's gradient are the framework's own, and taps the
-output with a function that writes the K weight gradients. It returns NotImplemented where the arguments are not of a
-kind it knows. A new op needs a line here, and a formula only if one more forward of it in the backward costs too much.
+A rule is called as ``rule(recorder, func, *args, **kwargs)`` instead of an op that applies a parameter to the batch. It
+runs the op on detached parameters, so that PyTorch itself computes the output and the gradient of the input. It taps
+the output with a function that writes the K weight gradients. It returns NotImplemented for arguments that it does not
+support.
+
+To support another op, add a line here. The op needs a formula of its own only if :func:`by_slices`, which reruns its
+forward in the backward, is too slow.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ RULES: dict[Op, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
 }
 
-# Ops that mix the samples of a batch whether or not they have parameters: refused wherever they meet the batch.
+# Checks for ops that can mix the samples of a batch, with or without parameters. Each check gets the arguments of every
+# call of its op that has a varying argument, and raises if the call mixes samples.
 CROSS_SAMPLE: dict[Op, Callable[..., None]] = {
     F.batch_norm: norms.no_batch_statistics,
     torch.batch_norm: lambda x, w, b, mean, var, training, *_: norms.no_batch_statistics(x, training=training),

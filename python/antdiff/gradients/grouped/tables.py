@@ -49,7 +49,7 @@ def _look_up(recorder: Recorder, out: Tensor, table: Tensor, index: Tensor, skip
 
 
 def _table_grads(skip: int | None, clustered: ClusteredBatch, sinks: Sinks, grad: Tensor, index: Tensor) -> None:
-    """The lookup's own backward, into a table of k V rows."""
+    """Run the backward of the lookup into one table of k V rows, V per cluster."""
     (sink,) = sinks
     if sink is None:
         return
