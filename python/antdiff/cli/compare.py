@@ -12,7 +12,8 @@ import tyro
 from antdiff.train.config import METHODS, Companion, TrainConfig
 
 COMPARE_STEPS = 800
-Compared = Literal[(*METHODS, "all")]  # type: ignore[valid-type]
+_COMPARED = (*METHODS, "all")
+Compared = Literal[_COMPARED]  # type: ignore[valid-type]
 
 
 def compare(
