@@ -1,4 +1,4 @@
-"""Networks whose cluster gradients are tested, each for some way of applying parameters to a batch; the reference."""
+"""Networks for the tests of cluster gradients, each with other ways of applying parameters to a batch, and a reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 K = 5
-SIZES = [7, 1, 6, 0, 6]  # unequal, one cluster with one sample, one without
+SIZES = [7, 1, 6, 0, 6]  # unequal; one cluster has a single sample, and one has none
 B = sum(SIZES)
 
 
@@ -23,12 +23,12 @@ def cluster_ids(sizes: Sequence[int] = SIZES, *, shuffled: bool = False) -> Tens
 
 
 def by_hand(model: nn.Module, per_sample: Tensor, cluster: Tensor, k: int = K) -> list[Tensor | None]:
-    """The definition: autograd's gradient of each cluster's mean loss."""
+    """Return J by its definition: the gradient of the mean loss of each cluster, computed by autograd."""
     trained = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for i in range(k):
-        mine = cluster == i
-        loss = (per_sample * mine).sum() / mine.sum().clamp(min=1)
+        mask = cluster == i
+        loss = (per_sample * mask).sum() / mask.sum().clamp(min=1)
         grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)])
     J = iter([torch.stack(r) for r in zip(*rows, strict=True)])
@@ -36,10 +36,10 @@ def by_hand(model: nn.Module, per_sample: Tensor, cluster: Tensor, k: int = K) -
 
 
 def worst(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
-    """The largest relative error of a parameter's row. A row that is zero in ``want`` must be zero.
+    """Return the largest relative error of a row of a parameter. A row that is zero in ``want`` must be zero.
 
-    A row is measured by its own norm, or by 1e-3 of the largest row of any parameter where it is smaller: the gradient
-    of a key's bias, say, is zero but for rounding.
+    The error is relative to the norm of the row, or to 1e-3 of the largest row of any parameter if the row is smaller:
+    the gradient of the bias of an attention key, for example, is zero up to rounding.
     """
     assert len(got) == len(want)
     error = 0.0
@@ -49,14 +49,14 @@ def worst(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> float:
         if g is None or w is None:
             continue
         assert g.shape == w.shape
-        gap, norm = (y.double().reshape(len(w), -1).norm(dim=1) for y in (g.double() - w.double(), w))
-        assert gap[norm == 0].eq(0).all(), "an empty cluster has a gradient"
-        error = max(error, float((gap / norm.clamp(min=1e-3 * largest)).max()))
+        difference, norm = (y.double().reshape(len(w), -1).norm(dim=1) for y in (g.double() - w.double(), w))
+        assert difference[norm == 0].eq(0).all(), "an empty cluster has a gradient"
+        error = max(error, float((difference / norm.clamp(min=1e-3 * largest)).max()))
     return error
 
 
 def peak(step: Callable[[], Any]) -> int:
-    """Bytes of tensors at most alive at once in ``step``, of those it makes, by torch's allocator."""
+    """Return the peak memory in bytes of the tensors that ``step`` allocates, as reported by torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
@@ -68,7 +68,7 @@ def peak(step: Callable[[], Any]) -> int:
 
 
 class Tied(nn.Module):
-    """A weight used three times, once transposed; a shared bias; a vector and a scalar parameter."""
+    """A weight that is used three times, once transposed, a shared bias, and a vector and a scalar parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Tied(nn.Module):
 
 
 class WeightNorm(nn.Module):
-    """EDM2's way: weights normalised before use, so the parameters meet no sample themselves."""
+    """Weights that are normalised before use, as in EDM2, so that the parameters themselves are not applied to samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class WeightNorm(nn.Module):
 
 
 class Token(nn.Module):
-    """A class token expanded over the batch, a table computed from parameters alone, positions, ``x @ p``."""
+    """A class token expanded over the batch, a table computed from parameters only, positions, and ``x @ p``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Token(nn.Module):
 
 
 class Repeated(nn.Module):
-    """Tokens repeated in memory, and a lookup whose ids the network makes itself: as many as samples by chance."""
+    """Tokens repeated in memory, and lookups with ids that the network creates, which happen to be B in number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Images(nn.Module):
 
 
 class Products(nn.Module):
-    """einsum of several kinds, token mixing, addmm, products with vectors, in-place arithmetic."""
+    """Several einsums, token mixing, addmm, products with vectors, and in-place arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Tables(nn.Module):
 
 
 class Attention(nn.Module):
-    """scaled_dot_product_attention with a learned bias and a learned key and value."""
+    """scaled_dot_product_attention with a learned bias, a learned key and a learned value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Attention(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """nn.MultiheadAttention: to itself, to another sequence, with masks, with learned keys, in both layouts."""
+    """nn.MultiheadAttention as self-attention and cross-attention, with masks, with learned keys, in both layouts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,16 +256,16 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = torch.arange(6) >= 5
-        h, share = self.own(x, x, x, attn_mask=torch.ones(6, 6).tril() == 0)
+        h, attention = self.own(x, x, x, attn_mask=torch.ones(6, 6).tril() == 0)
         h = h + self.cross(h, x[..., :4], x[..., :4], need_weights=False, key_padding_mask=length.expand(len(x), 6))[0]
         s, other = h.transpose(0, 1), x.transpose(0, 1)
         mask = torch.linspace(-1, 1, 36, dtype=x.dtype).view(6, 6).repeat(4 * len(x), 1, 1)
         h = h + self.pair(s, other, other, attn_mask=mask)[0].transpose(0, 1)
-        return self.encoder(h) + share.mean(1)[..., None]
+        return self.encoder(h) + attention.mean(1)[..., None]
 
 
 class Partly(nn.Module):
-    """Frozen and unused parameters, a frozen layer in the middle, a parameter that only one cluster reaches."""
+    """Frozen and unused parameters, a frozen layer in the middle, and a parameter that only one cluster uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ LAYERS: list[Callable[[], nn.Module]] = [Tied, WeightNorm, Token, Repeated, Conv
 
 
 class Checkpointed(nn.Module):
-    """A layer, checkpointed, between two ordinary ones; the layer is normalised in the checkpoint too."""
+    """A checkpointed layer after an ordinary one."""
 
     def __init__(self, inner: nn.Module, reentrant: bool) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Patches, timestep and label embeddings, adaLN blocks. ``x [B, 4, size, size], t [B], y [B]``."""
+    """Patches, timestep and label embeddings, and adaLN blocks, for ``x [B, 4, size, size], t [B], y [B]``."""
 
     def __init__(
         self,
@@ -365,7 +365,7 @@ class DiT(nn.Module):
 
 
 def diffusion_batch(n: int = B, size: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, t, y, noise."""
+    """Return x, t, y and noise."""
     g = torch.Generator().manual_seed(1)
     x, noise = torch.randn(2, n, 4, size, size, generator=g, dtype=torch.float64).to(dtype)
     return (
@@ -377,7 +377,7 @@ def diffusion_batch(n: int = B, size: int = 8, dtype: torch.dtype = torch.float6
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """No parameter stays zero or one: a wrong gradient would hide behind it."""
+    """Perturb all parameters: with a parameter that is exactly zero or one, a wrong gradient could look right."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -393,7 +393,7 @@ def denoising(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def unet(*widths: int) -> nn.Module:
-    """Attention at every resolution but the first, or at the only one."""
+    """Return a UNet with attention at every resolution except the first, or at its only resolution."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(
