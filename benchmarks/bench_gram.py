@@ -19,31 +19,23 @@ from torch import Tensor
 
 from antdiff import ops
 
-
-def pcgrad_weights(G: Tensor) -> Tensor:
-    """The package's own if present; else a stand-in of K x K work, so that the two passes are timed alone."""
-    if hasattr(ops, "pcgrad_weights"):
-        return ops.pcgrad_weights(G)  # type: ignore[no-any-return]
-    return G.sum(dim=1)
-
-
 # ---- what a user would write without the package ---------------------------------------------------------------------
 
 
 def eager_float32(J: Tensor) -> Tensor:
-    return pcgrad_weights((J @ J.T).double()).to(J.dtype) @ J
+    return ops.pcgrad_weights((J @ J.T).double()).to(J.dtype) @ J
 
 
 def eager_float64(J: Tensor) -> Tensor:
     rows = J.double()
-    return pcgrad_weights(rows @ rows.T).to(J.dtype) @ J
+    return ops.pcgrad_weights(rows @ rows.T).to(J.dtype) @ J
 
 
 def compiled(J: Tensor) -> Callable[[], object]:
     """As a fused reduction, which is the form a compiler can turn into one pass."""
     gram = torch.compile(lambda x: (x[:, None] * x[None]).sum(-1, dtype=torch.float64))
     combine = torch.compile(lambda w, x: (w[:, None].to(x.dtype) * x).sum(0))
-    return lambda: combine(pcgrad_weights(gram(J)), J)
+    return lambda: combine(ops.pcgrad_weights(gram(J)), J)
 
 
 # ---- CPU -------------------------------------------------------------------------------------------------------------
@@ -74,7 +66,7 @@ def matrix_case(case: str, J: Tensor, args: argparse.Namespace) -> list[Result]:
         "floor": floor,
         "gram": lambda: ops.gram(J),
         "combine": lambda: ops.combine(w, J, out),
-        "gram+weights+combine": lambda: ops.combine(pcgrad_weights(ops.gram(J)), J, out),
+        "gram+weights+combine": lambda: ops.combine(ops.pcgrad_weights(ops.gram(J)), J, out),
         "eager float32": lambda: eager_float32(J),
     }
     if K * P * 8 < 2**31:
@@ -136,7 +128,7 @@ def list_case(
 
     def eager() -> list[Tensor]:
         rows = [x.flatten(1) for x in J]
-        v = pcgrad_weights(sum((x @ x.T).double() for x in rows)).to(dtype)  # type: ignore[arg-type]
+        v = ops.pcgrad_weights(sum((x @ x.T).double() for x in rows)).to(dtype)  # type: ignore[arg-type]
         return [v @ x for x in rows]
 
     candidates: dict[str, Callable[[], object]] = {

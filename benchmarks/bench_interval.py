@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from harness import cpu_name
 
 from antdiff import diffusion, ops
 from antdiff.ops._extension import _C
@@ -138,14 +138,6 @@ def cases(slow: bool) -> list[Case]:
     ]
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", action="store_true", help="also time ruptures' Dynp")
@@ -155,7 +147,7 @@ def main() -> None:
     setting = {
         "threads": 1,
         "isa": _C.build_info()["isa"],
-        "cpu": processor(),
+        "cpu": cpu_name(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }

@@ -123,7 +123,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
 
 def environment() -> dict[str, str]:
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
@@ -132,7 +132,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -30,6 +30,11 @@ def as_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value  # type: ignore[return-value]
 
 
+def describe(x: object) -> str:
+    """Return dtype and shape of a tensor, or the name of another object's type, for error messages."""
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def same_device(a: torch.device, b: torch.device) -> bool:
     """Whether two device objects can mean the same device.
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count
+
 Needs = Literal["gram", "losses", "rows"]
 
 
@@ -74,9 +76,7 @@ class GramBalancer:
     about: ClassVar[About]
 
     def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
-        if update_every < 1:
-            raise ValueError(f"update_every must be at least 1; got {update_every}.")
-        self.update_every = update_every
+        self.update_every = as_count("update_every", update_every)
         self.nonfinite: Literal["raise", "poison"] = nonfinite
         self._calls = 0
         self._last: Tensor | None = None  # [..., k]
@@ -145,9 +145,7 @@ class LossBalancer:
     about: ClassVar[About]
 
     def __init__(self, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1; got {k}.")
-        self.k = k
+        self.k = as_count("k", k)
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """Weights ``[K]`` of ``losses [K]``, detached, in their dtype and on their device. Takes no step."""
@@ -173,8 +171,14 @@ class LossBalancer:
         """Restores what :meth:`state_dict` returned."""
 
     def _check(self, losses: Tensor) -> None:
-        if losses.shape != (self.k,):
-            raise ValueError(f"losses must have shape [K] with K={self.k}; got {list(losses.shape)}.")
+        check_losses(losses, self.k)
+
+
+def check_losses(losses: Tensor, k: int | None) -> None:
+    """Raise unless ``losses`` has shape ``[k]``; any ``[K]`` where ``k`` is None."""
+    if losses.dim() != 1 or (k is not None and len(losses) != k):
+        rule = "[K]" if k is None else f"[K] with K={k}"
+        raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
 
 
 class RunningMean:

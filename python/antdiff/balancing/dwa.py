@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count
 from antdiff.balancing.base import About, LossBalancer, RunningMean
 
 
@@ -37,10 +38,8 @@ class DynamicWeightAverage(LossBalancer):
         super().__init__(k)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive; got {temperature}.")
-        if epoch < 1:
-            raise ValueError(f"epoch must be at least 1; got {epoch}.")
         self.temperature = temperature
-        self.epoch = epoch
+        self.epoch = as_count("epoch", epoch)
         self.reset()
 
     def weights(self, losses: Tensor, /) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from antdiff.balancing.base import About, Needs
+from antdiff.balancing.base import About, Needs, check_losses
 
 
 class Linear:
@@ -31,17 +31,12 @@ class Linear:
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """``1/K`` for each of ``losses [K]``, in their dtype and on their device."""
-        self._check(losses)
+        check_losses(losses, self.k)
         return torch.full_like(losses, 1 / len(losses), requires_grad=False)
-
-    def _check(self, losses: Tensor) -> None:
-        if losses.dim() != 1 or (self.k is not None and len(losses) != self.k):
-            rule = "[K]" if self.k is None else f"[K] with K={self.k}"
-            raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
         """The scalar to back-propagate: ``sum_i losses_i / K``. An empty cluster's loss is 0 already."""
-        self._check(losses)
+        check_losses(losses, self.k)
         return losses.sum() / len(losses)
 
     def reset(self) -> None:

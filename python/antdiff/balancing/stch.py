@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count
 from antdiff.balancing.base import About, LossBalancer, RunningMean, masked_softmax
 
 
@@ -41,13 +42,9 @@ class SmoothTchebycheff(LossBalancer):
         super().__init__(k)
         if not mu > 0:
             raise ValueError(f"mu must be positive; got {mu}.")
-        if warmup < 0:
-            raise ValueError(f"warmup must be at least 0; got {warmup}.")
-        if epoch < 1:
-            raise ValueError(f"epoch must be at least 1; got {epoch}.")
         self.mu = mu
-        self.warmup = warmup
-        self.epoch = epoch
+        self.warmup = as_count("warmup", warmup, 0)
+        self.epoch = as_count("epoch", epoch)
         self.reset()
 
     def weights(self, losses: Tensor, /) -> Tensor:

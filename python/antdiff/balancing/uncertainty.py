@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from antdiff.balancing.base import About, Needs
+from antdiff._checks import as_count
+from antdiff.balancing.base import About, Needs, check_losses
 
 
 class UncertaintyWeighting(nn.Module):
@@ -37,9 +38,7 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, k: int, *, lr: float = 0.025) -> None:
         super().__init__()
-        if k < 1:
-            raise ValueError(f"k must be at least 1; got {k}.")
-        self.k = k
+        self.k = as_count("k", k)
         self.lr = lr
         self.log_variance = nn.Parameter(torch.zeros(k))  # [K], s
 
@@ -51,14 +50,14 @@ class UncertaintyWeighting(nn.Module):
             counts: samples of each cluster, int64 ``[K]``. A cluster without samples contributes nothing, neither a
                 loss nor a pull on its s. Default: no cluster is empty.
         """
-        self._check(losses)
+        check_losses(losses, self.k)
         terms = self.factor * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]
         return terms.sum() if counts is None else torch.where(counts > 0, terms, 0.0).sum()
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """``1/2 exp(-s) / K`` detached, ``[K]`` in the dtype of ``losses``: the gradient of :meth:`loss` in the model
         is ``sum_i weights_i`` times the gradient of ``losses_i``."""
-        self._check(losses)
+        check_losses(losses, self.k)
         return (self.factor * torch.exp(-self.log_variance.detach()) / self.k).to(losses)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -69,10 +68,6 @@ class UncertaintyWeighting(nn.Module):
         """Sets s to zero in place, so that an optimizer keeps it; the optimizer's own state of s is not touched."""
         with torch.no_grad():
             self.log_variance.zero_()
-
-    def _check(self, losses: Tensor) -> None:
-        if losses.shape != (self.k,):
-            raise ValueError(f"losses must have shape [K] with K={self.k}; got {list(losses.shape)}.")
 
     def forward(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
         return self.loss(losses, counts)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import as_count, describe
 from antdiff.ops._extension import _C, checked, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
@@ -240,7 +240,7 @@ def _loss_and_grad(
 
 def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     if not isinstance(per_sample, Tensor) or per_sample.dim() != 1 or not per_sample.is_floating_point():
-        raise TypeError(f"per_sample must be a float tensor [B]; got {_describe(per_sample)}.")
+        raise TypeError(f"per_sample must be a float tensor [B]; got {describe(per_sample)}.")
     losses, counts, _, _ = _outputs(per_sample, k)
     _C.cluster_mean_forward(
         dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
@@ -264,10 +264,6 @@ def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> T
 def _check_delta(kind: str, delta: float) -> None:
     if kind == "huber" and not delta > 0:
         raise ValueError(f"delta must be positive; got {delta}.")
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 # ---- eager autograd --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from antdiff._checks import describe
 from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops.gram import Jacobian, as_tensors, first_tensor
 
@@ -86,14 +87,12 @@ def _checked_outputs(out: object, J: object, tensors: list[Tensor | None]) -> li
         raise ValueError(f"out must be as long as J; got {len(outs)} entries for {len(tensors)}.")
     for i, (o, x) in enumerate(zip(outs, tensors, strict=True)):
         if (o is None) != (x is None):
-            raise ValueError(f"out[{i}] must be None exactly where J[{i}] is None; got {_kind(o)} for {_kind(x)}.")
+            raise ValueError(
+                f"out[{i}] must be None exactly where J[{i}] is None; got {describe(o)} for {describe(x)}."
+            )
         if o is not None and getattr(o, "requires_grad", False):
             raise ValueError(f"out[{i}] must not require grad (it is overwritten). Pass p.grad, or .detach().")
     return outs
-
-
-def _kind(x: object) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 # ---- torch.library: torch.compile, export, fake tensors --------------------------------------------------------------
