@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -49,6 +50,11 @@ def write_npz(path: Path, arrays: Mapping[str, Any], *, compress: bool = True) -
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def digest(*parts: str | Tensor) -> str:

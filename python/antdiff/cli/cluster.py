@@ -33,12 +33,6 @@ def cluster(
         save: JSON file to write; --clusters takes it.
         plot: picture to write (log-SNR with the intervals shaded).
     """
-    return _cluster(run, schedule, T, by, k, save, plot)
-
-
-def _cluster(
-    run: Path | None, schedule: Schedule, T: int, by: str, k: int, save: Path | None, plot: Path | None
-) -> int:
     from antdiff import diffusion
     from antdiff.train.run import make_clusters
 

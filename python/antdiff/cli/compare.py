@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,16 +34,12 @@ def compare(
         seeds: training seeds.
         out: folder of the comparison; one run folder a method and seed in it.
     """
-    return _compare(config, METHODS if "all" in methods else methods, companions, seeds, out)
-
-
-def _compare(
-    config: TrainConfig, methods: Sequence[str], companions: Sequence[Companion], seeds: Sequence[int], out: Path
-) -> int:
-    from antdiff.experiments.compare import compare
+    from antdiff.experiments import compare as comparison
 
     try:
-        results = compare(config, methods, seeds, out, companions=companions)
+        results = comparison.compare(
+            config, METHODS if "all" in methods else methods, seeds, out, companions=companions
+        )
     except KeyboardInterrupt:
         results = None
     if results is None:

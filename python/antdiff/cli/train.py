@@ -55,7 +55,10 @@ def patch(
         device: auto, cpu, cuda, cuda:1, ...
         out: run folder of the patch; the default is the first free RUN-patch-<number>.
     """
-    return _patch(run, steps, lr, device, out)
+    from antdiff.train.run import start_patch
+
+    folder = out or _first_free(run.with_name(f"{run.name}-patch"))
+    return _train(start_patch(run, folder, steps=steps, lr=lr, device=device), None, folder)
 
 
 def _defaults(argv: Sequence[str]) -> TrainConfig:
@@ -142,10 +145,3 @@ def _last_folder(config: TrainConfig) -> Path | None:
 
 def _first_free(stem: Path) -> Path:
     return next(run for number in itertools.count() if not (run := stem.with_name(f"{stem.name}-{number}")).exists())
-
-
-def _patch(base: Path, steps: int, lr: float, device: str, out: Path | None) -> int:
-    from antdiff.train.run import start_patch
-
-    run = out or _first_free(base.with_name(f"{base.name}-patch"))
-    return _train(start_patch(base, run, steps=steps, lr=lr, device=device), None, run)

@@ -6,7 +6,6 @@ RUN/analysis/conflict/  conflict.npz  summary.json  conflict.png
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._command import command
-from antdiff._files import write_atomically, write_npz
+from antdiff._files import write_json, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.diffusion import log_snr
+from antdiff.experiments._json import finite_or_none
 from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers, within
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts, make_model
@@ -140,7 +140,7 @@ def analyze_affinity(
         **found.stats,
     }
     summary["captions"] = _draw(found, full, clusterings, correlations, loaded, out)
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(out / "summary.json", summary)
     shutil.rmtree(out / "state")
     return summary
 
@@ -150,7 +150,7 @@ def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dic
     sizes = layer_sizes(model)
     off = ~torch.eye(len(found.timesteps), dtype=torch.bool)
     return {
-        name: {"parameters": sizes[name], "mean_affinity": _known(layer[off].nanmean())}
+        name: {"parameters": sizes[name], "mean_affinity": finite_or_none(layer[off].nanmean())}
         for name, layer in zip(found.layer_names, found.layers, strict=True)
     }
 
@@ -248,25 +248,18 @@ def analyze_conflict(
     )
     summary["captions"] = {"conflict.png": text}
     save_conflict(found, chosen, text, out / "conflict.png")
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(out / "summary.json", summary)
     return summary
 
 
 def _conflict_summary(conflict: Conflict) -> dict[str, Any]:
     share, expected = conflict.share(), conflict.expected()
     return {
-        "batch_share": {name: _known(value) for name, value in share._asdict().items()},
+        "batch_share": {name: finite_or_none(value) for name, value in share._asdict().items()},
         "expected_pairs": conflict.conflicting_pairs(),
-        "cosine": {name: _known(value) for name, value in expected._asdict().items()},
-        "batch_cosine": _known(conflict.batch_cosine.mean(0)),
+        "cosine": {name: finite_or_none(value) for name, value in expected._asdict().items()},
+        "batch_cosine": finite_or_none(conflict.batch_cosine.mean(0)),
     }
-
-
-def _known(values: torch.Tensor) -> Any:
-    """A number, or nested lists of them, as JSON has it: None for what is not known, since NaN is not JSON."""
-    numbers = values.numpy().astype(object)
-    numbers[~values.isfinite().numpy()] = None
-    return numbers.tolist()
 
 
 def affinity_table(summary: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ Beside what the training leaves in the run folder: results.json  samples.png  cu
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
-from antdiff._files import write_atomically
+from antdiff._files import write_json
 from antdiff.experiments.quality import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.info import collect
 from antdiff.plotting.curves import save_curves
@@ -48,7 +47,7 @@ def execute(
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
         if team.leads:
-            write_atomically(run / "environment.json", (json.dumps(collect()[0], indent=2) + "\n").encode())
+            write_json(run / "environment.json", collect()[0])
         if not train(config, data, run, progress=progress, loggers=loggers):
             return None
         team.part_ways()
@@ -91,7 +90,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
         "held_out_losses": held_out_losses(model, data, schedule, intervals(clusters), device).tolist(),
         "intervals": intervals(clusters),
     }
-    write_atomically(run / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(run / "results.json", results)
     model.save(run / "model")
     rows = read_csv(run / "metrics.csv")
     if rows:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
-from antdiff._files import write_atomically, write_npz
+from antdiff._files import write_json, write_npz
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
+from antdiff.experiments._json import finite_or_none
 from antdiff.experiments.quality import Judge, feature_net, held_out_losses
 from antdiff.plotting.analysis import save_transfer
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
@@ -159,7 +160,7 @@ class _Trial:
 
     def write(self, path: Path, config: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, {**found, "of": self.measured(config)})
+        write_json(path, {**found, "of": self.measured(config)})
         return found
 
     def measured(self, config: TrainConfig) -> dict[str, Any]:
@@ -213,10 +214,6 @@ def _decisive(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
 def _report(
     run: Path, base: TrainConfig, data: ImageData, clusters: TimestepClusters, seeds: list[int], steps: int,
     samples: int, cells: list[dict[str, Any]], out: Path,
@@ -255,15 +252,15 @@ def _report(
     )
     summary["captions"] = {"transfer.png": text}
     save_transfer(losses, quality, spans, f"FD ({data.name}-CNN)", text, out / "transfer.png")
-    _write(out / "summary.json", summary)
+    write_json(out / "summary.json", summary)
     return summary
 
 
 def _gap_summary(gap: TransferGap) -> dict[str, Any]:
-    """NaN is not JSON: None where an interval is not known."""
-    columns = zip(*(x.tolist() for x in (*gap.gap, *gap.relative)), strict=True)
+    """One row of numbers per interval, None where they are not known, and the verdicts in words."""
     names = ("mean", "low", "high", "relative_mean", "relative_low", "relative_high")
-    rows = [{n: v if np.isfinite(v) else None for n, v in zip(names, row, strict=True)} for row in columns]
+    columns = [finite_or_none(values) for values in (*gap.gap, *gap.relative)]  # each [K]
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     return {"intervals": rows, "verdicts": gap.verdicts()}
 
 
