@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import antdiff
-from antdiff import ops
+from antdiff import _C, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "antdiff"
+CSRC = ROOT / "csrc"
 
 # A package may import from packages of a lower rank, and from itself.
 RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2,
@@ -129,17 +130,74 @@ def families() -> list[str]:
 @pytest.mark.parametrize("family", families())
 def test_every_op_is_whole(family: str) -> None:
     params = "".join(part.capitalize() for part in family.split("_")) + "Params"
-    core = "".join(p.read_text() for p in (ROOT / "csrc" / "core").glob("*.h"))
-    assert f"struct {params} " in core, f"no {params} in csrc/core"
-    files = [f"csrc/bindings/{family}.cpp", f"tests/test_{family}.py"]
-    if family != "interval":  # runs once before training, on the CPU
-        files += [f"csrc/cpu/{family}.cpp", f"csrc/cuda/{family}.cu"]
+    files = [f"csrc/bindings/{family}.cpp", f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py"]
+    if family == "interval":  # runs once before training, so it has no CUDA kernel, and cpu/ holds its parameters
+        header = "cpu"
+    else:
+        header = "core"
+        files.append(f"csrc/cuda/{family}.cu")
+    declared = "".join(p.read_text() for p in (CSRC / header).glob("*.h"))
+    assert f"struct {params} " in declared, f"no {params} in csrc/{header}"
     missing = [name for name in files if not (ROOT / name).exists()]
     assert not missing
     benches = "".join(p.read_text() for p in (ROOT / "benchmarks").glob("bench_*.py"))
-    tests = "".join(p.read_text() for p in (ROOT / "csrc" / "tests").glob("*.cpp"))
+    tests = "".join(p.read_text() for p in (CSRC / "tests").glob("*.cpp"))
     assert re.search(rf"\b{family}", benches), f"no benchmark of {family}"
-    assert re.search(rf"\b(cpu_)?{family}", tests), f"no C++ test of {family}"
+    assert re.search(rf"\bcpu_{family}", tests), f"no C++ test of {family}"
+
+
+# Besides itself, each folder of csrc may include these folders, and in angle brackets what the pattern matches.
+INCLUDES = {
+    "core": ([], r"c?[a-z_]+|cuda_fp16\.h"),
+    "cpu": (["core"], r"c?[a-z_]+|omp\.h"),
+    "cuda": (["core", "tests"], r"c?[a-z_]+|cuda_runtime\.h"),
+    "bindings": (["core", "cpu", "cuda"], r"c?[a-z_]+|pybind11/pybind11\.h"),
+    "tests": (["core", "cpu", "cuda"], r".+"),
+}
+
+
+@pytest.mark.parametrize("folder", INCLUDES)
+def test_csrc_includes_run_one_way(folder: str) -> None:
+    allowed, system = INCLUDES[folder]
+    for path in (CSRC / folder).rglob("*.*"):
+        text = path.read_text()
+        for header in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE):
+            assert header.split("/")[0] in [folder, *allowed], f"{path} includes {header}"
+        for header in re.findall(r"^#include <([^>]+)>", text, re.MULTILINE):
+            assert re.fullmatch(system, header), f"{path} includes <{header}>"
+        if folder == "core":
+            found = re.search(r"__int128|__builtin_|__attribute__|\[\[gnu::", text)
+            assert not found, f"{path} is not standard C++: {found.group()}"
+
+
+def test_the_stub_of_the_extension_matches_the_compiled_module() -> None:
+    def kind(annotation: str) -> str:
+        for scalar in ("bool", "str", "float", "int"):
+            if annotation == scalar or annotation.startswith(f"typing.Supports{scalar.capitalize()}"):
+                return scalar
+        return "None" if annotation == "None" else "object"
+
+    stub: dict[str, list[tuple[str, str]]] = {}
+    build_info: set[str] = set()
+    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            arguments = [(a.arg, kind(ast.unparse(a.annotation))) for a in node.args.args if a.annotation]
+            stub[node.name] = [*arguments, ("return", kind(ast.unparse(node.returns) if node.returns else ""))]
+        elif isinstance(node, ast.ClassDef):
+            build_info = {field.target.id for field in node.body
+                          if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}  # fmt: skip
+    compiled: dict[str, list[tuple[str, str]]] = {}
+    for name, function in vars(_C).items():
+        if name.startswith("__"):
+            continue
+        text, _, returned = function.__doc__.partition("\n")[0].partition(" -> ")  # pybind11 writes the signature there
+        arguments = re.findall(r"(\w+): ([^,)]+)", text)
+        compiled[name] = [
+            *((argument, kind(annotation)) for argument, annotation in arguments),
+            ("return", kind(returned)),
+        ]
+    assert stub == compiled
+    assert build_info == set(_C.build_info())
 
 
 def test_reference_twins_have_the_same_names_and_parameters() -> None:

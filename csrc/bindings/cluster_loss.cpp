@@ -108,10 +108,17 @@ void loss_and_grad(py::handle pred, py::handle target, py::handle cluster, py::h
 }  // namespace
 
 void bind_cluster_loss(py::module_& m) {
-  m.def("cluster_loss_forward", &forward);
-  m.def("cluster_loss_backward", &backward);
-  m.def("cluster_loss_and_grad", &loss_and_grad);
-  m.def("cluster_mean_forward", &mean);
+  m.def("cluster_loss_forward", &forward, py::arg("pred"), py::arg("target"), py::arg("cluster"), py::arg("weight"),
+        py::arg("k"), py::arg("kind"), py::arg("delta"), py::arg("losses"), py::arg("counts"), py::arg("per_sample"),
+        py::arg("scratch"));
+  m.def("cluster_loss_backward", &backward, py::arg("grad_losses"), py::arg("pred"), py::arg("target"),
+        py::arg("cluster"), py::arg("weight"), py::arg("counts"), py::arg("kind"), py::arg("delta"),
+        py::arg("grad_pred"));
+  m.def("cluster_loss_and_grad", &loss_and_grad, py::arg("pred"), py::arg("target"), py::arg("cluster"),
+        py::arg("weight"), py::arg("k"), py::arg("cluster_weight"), py::arg("kind"), py::arg("delta"),
+        py::arg("losses"), py::arg("counts"), py::arg("per_sample"), py::arg("scratch"), py::arg("grad_pred"));
+  m.def("cluster_mean_forward", &mean, py::arg("per_sample"), py::arg("cluster"), py::arg("weight"), py::arg("k"),
+        py::arg("losses"), py::arg("counts"));
   m.def("cluster_loss_tiles", &cluster_loss_tiles, py::arg("B"), py::arg("N"));
 }
 

@@ -33,8 +33,11 @@ void weights(py::handle gram, const std::string& method, double option, py::hand
 }  // namespace
 
 void bind_gram_weights(py::module_& m) {
-  m.def("gram_weights", &weights);
-  m.def("gram_weights_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, gram_weights_workspace(K)); });
+  m.def("gram_weights", &weights, py::arg("gram"), py::arg("method"), py::arg("option"), py::arg("keys"),
+        py::arg("targets"), py::arg("poison"), py::arg("out"), py::arg("scratch"));
+  m.def(
+      "gram_weights_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, gram_weights_workspace(K)); },
+      py::arg("n"), py::arg("K"));
 }
 
 }  // namespace antdiff

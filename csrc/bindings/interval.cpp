@@ -1,8 +1,9 @@
-#include "core/interval.h"
+#include "cpu/interval.h"
 
 #include <chrono>
 
 #include "bindings/tensor.h"
+#include "cpu/launchers.h"
 
 namespace antdiff {
 namespace {
@@ -67,7 +68,7 @@ void from_cost(py::handle cost_, int64_t k, int64_t min_size, int64_t max_size, 
   const int64_t T = view.dim() > 0 ? view.size(0) : 0;
   const double* cost = cpu_doubles(view, {T, T}, "[T, T]");
   const IntervalParams p = params(T, k, min_size, max_size, starts, totals);
-  raise(without_gil([&] { return interval_cost(cost, p); }), p, cost);
+  raise(without_gil([&] { return cpu_interval_cost(cost, p); }), p, cost);
 }
 
 void from_affinity(py::handle affinity_, int64_t k, int64_t min_size, int64_t max_size, py::handle starts,
@@ -76,7 +77,7 @@ void from_affinity(py::handle affinity_, int64_t k, int64_t min_size, int64_t ma
   const int64_t T = view.dim() > 0 ? view.size(0) : 0;
   const double* affinity = cpu_doubles(view, {T, T}, "[T, T]");
   const IntervalParams p = params(T, k, min_size, max_size, starts, totals);
-  raise(without_gil([&] { return interval_affinity(affinity, p); }), p, affinity);
+  raise(without_gil([&] { return cpu_interval_affinity(affinity, p); }), p, affinity);
 }
 
 void from_values(py::handle x_, py::handle weight_, int64_t power, bool scan, int64_t k, int64_t min_size,
@@ -88,7 +89,7 @@ void from_values(py::handle x_, py::handle weight_, int64_t power, bool scan, in
   const IntervalParams p = params(view.size(0), k, min_size, max_size, starts, totals);
   const IntervalSolver solver = scan ? IntervalSolver::scan : IntervalSolver::divide_and_conquer;
   raise(without_gil([&] {
-          return power == 1 ? interval_absolute(x, weight, solver, p) : interval_squared(x, weight, solver, p);
+          return power == 1 ? cpu_interval_absolute(x, weight, solver, p) : cpu_interval_squared(x, weight, solver, p);
         }),
         p, x);
 }

@@ -1,20 +1,65 @@
 // antdiff._C: what Python can call. One bind_ function a family of ops, in the order of the data's way.
-#include <pybind11/pybind11.h>
+#include "bindings/tensor.h"
+#include "cpu/isa.h"
 
 namespace antdiff {
 
-void bind_tensor(pybind11::module_& m);
-void bind_cluster_loss(pybind11::module_& m);
-void bind_gram(pybind11::module_& m);
-void bind_combine(pybind11::module_& m);
-void bind_pcgrad(pybind11::module_& m);
-void bind_nash(pybind11::module_& m);
-void bind_gram_weights(pybind11::module_& m);
-void bind_interval(pybind11::module_& m);
+void bind_tensor(py::module_& m);
+void bind_cluster_loss(py::module_& m);
+void bind_gram(py::module_& m);
+void bind_combine(py::module_& m);
+void bind_pcgrad(py::module_& m);
+void bind_nash(py::module_& m);
+void bind_gram_weights(py::module_& m);
+void bind_interval(py::module_& m);
 
+namespace {
+
+// How this binary was built, and the instruction set that it uses here. Read by antdiff.info and by tests.
+py::dict build_info() {
+  py::dict d;
+  d["version"] = ANTDIFF_VERSION;
+  d["compiler"] = ANTDIFF_COMPILER;
+  d["isa"] = isa_name();
+#if defined(ANTDIFF_WITH_OPENMP)
+  d["openmp"] = true;
+#else
+  d["openmp"] = false;
+#endif
+#if defined(ANTDIFF_WITH_CUDA)
+  d["cuda"] = true;
+  d["cuda_compiler"] = ANTDIFF_CUDA_COMPILER;
+  d["cuda_archs"] = ANTDIFF_CUDA_ARCHS;
+#else
+  d["cuda"] = false;
+  d["cuda_compiler"] = "";
+  d["cuda_archs"] = "";
+#endif
+  return d;
+}
+
+// The bits of DeviceError that kernels on this device have set since the last call. Waits for the device.
+uint32_t take_errors(int device) {
+  uint32_t errors = 0;
+#if defined(ANTDIFF_WITH_CUDA)
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = cuda_take_errors(device, &errors);
+  }
+  check(status);
+#else
+  (void)device;
+#endif
+  return errors;
+}
+
+}  // namespace
 }  // namespace antdiff
 
 PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &antdiff::build_info);
+  m.def("take_errors", &antdiff::take_errors, pybind11::arg("device"));
   antdiff::bind_tensor(m);
   antdiff::bind_cluster_loss(m);
   antdiff::bind_gram(m);

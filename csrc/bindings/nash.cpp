@@ -15,8 +15,10 @@ void weights(py::handle gram, bool poison, py::handle out, py::handle scratch) {
 }  // namespace
 
 void bind_nash(py::module_& m) {
-  m.def("nash_weights", &weights);
-  m.def("nash_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, nash_workspace(K)); });
+  m.def("nash_weights", &weights, py::arg("gram"), py::arg("poison"), py::arg("out"), py::arg("scratch"));
+  m.def(
+      "nash_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, nash_workspace(K)); }, py::arg("n"),
+      py::arg("K"));
 }
 
 }  // namespace antdiff

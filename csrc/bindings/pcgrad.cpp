@@ -33,8 +33,11 @@ void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, boo
 }  // namespace
 
 void bind_pcgrad(py::module_& m) {
-  m.def("pcgrad_weights", &weights);
-  m.def("pcgrad_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, pcgrad_workspace(K)); });
+  m.def("pcgrad_weights", &weights, py::arg("gram"), py::arg("perms"), py::arg("keys"), py::arg("mean"),
+        py::arg("poison"), py::arg("out"), py::arg("scratch"));
+  m.def(
+      "pcgrad_scratch", [](int64_t n, int64_t K) { return scratch_for(n, K, pcgrad_workspace(K)); }, py::arg("n"),
+      py::arg("K"));
 }
 
 }  // namespace antdiff

@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "core/isa.h"
-
 namespace antdiff {
 namespace {
 
@@ -82,6 +80,7 @@ Tensor::Tensor(py::handle object, std::string name) : name_(std::move(name)) {
   if (view_.device.device_type != 1 && view_.device.device_type != 2)
     throw_type(name_ + " must be on the CPU or a CUDA device; got " + device_text(view_.device) +
                ". Move it with .to().");
+  is_float_ = to_dtype(view_.dtype, &dtype_);
   int64_t expected = 1;
   bool contiguous = true;
   for (int64_t i = view_.ndim - 1; i >= 0; --i) {
@@ -103,7 +102,7 @@ std::string Tensor::describe() const {
 }
 
 const Tensor& Tensor::require_float() const {
-  if (!to_dtype(view_.dtype, const_cast<DType*>(&dtype_)))
+  if (!is_float_)
     throw_type(name_ + " must be float32, float64, float16 or bfloat16; got " + describe() +
                ". Convert it with .to().");
   return *this;
@@ -116,11 +115,9 @@ const Tensor& Tensor::require_int64() const {
 }
 
 const Tensor& Tensor::require_dtype(DType dtype, const char* rule) const {
-  DType mine;
-  if (!to_dtype(view_.dtype, &mine) || mine != dtype)
+  if (!is_float_ || dtype_ != dtype)
     throw_type(name_ + " must be " + dtype_name(dtype) + " (" + rule + "); got " + describe() +
                ". Convert it with .to().");
-  const_cast<Tensor*>(this)->dtype_ = mine;
   return *this;
 }
 
@@ -192,44 +189,6 @@ void throw_without_cuda(const Tensor& tensor) {
 
 void bind_tensor(py::module_& m) {
   m.def("attach", &attach, py::arg("exchange_api"), py::arg("tensor_type"), py::arg("parameter_type"));
-  m.def("build_info", [] {
-    py::dict d;
-    d["version"] = ANTDIFF_VERSION;
-    d["compiler"] = ANTDIFF_COMPILER;
-    d["isa"] = isa_name();
-#if defined(ANTDIFF_WITH_OPENMP)
-    d["openmp"] = true;
-#else
-    d["openmp"] = false;
-#endif
-#if defined(ANTDIFF_WITH_CUDA)
-    d["cuda"] = true;
-    d["cuda_compiler"] = ANTDIFF_CUDA_COMPILER;
-    d["cuda_archs"] = ANTDIFF_CUDA_ARCHS;
-#else
-    d["cuda"] = false;
-    d["cuda_compiler"] = "";
-    d["cuda_archs"] = "";
-#endif
-    return d;
-  });
-  m.def(
-      "take_errors",
-      [](int device) -> uint32_t {
-        uint32_t errors = 0;
-#if defined(ANTDIFF_WITH_CUDA)
-        Status s;
-        {
-          py::gil_scoped_release release;
-          s = cuda_take_errors(device, &errors);
-        }
-        check(s);
-#else
-        (void)device;
-#endif
-        return errors;
-      },
-      py::arg("device"));
 }
 
 }  // namespace antdiff

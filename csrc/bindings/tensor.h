@@ -33,7 +33,6 @@ class Tensor {
   int64_t size(int64_t i) const { return view_.shape[i]; }
   int64_t numel() const { return numel_; }
   bool is_cpu() const { return view_.device.device_type == 1; }
-  int device_index() const { return view_.device.device_id; }
 
   // Each throws TypeError or ValueError in the form "<name> must be <rule>; got <what came>. <remedy>".
   const Tensor& require_float() const;  // one of DType
@@ -43,7 +42,7 @@ class Tensor {
   const Tensor& require_same_device(const Tensor& other) const;
   const Tensor& require_same_shape(const Tensor& other) const;
 
-  DType dtype() const { return dtype_; }  // after require_float
+  DType dtype() const { return dtype_; }  // after require_float or require_dtype
   void* data() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   template <class T>
   T* as() const {
@@ -56,6 +55,7 @@ class Tensor {
   DLTensor view_{};
   std::string name_;
   int64_t numel_ = 1;
+  bool is_float_ = false;  // whether the dtype is one of DType, and then dtype_ names it
   DType dtype_ = DType::f32;
 };
 
@@ -64,9 +64,6 @@ class Tensor {
 
 // Turns a launcher's report into an exception; `k` and `name` describe a bad id.
 void check(const Status& status, const std::string& id_name = "cluster", int64_t k = 0);
-
-// Python's antdiff.ops hands over torch's exchange API and classes once, at import.
-void bind_tensor(py::module_& m);
 
 }  // namespace antdiff
 

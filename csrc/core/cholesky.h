@@ -17,10 +17,10 @@ ANTDIFF_HD bool cholesky_solve(double* M, double* x, int64_t K, Team team) {
     const double pivot = M[j * K + j];
     if (!(pivot > 0)) return false;
     const double inverse = 1 / pivot;
-    for (int64_t i = j + 1 + team.row(); i < K; i += team.rows()) {
+    for (int64_t i = j + 1 + team.grid_row(); i < K; i += team.grid_rows()) {
       const double factor = M[j * K + i] * inverse;
-      for (int64_t k = i + team.column(); k < K; k += team.columns()) M[i * K + k] -= factor * M[j * K + k];
-      if (team.column() == 0) x[i] -= factor * x[j];
+      for (int64_t k = i + team.grid_column(); k < K; k += team.grid_columns()) M[i * K + k] -= factor * M[j * K + k];
+      if (team.grid_column() == 0) x[i] -= factor * x[j];
     }
     team.sync();
   }

@@ -98,8 +98,8 @@ ANTDIFF_HD bool nash_newton(const double* S, double ridge, int64_t K, double* M,
     }
     team.sync();
     if (residual <= kNashResidual) return true;
-    for (int64_t i = team.row(); i < K; i += team.rows())
-      for (int64_t k = i + team.column(); k < K; k += team.columns()) {
+    for (int64_t i = team.grid_row(); i < K; i += team.grid_rows())
+      for (int64_t k = i + team.grid_column(); k < K; k += team.grid_columns()) {
         const double entry = b[i] * S[i * K + k] * b[k];
         M[i * K + k] = i == k ? 1 + entry * (1 + ridge) : entry;
       }

@@ -13,10 +13,10 @@ struct Solo {
   ANTDIFF_HD int64_t rank() const { return 0; }
   ANTDIFF_HD int64_t size() const { return 1; }
   // The same members as a grid, for loops over two indices.
-  ANTDIFF_HD int64_t row() const { return 0; }
-  ANTDIFF_HD int64_t rows() const { return 1; }
-  ANTDIFF_HD int64_t column() const { return 0; }
-  ANTDIFF_HD int64_t columns() const { return 1; }
+  ANTDIFF_HD int64_t grid_row() const { return 0; }
+  ANTDIFF_HD int64_t grid_rows() const { return 1; }
+  ANTDIFF_HD int64_t grid_column() const { return 0; }
+  ANTDIFF_HD int64_t grid_columns() const { return 1; }
   ANTDIFF_HD void sync() const {}
 };
 

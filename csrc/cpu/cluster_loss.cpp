@@ -3,7 +3,7 @@
 // result does not depend on the number of threads.
 #include "core/cluster_loss.h"
 
-#include "core/isa.h"
+#include "cpu/isa.h"
 #include "cpu/launchers.h"
 #include "cpu/parallel.h"
 
@@ -14,11 +14,11 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kRun = 1024;       // elements summed in the accumulation type before going to double
 constexpr int64_t kGrain = 1 << 16;  // elements a thread should at least have
 
-// One sample: returns the sum of errors if `value`, and writes scale * slope into grad if `slope`.
+// One sample: returns the sum of errors if `value`, and writes factor * slope into grad if `slope`.
 template <class T, LossKind kind, bool value, bool slope>
 struct Sample {
   using A = accumulate_t<T>;
-  ANTDIFF_INLINE static double run(const T* pred, const T* target, T* grad, int64_t n, A scale, A delta) {
+  ANTDIFF_INLINE static double run(const T* pred, const T* target, T* grad, int64_t n, A factor, A delta) {
     double total = 0;
     for (int64_t start = 0; start < n; start += kRun) {
       const int64_t stop = start + kRun < n ? start + kRun : n;
@@ -29,13 +29,13 @@ struct Sample {
         for (int64_t l = 0; l < kLanes; ++l) {
           const A d = to_float(pred[i + l]) - to_float(target[i + l]);
           if (value) lanes[l] += error_value<kind>(d, delta);
-          if (slope) grad[i + l] = from_float<T>(scale * error_slope<kind>(d, delta));
+          if (slope) grad[i + l] = from_float<T>(factor * error_slope<kind>(d, delta));
         }
       }
       for (; i < stop; ++i) {
         const A d = to_float(pred[i]) - to_float(target[i]);
         if (value) lanes[i % kLanes] += error_value<kind>(d, delta);
-        if (slope) grad[i] = from_float<T>(scale * error_slope<kind>(d, delta));
+        if (slope) grad[i] = from_float<T>(factor * error_slope<kind>(d, delta));
       }
       if (value)
         for (int64_t l = 0; l < kLanes; ++l) total += double(lanes[l]);
@@ -61,15 +61,15 @@ void all_samples(const ClusterLossParams& p) {
   const auto* pred = static_cast<const T*>(p.pred);
   const auto* target = static_cast<const T*>(p.target);
   parallel_for(p.B, threads_for(p.B * p.N, kGrain), [&](int64_t b) {
-    A scale = 0;
+    A factor = 0;
     if (slope) {
       const int64_t i = p.cluster[b];  // counts[i] >= 1, since b belongs to i
-      scale = A(double(static_cast<const A*>(p.grad_losses)[i]) * double(weight_of<A>(p, b)) /
-                (double(p.counts[i]) * double(p.N)));
+      factor = A(double(static_cast<const A*>(p.grad_losses)[i]) * double(weight_of<A>(p, b)) /
+                 (double(p.counts[i]) * double(p.N)));
     }
     T* grad = slope ? static_cast<T*>(p.grad_pred) + b * p.N : nullptr;
     const double sum =
-        multiversion<Sample<T, kind, value, slope>>(pred + b * p.N, target + b * p.N, grad, p.N, scale, A(p.delta));
+        multiversion<Sample<T, kind, value, slope>>(pred + b * p.N, target + b * p.N, grad, p.N, factor, A(p.delta));
     if (value) static_cast<A*>(p.per_sample)[b] = A(sum / double(p.N));
   });
 }

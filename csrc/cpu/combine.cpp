@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/isa.h"
+#include "cpu/isa.h"
 #include "cpu/launchers.h"
 #include "cpu/parallel.h"
 

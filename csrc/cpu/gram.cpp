@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/isa.h"
+#include "cpu/isa.h"
 #include "cpu/launchers.h"
 #include "cpu/parallel.h"
 

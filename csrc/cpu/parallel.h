@@ -25,7 +25,7 @@ inline int max_threads() {
 #endif
 }
 
-// Threads worth starting for `work` units when one thread should have at least `grain` of them: starting a team
+// Threads worth starting for `work` units when one thread should have at least `grain` of them: starting threads
 // costs a few microseconds, so small tensors stay on the calling thread.
 inline int threads_for(int64_t work, int64_t grain) {
   const int64_t wanted = work / grain;
@@ -44,12 +44,12 @@ void parallel_for(int64_t n, int threads, F&& f) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n; ++i) f(i);
 #else
-  std::vector<std::thread> team;
+  std::vector<std::thread> started;
   for (int t = 0; t < threads; ++t)
-    team.emplace_back([&, t] {
+    started.emplace_back([&, t] {
       for (int64_t i = n * t / threads; i < n * (t + 1) / threads; ++i) f(i);
     });
-  for (auto& thread : team) thread.join();
+  for (auto& thread : started) thread.join();
 #endif
 }
 

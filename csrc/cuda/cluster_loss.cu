@@ -22,7 +22,7 @@ __device__ __forceinline__ A weight_of(const ClusterLossParams& p, int64_t b) {
 
 // d losses[i] / d (sum of errors of sample b), times grad_losses[i]. A bad id gives NaN and is never an address.
 template <class A>
-__device__ __forceinline__ A slope_scale(const ClusterLossParams& p, int64_t b) {
+__device__ __forceinline__ A slope_factor(const ClusterLossParams& p, int64_t b) {
   const int64_t i = p.cluster[b];
   if (i < 0 || i >= p.K) return A(not_a_number());
   return A(double(static_cast<const A*>(p.grad_losses)[i]) * double(weight_of<A>(p, b)) /
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(ClusterLossParams p, int
     const T* pred = static_cast<const T*>(p.pred) + b * p.N;
     const T* target = static_cast<const T*>(p.target) + b * p.N;
     T* grad = static_cast<T*>(p.grad_pred) + (slope ? b * p.N : 0);
-    const A scale = slope ? slope_scale<A>(p, b) : A(0);
+    const A factor = slope ? slope_factor<A>(p, b) : A(0);
     A sum = 0;
 #pragma unroll 4
     for (int64_t n = start + int64_t(threadIdx.x) * V; n < stop; n += kThreads * V) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(ClusterLossParams p, int
       for (int v = 0; v < V; ++v) {
         const A d = to_float(x.at[v]) - to_float(y.at[v]);
         if (value) sum += error_value<kind>(d, delta);
-        if (slope) g.at[v] = from_float<T>(scale * error_slope<kind>(d, delta));
+        if (slope) g.at[v] = from_float<T>(factor * error_slope<kind>(d, delta));
       }
       if (slope) *reinterpret_cast<Pack<T, V>*>(grad + n) = g;
     }

@@ -39,9 +39,4 @@ Status cuda_take_errors(int device, uint32_t* errors) {
 
 const char* cuda_error_text(int64_t code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-Status cuda_versions(int* driver, int* runtime) {
-  if (Status s = cuda_status(cudaDriverGetVersion(driver)); !s.ok()) return s;
-  return cuda_status(cudaRuntimeGetVersion(runtime));
-}
-
 }  // namespace antdiff

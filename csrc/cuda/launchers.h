@@ -33,6 +33,5 @@ Status cuda_gram_weights(const GramWeightsParams& p, Stream stream);
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };
 Status cuda_take_errors(int device, uint32_t* errors);  // bits of DeviceError since the last call; clears them
 const char* cuda_error_text(int64_t code);
-Status cuda_versions(int* driver, int* runtime);
 
 }  // namespace antdiff

@@ -14,10 +14,10 @@ struct Warp {
   int lane;
   __device__ __forceinline__ int64_t rank() const { return lane; }
   __device__ __forceinline__ int64_t size() const { return kWarp; }
-  __device__ __forceinline__ int64_t row() const { return lane / 8; }
-  __device__ __forceinline__ int64_t rows() const { return kWarp / 8; }
-  __device__ __forceinline__ int64_t column() const { return lane % 8; }
-  __device__ __forceinline__ int64_t columns() const { return 8; }
+  __device__ __forceinline__ int64_t grid_row() const { return lane / 8; }
+  __device__ __forceinline__ int64_t grid_rows() const { return kWarp / 8; }
+  __device__ __forceinline__ int64_t grid_column() const { return lane % 8; }
+  __device__ __forceinline__ int64_t grid_columns() const { return 8; }
   __device__ __forceinline__ void sync() const { __syncwarp(); }
 };
 

@@ -25,12 +25,10 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __restrict__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -192,35 +190,15 @@ T shuffle(unsigned mask, T value, unsigned source) {
 
 inline void __syncthreads() { antdiff::emulation::barrier(); }
 template <class T>
-T __shfl_sync(unsigned mask, T x, int lane) {
-  return antdiff::emulation::shuffle(mask, x, unsigned(lane) % 32);
-}
-template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int bits) {
   return antdiff::emulation::shuffle(mask, x, (antdiff::emulation::block().current % 32) ^ unsigned(bits));
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T x, int by) {
-  const unsigned lane = antdiff::emulation::block().current % 32;
-  return antdiff::emulation::shuffle(mask, x, lane + unsigned(by) < 32 ? lane + unsigned(by) : lane);
-}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { (void)antdiff::emulation::shuffle(mask, 0, 0); }
-inline void __threadfence() {}
-template <class T>
-T atomicAdd(T* address, T x) {
-  const T before = *address;
-  *address = T(before + x);
-  return before;
-}
 template <class T>
 T atomicOr(T* address, T x) {
   const T before = *address;
   *address = before | x;
   return before;
-}
-template <class T>
-T __ldg(const T* p) {
-  return *p;
 }
 inline double __longlong_as_double(long long bits) {
   double d;
@@ -231,12 +209,6 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 enum { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 1, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  return std::memset(p, value, bytes), cudaSuccess;
-}
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
-}
 
 #include "core/status.h"
 #include "cuda/launchers.h"

@@ -97,10 +97,10 @@ struct Case {
     for (int64_t b = 0; b < B; ++b)
       for (int64_t n = 0; n < N; ++n) {
         const double d = double(to_float(pred[b * N + n])) - double(to_float(target[b * N + n]));
-        const double scale = double(upstream[cluster[b]]) * (p.weight ? double(weight[b]) : 1) /
-                             (double(number[cluster[b]]) * double(N));
+        const double factor = double(upstream[cluster[b]]) * (p.weight ? double(weight[b]) : 1) /
+                              (double(number[cluster[b]]) * double(N));
         // float16 results below its smallest normal number lose relative accuracy: half a step of 2^-24 there.
-        const double want = scale * slope(kind, d, .7), got = double(to_float(grad[b * N + n]));
+        const double want = factor * slope(kind, d, .7), got = double(to_float(grad[b * N + n]));
         wrong += !(close(got, want, tolerance<T>()) || (p.dtype == DType::f16 && std::fabs(got - want) <= 0x1p-24));
       }
     CHECK(wrong == 0);

@@ -61,9 +61,9 @@ struct Case {
         int64_t wrong = 0;
         for (int64_t i = 0; i < K; ++i)
           for (int64_t j = 0; j < K; ++j) {
-            const double scale = std::sqrt(want[size_t(i * K + i)] * want[size_t(j * K + j)]);
-            wrong +=
-                !(std::fabs(got[size_t(i * K + j)] - pass * want[size_t(i * K + j)]) <= 64 * pass * unit<T>() * scale);
+            const double magnitude = std::sqrt(want[size_t(i * K + i)] * want[size_t(j * K + j)]);
+            wrong += !(std::fabs(got[size_t(i * K + j)] - pass * want[size_t(i * K + j)]) <=
+                       64 * pass * unit<T>() * magnitude);
             wrong += got[size_t(i * K + j)] != got[size_t(j * K + i)];
           }
         CHECK(wrong == 0);
@@ -90,12 +90,12 @@ struct Case {
       for (size_t s = 0; s < sizes.size(); ++s)
         for (int64_t p = 0; p < shift + sizes[s]; ++p) {
           O& o = out[s][size_t(p)];
-          double want = 0, scale = 0;
+          double want = 0, magnitude = 0;
           for (int64_t k = 0; k < K && p >= shift; ++k) {
             want += weights[size_t(k)] * at(s, k, p - shift);
-            scale += std::fabs(weights[size_t(k)] * at(s, k, p - shift));
+            magnitude += std::fabs(weights[size_t(k)] * at(s, k, p - shift));
           }
-          const double bound = (2 * double(K) * unit<T>() + rounding) * scale + 0x1p-25;
+          const double bound = (2 * double(K) * unit<T>() + rounding) * magnitude + 0x1p-25;
           wrong += p < shift ? to_float(o) != -77 : !(std::fabs(double(to_float(o)) - want) <= bound);
           if (p >= shift) o = from_float<O>(-77.f);  // forget, for the next launcher
         }

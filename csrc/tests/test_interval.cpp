@@ -1,10 +1,11 @@
 // Interval partition: every solver against enumeration of all partitions, and the solvers against each other.
-#include "core/interval.h"
+#include "cpu/interval.h"
 
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "cpu/launchers.h"
 #include "tests/check.h"
 
 using namespace antdiff;
@@ -91,7 +92,8 @@ void any_cost_matches_enumeration() {
     const Matrix cost =
         matrix(T, [&](int64_t, int64_t) { return random.below(9) ? double(random.below(7) - 3) : kInf; });
     const Result want = brute_force(cost, T, K, min, max);
-    check_same(solve(T, K, min, max, [&](const IntervalParams& p) { return interval_cost(cost.data(), p); }), want, 0);
+    check_same(solve(T, K, min, max, [&](const IntervalParams& p) { return cpu_interval_cost(cost.data(), p); }), want,
+               0);
   }
 }
 
@@ -108,8 +110,9 @@ void affinity_matches_enumeration() {
       return -sum;
     });
     const Result want = brute_force(cost, T, K, min, max);
-    check_same(solve(T, K, min, max, [&](const IntervalParams& p) { return interval_affinity(affinity.data(), p); }),
-               want, 0);
+    check_same(
+        solve(T, K, min, max, [&](const IntervalParams& p) { return cpu_interval_affinity(affinity.data(), p); }), want,
+        0);
   }
 }
 
@@ -142,7 +145,7 @@ void absolute_matches_enumeration() {
     for (IntervalSolver solver : {IntervalSolver::scan, IntervalSolver::divide_and_conquer})
       check_same(solve(T, K, min, max,
                        [&](const IntervalParams& p) {
-                         return interval_absolute(x.data(), weighted ? w.data() : nullptr, solver, p);
+                         return cpu_interval_absolute(x.data(), weighted ? w.data() : nullptr, solver, p);
                        }),
                  want, 0);
   }
@@ -170,7 +173,7 @@ void solvers_agree() {
     for (const double* weight : {static_cast<const double*>(nullptr), static_cast<const double*>(w.data())}) {
       const auto run = [&](IntervalSolver solver) {
         return solve(T, K, min, max,
-                     [&](const IntervalParams& p) { return interval_absolute(x.data(), weight, solver, p); });
+                     [&](const IntervalParams& p) { return cpu_interval_absolute(x.data(), weight, solver, p); });
       };
       const Result scan = run(IntervalSolver::scan), divide = run(IntervalSolver::divide_and_conquer);
       CHECK(scan.status.ok() && divide.status.ok());
@@ -180,11 +183,11 @@ void solvers_agree() {
       // Squared error promises the total: prefix sums of T terms round like T u, relative to the spread of all points.
       const auto squared = [&](IntervalSolver solver) {
         return solve(T, K, min, max,
-                     [&](const IntervalParams& p) { return interval_squared(x.data(), weight, solver, p); });
+                     [&](const IntervalParams& p) { return cpu_interval_squared(x.data(), weight, solver, p); });
       };
       const Result a = squared(IntervalSolver::scan), b = squared(IntervalSolver::divide_and_conquer);
       const Result one = solve(T, 1, 1, T, [&](const IntervalParams& p) {
-        return interval_squared(x.data(), weight, IntervalSolver::scan, p);
+        return cpu_interval_squared(x.data(), weight, IntervalSolver::scan, p);
       });
       CHECK(a.status.ok() && b.status.ok());
       CHECK(std::fabs(a.total - b.total) <= 1e-15 * double(T) * one.total);
@@ -206,16 +209,17 @@ void dense_agrees_with_built_in() {
     });
     for (int64_t K : {1, 2, 3, 6}) {
       if (K > T) continue;
-      const Result dense = solve(T, K, 1, T, [&](const IntervalParams& p) { return interval_cost(cost.data(), p); });
+      const Result dense =
+          solve(T, K, 1, T, [&](const IntervalParams& p) { return cpu_interval_cost(cost.data(), p); });
       const Result divide = solve(T, K, 1, T, [&](const IntervalParams& p) {
-        return interval_absolute(x.data(), nullptr, IntervalSolver::divide_and_conquer, p);
+        return cpu_interval_absolute(x.data(), nullptr, IntervalSolver::divide_and_conquer, p);
       });
       CHECK(dense.starts == divide.starts && dense.total == divide.total);
       if (T < 1000) {
         Matrix affinity(T * T);
         for (int64_t i = 0; i < T * T; ++i) affinity[i] = -std::fabs(x[i / T] - x[i % T]);
         const Result by_affinity =
-            solve(T, K, 1, T, [&](const IntervalParams& p) { return interval_affinity(affinity.data(), p); });
+            solve(T, K, 1, T, [&](const IntervalParams& p) { return cpu_interval_affinity(affinity.data(), p); });
         CHECK(by_affinity.starts == dense.starts && by_affinity.total == dense.total);
       }
     }
@@ -236,14 +240,15 @@ void every_k_at_once() {
     p.T = T, p.K = K, p.min_size = min, p.max_size = max, p.all = true;
     p.starts = starts.data();
     p.totals = totals.data();
-    CHECK(interval_cost(cost.data(), p).ok());
+    CHECK(cpu_interval_cost(cost.data(), p).ok());
     for (int64_t k = 1; k <= K; ++k) {
       const bool sizes = k * min <= T && T <= k * max;
       if (!sizes) {
         CHECK(totals[k - 1] == kInf);
         continue;
       }
-      const Result one = solve(T, k, min, max, [&](const IntervalParams& q) { return interval_cost(cost.data(), q); });
+      const Result one =
+          solve(T, k, min, max, [&](const IntervalParams& q) { return cpu_interval_cost(cost.data(), q); });
       CHECK(one.total == totals[k - 1]);
       if (one.status.ok()) CHECK(std::equal(one.starts.begin(), one.starts.end(), starts.begin() + (k - 1) * K));
     }
@@ -253,7 +258,7 @@ void every_k_at_once() {
 void what_cannot_be_solved_is_reported() {
   Matrix cost = matrix(5, [](int64_t, int64_t) { return 1.0; });
   const auto run = [&](int64_t K) {
-    return solve(5, K, 1, 5, [&](const IntervalParams& p) { return interval_cost(cost.data(), p); }).status;
+    return solve(5, K, 1, 5, [&](const IntervalParams& p) { return cpu_interval_cost(cost.data(), p); }).status;
   };
   CHECK(run(3).ok());
   for (double bad : {std::numeric_limits<double>::quiet_NaN(), -kInf}) {
@@ -284,9 +289,10 @@ void interruption_stops() {
              return call(p);
            }).status.code == Status::Code::interrupted;
   };
-  CHECK(run([&](const IntervalParams& p) { return interval_cost(cost.data(), p); }));
+  CHECK(run([&](const IntervalParams& p) { return cpu_interval_cost(cost.data(), p); }));
   CHECK(polls == 2);
-  CHECK(run([&](const IntervalParams& p) { return interval_absolute(x.data(), nullptr, IntervalSolver::scan, p); }));
+  CHECK(
+      run([&](const IntervalParams& p) { return cpu_interval_absolute(x.data(), nullptr, IntervalSolver::scan, p); }));
   CHECK(polls == 2);
 }
 

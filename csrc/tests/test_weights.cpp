@@ -19,11 +19,11 @@ using namespace test;
 
 namespace {
 
-// The algorithm as the paper states it, on the gradients themselves: the update, and the scale of its terms.
-Vector pairwise_pcgrad(const Vector& J, int64_t K, const int64_t* perms, double* scale) {
+// The algorithm as the paper states it, on the gradients themselves: the update, and the magnitude of its terms.
+Vector pairwise_pcgrad(const Vector& J, int64_t K, const int64_t* perms, double* magnitude) {
   const int64_t P = int64_t(J.size()) / K;
   Vector sum(P), p(P);
-  *scale = 0;
+  *magnitude = 0;
   for (int64_t i = 0; i < K; ++i) {
     for (int64_t q = 0; q < P; ++q) p[q] = J[i * P + q];
     for (int64_t s = 0; s < K - 1; ++s) {
@@ -35,7 +35,7 @@ Vector pairwise_pcgrad(const Vector& J, int64_t K, const int64_t* perms, double*
     }
     double length = 0;
     for (int64_t q = 0; q < P; ++q) sum[q] += p[q], length += J[i * P + q] * J[i * P + q];
-    *scale += std::sqrt(length);
+    *magnitude += std::sqrt(length);
   }
   return sum;
 }
@@ -82,8 +82,8 @@ void pcgrad_matches_the_paper(int64_t K, int64_t P) {
     const Vector J = gradients(kind, K, P, uint64_t(K + P)), G = gram_of(J, K);
     const auto perms = random_perms(K, random);
     const Vector keys = keys_of(perms, K);
-    double scale;
-    const Vector want = pairwise_pcgrad(J, K, perms.data(), &scale);
+    double magnitude;
+    const Vector want = pairwise_pcgrad(J, K, perms.data(), &magnitude);
     PcgradParams p;
     p.n = 1, p.K = K, p.gram = G.data(), p.perms = perms.data();
     Vector first;
@@ -96,7 +96,7 @@ void pcgrad_matches_the_paper(int64_t K, int64_t P) {
         for (int64_t i = 0; i < K; ++i) got += run.weights[i] * J[i * P + q];
         worst = std::fmax(worst, std::fabs(got - want[q]));
       }
-      CHECK(worst <= 1e-12 * double(K) * scale);
+      CHECK(worst <= 1e-12 * double(K) * magnitude);
       first = run.weights;
       PcgradParams by_key = p;
       by_key.perms = nullptr, by_key.keys = keys.data(), by_key.mean = true;
@@ -116,10 +116,10 @@ void nash_solves(int64_t K, int64_t P) {
       Run run{cuda, {}, {}};
       CHECK(run.nash(p).ok());
       for (int64_t i = 0; i < K; ++i) {
-        double product = 0, scale = 0;
+        double product = 0, magnitude = 0;
         for (int64_t j = 0; j < K; ++j) {
           product += G[i * K + j] * run.weights[j];
-          scale += std::fabs(G[i * K + j]) * run.weights[j];
+          magnitude += std::fabs(G[i * K + j]) * run.weights[j];
         }
         const double a = run.weights[i];
         if (G[i * K + i] == 0)
@@ -129,7 +129,7 @@ void nash_solves(int64_t K, int64_t P) {
         // Pareto-stationary matrices have no solution: their weights are finite, that is all. Elsewhere cancellation in
         // G a bounds what float64 can show.
         if (G[i * K + i] > 0 && kind != Kind::opposed && kind != Kind::deficient)
-          CHECK(std::fabs(a * product - 1) <= 1e-11 + 1e-14 * double(K) * a * scale);
+          CHECK(std::fabs(a * product - 1) <= 1e-11 + 1e-14 * double(K) * a * magnitude);
       }
     }
   }

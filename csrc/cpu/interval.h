@@ -37,24 +37,9 @@ struct IntervalParams {
   std::function<bool()> interrupted;  // polled often (it must be cheap); true stops with Status::interrupted
 };
 
-// Any cost [T, T], row-major, entries with r < l ignored, +inf forbids an interval. Status: not_finite for NaN or -inf
-// (`where` is the flat index, or -1 where sums overflow), infeasible.
-Status interval_cost(const double* cost, const IntervalParams& p);
-
-// c(l, r) = -sum of affinity[centre][l..r], centre = (l + r + 1) / 2, from affinity [T, T], finite. A row of costs at a
-// time is made from running sums: no second T x T.
-Status interval_affinity(const double* affinity, const IntervalParams& p);
-
 enum class IntervalSolver {
   divide_and_conquer,  // for ascending x
   scan,                // every l in every cell: for squared error of x in any order, and as the oracle of the other
 };
-
-// c(l, r) = min over m of sum of w |x - m| (k-medians; ascending x, so that m = x[(l + r + 1) / 2] without weights).
-// weight [T] is >= 0 with a positive sum, or null for ones.
-Status interval_absolute(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p);
-
-// c(l, r) = min over m of sum of w (x - m)^2 (k-means).
-Status interval_squared(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p);
 
 }  // namespace antdiff

@@ -1,4 +1,4 @@
-#include "core/interval.h"
+#include "cpu/interval.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,7 +6,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/isa.h"
+#include "cpu/isa.h"
+#include "cpu/launchers.h"
 
 namespace antdiff {
 namespace {
@@ -158,9 +159,9 @@ struct CountBad {
 
 constexpr int64_t kTile = 2048;  // 16 KiB of a row: it stays in the L1 cache while all layers use it
 
-// `rows(l, &row)` points `row` at costs with row[r] = c(l, r) for r >= l, or returns a bad Status.
-template <class Cost, class Rows>
-Status solve_dense(const Cost& cost, Rows&& rows, const IntervalParams& p) {
+// `cost_rows(l, &row)` points `row` at costs with row[r] = c(l, r) for r >= l, or returns a bad Status.
+template <class Cost, class CostRows>
+Status solve_dense(const Cost& cost, CostRows&& cost_rows, const IntervalParams& p) {
   Solver<Cost> solver(cost, p);
   const Cells& cells = solver.cells();
   if (solver.hopeless()) return {Status::Code::infeasible};
@@ -168,7 +169,7 @@ Status solve_dense(const Cost& cost, Rows&& rows, const IntervalParams& p) {
   for (int64_t l = 0; l < p.T; ++l) {
     if (p.interrupted && p.interrupted()) return {Status::Code::interrupted};
     const double* row = nullptr;
-    if (const Status s = rows(l, &row); !s.ok()) return s;
+    if (const Status s = cost_rows(l, &row); !s.ok()) return s;
     const int64_t first = l + p.min_size - 1, stop = std::min(l + p.max_size, p.T);
     for (int64_t tile = first; tile < stop; tile += kTile)
       for (int64_t j = 0; j < p.K - 1; ++j) {
@@ -238,9 +239,9 @@ struct AffinityCost {
 
 // Each centre c keeps the sum over [l, 2c-l-1] (what lies inside 0..T-1), which shrinks at both ends as l grows. That
 // interval and [l, 2c-l] are the two with start l and centre c.
-class AffinityRows {
+class AffinityCostRows {
  public:
-  explicit AffinityRows(const AffinityCost& cost) : cost_(cost), inner_(cost.T), row_(cost.T) {
+  explicit AffinityCostRows(const AffinityCost& cost) : cost_(cost), inner_(cost.T), row_(cost.T) {
     for (int64_t c = 0; c < cost.T; ++c)
       for (int64_t t = 0; t < std::min(2 * c, cost.T); ++t) inner_[c] += cost.at(c, t);
   }
@@ -355,23 +356,23 @@ class SquaredCost {
 
 }  // namespace
 
-Status interval_cost(const double* cost, const IntervalParams& p) {
-  const auto rows = [&](int64_t l, const double** row) -> Status {
+Status cpu_interval_cost(const double* cost, const IntervalParams& p) {
+  const auto cost_rows = [&](int64_t l, const double** row) -> Status {
     *row = cost + l * p.T;
     if (!multiversion<CountBad>(*row + l, p.T - l)) return {};
     int64_t r = l;
     while ((*row)[r] > -kInf) ++r;
     return {Status::Code::not_finite, l * p.T + r};
   };
-  return solve_dense(MatrixCost{cost, p.T}, rows, p);
+  return solve_dense(MatrixCost{cost, p.T}, cost_rows, p);
 }
 
-Status interval_affinity(const double* affinity, const IntervalParams& p) {
+Status cpu_interval_affinity(const double* affinity, const IntervalParams& p) {
   const AffinityCost cost{affinity, p.T, Grid(exponent_of_max(affinity, p.T * p.T), p.T)};
-  return solve_dense(cost, AffinityRows(cost), p);
+  return solve_dense(cost, AffinityCostRows(cost), p);
 }
 
-Status interval_absolute(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p) {
+Status cpu_interval_absolute(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p) {
   if (weight) {
     const WeightedAbsoluteCost cost(x, weight, p.T);
     return Solver(cost, p).solve(solver);
@@ -380,7 +381,7 @@ Status interval_absolute(const double* x, const double* weight, IntervalSolver s
   return Solver(cost, p).solve(solver);
 }
 
-Status interval_squared(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p) {
+Status cpu_interval_squared(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p) {
   const SquaredCost cost(x, weight, p.T);
   return Solver(cost, p).solve(solver);
 }

@@ -8,14 +8,14 @@
 
 namespace antdiff {
 
-struct Rows {
+struct JacobianView {
   std::vector<Tensor> tensors;   // the entries of J that are not None; their data is [K, numel]
   std::vector<RowPiece> pieces;  // the same, for the launcher
   int64_t K = 0;
   DType dtype = DType::f32;
 
   // `J` is a Python list. All entries must agree in K, dtype and device, and there must be at least one.
-  explicit Rows(py::handle J);
+  explicit JacobianView(py::handle J);
   const Tensor& first() const { return tensors.front(); }
 };
 
