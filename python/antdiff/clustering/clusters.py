@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from antdiff import ops
-from antdiff._checks import as_count
-from antdiff._files import write_atomically
+from antdiff._checks import as_choice, as_count
+from antdiff._files import write_json
 
 Array = Tensor | np.ndarray[Any, Any]
 
@@ -180,12 +180,11 @@ class TimestepClusters:
             mean, std: of the normal distribution; EDM's P_mean and P_std by default. std > 0.
             T: number of bins.
         """
+        as_choice("distribution", distribution, ("lognormal", "logit-normal", "uniform"))
         clusters = cls.uniform(T, k)
         quantiles = [s / T for s in clusters._bounds[1:-1]]
         if distribution == "uniform":
             return cls(T, clusters.starts, edges=quantiles)
-        if distribution not in ("lognormal", "logit-normal"):
-            raise ValueError(f"distribution must be 'lognormal', 'logit-normal' or 'uniform'; got {distribution!r}.")
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
             raise ValueError(f"mean must be finite, and std finite and positive; got mean={mean}, std={std}.")
         normal = [NormalDist(mean, std).inv_cdf(q) for q in quantiles]
@@ -328,7 +327,7 @@ class TimestepClusters:
             "starts": list(self._bounds[:-1]),
             "edges": None if self._edges is None else list(self._edges),
         }
-        write_atomically(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+        write_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepClusters:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from antdiff._checks import as_choice, as_count
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.clustering.timesteps import TimestepBatch
 
@@ -61,12 +62,10 @@ class Pacing:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if patience < 0:
-            raise ValueError(f"patience must be at least 0 updates; got {patience}.")
-        if steps_per_stage is not None and steps_per_stage < 1:
-            raise ValueError(f"steps_per_stage must be at least 1, or None for patience; got {steps_per_stage}.")
-        if order not in ("easy-first", "hard-first"):
-            raise ValueError(f"order must be 'easy-first' or 'hard-first'; got {order!r}.")
+        as_count("patience", patience, 0)
+        if steps_per_stage is not None:
+            as_count("steps_per_stage", steps_per_stage)
+        as_choice("order", order, ("easy-first", "hard-first"))
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1); got {smoothing}.")
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
@@ -242,8 +241,7 @@ class SigmaCurriculum(Pacing):
     """
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> None:
-        if n < 1:
-            raise ValueError(f"n must be at least 1 cluster; got {n}.")
+        n = as_count("n", n)
         if not p_std > 0:
             raise ValueError(f"p_std must be positive; got {p_std}.")
         self.p_mean = p_mean

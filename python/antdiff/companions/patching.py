@@ -22,6 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from antdiff._checks import as_choice, as_count
+
 NAME = "mixture_of_prompts"  # of the patch among the patched model's submodules
 
 
@@ -70,12 +72,10 @@ class MixtureOfPrompts(nn.Module):
         cond_dim = dim if cond_dim is None else cond_dim
         k = n_tokens if k is None else k
         for name, value in (("depth", depth), ("n_tokens", n_tokens), ("dim", dim), ("cond_dim", cond_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+            as_count(name, value)
         if not 1 <= k <= n_tokens:
             raise ValueError(f"k must be in [1, n_tokens={n_tokens}]; got {k}.")
-        if balancing not in ("corrected", "published"):
-            raise ValueError(f"balancing must be 'corrected' or 'published'; got {balancing!r}.")
+        as_choice("balancing", balancing, ("corrected", "published"))
         self.k = k
         self.balancing = balancing
         self.prompts = nn.Parameter(torch.zeros(depth, n_tokens, dim))  # [L, N, D]

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import as_choice, as_count
+
 ALPHA = 4.0
 BETA = 0.8
 NAME = "channel_routing"  # of the routing among the attributes of the module whose forward takes the timestep
@@ -40,8 +42,7 @@ def start_table(channels: int, T: int = 1000, alpha: float = ALPHA, beta: float 
         ValueError: ``beta`` outside (0, 1], so small that no channel is left, ``alpha`` not positive, or T < 2.
     """
     width = _width(channels, alpha, beta)
-    if T < 2:
-        raise ValueError(f"T must be at least 2 timesteps; got {T}.")
+    T = as_count("T", T, 2)
     start = np.rint(np.linspace(0, 1, T) ** alpha * (channels - width))  # rint rounds half to even
     return torch.from_numpy(start.astype(np.int64)), width
 
@@ -109,8 +110,7 @@ class ChannelRouting:
         channel_dim: int = -1,
         generator: torch.Generator | None = None,
     ) -> None:
-        if mode not in ("window", "random"):
-            raise ValueError(f"mode must be 'window' or 'random'; got {mode!r}.")
+        as_choice("mode", mode, ("window", "random"))
         owner, points = (model, [_Point(m, c, channel_dim) for m, c in blocks]) if blocks else find_blocks(model)
         if hasattr(owner, NAME):
             raise ValueError(f"model must not be routed already; got one that is. Call model.{NAME}.remove() first.")

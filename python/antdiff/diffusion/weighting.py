@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import as_count
+
 Prediction = Literal["epsilon", "x0", "v"]
 
 
@@ -99,8 +101,7 @@ class NoiseLevelUncertainty(nn.Module):
 
     def __init__(self, channels: int = 128, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; got {channels}.")
+        channels = as_count("channels", channels)
         self.register_buffer("frequency", 2 * math.pi * torch.randn(channels, generator=generator))
         self.register_buffer("phase", 2 * math.pi * torch.rand(channels, generator=generator))
         self.linear = nn.Linear(channels, 1, bias=False)
