@@ -20,10 +20,11 @@ from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.experiments import transfer
 from antdiff.experiments.quality import Quality
-from antdiff.train import loop, run
+from antdiff.train import prepare, run
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
+from antdiff.train.loop import train
 from antdiff.train.models import noise_schedule
 
 TINY = TrainConfig(steps=3, batch_size=8, device="cpu", sample_steps=2)
@@ -32,7 +33,7 @@ T = 1000
 
 def trained(config: TrainConfig, folder: Path) -> None:
     run.start_run(config, folder)
-    assert loop.train(config, load_data(config.data), folder, progress=False)
+    assert train(config, load_data(config.data), folder, progress=False)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -216,7 +217,7 @@ def test_the_gap_of_linear_denoisers_is_that_of_their_optima(tmp_path: Path, mon
     generator = torch.Generator().manual_seed(5)  # 0 is the seed of the noise that losses are measured with
     x0 = to_uint8(0.8 * torch.randn(400, 1, 4, 4, generator=generator).sign())
     data = ImageData("gaussian", x0, x0, None, None)
-    for module in (loop, run):
+    for module in (prepare, run):
         monkeypatch.setattr(module, "make_model", OneNumber)
     monkeypatch.setattr(transfer, "load_data", lambda *_, **__: data)
     monkeypatch.setattr(transfer, "feature_net", lambda data: None)

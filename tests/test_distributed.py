@@ -162,8 +162,8 @@ def test_the_documented_loops_train_all_ranks_alike(two: Results) -> None:
 
 def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Path, tmp_path: Path) -> None:
     from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
-    from antdiff.train.companions import make_model
-    from antdiff.train.loop import generators
+    from antdiff.train.generators import make_generators
+    from antdiff.train.prepare import make_model
 
     assert two
     cases.train_into(tmp_path)
@@ -177,7 +177,7 @@ def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Pat
         assert all(torch.equal(state, b["rng"][key]) for key, state in a["rng"].items()), name
         assert a["timesteps"] == b["timesteps"] or name == "curriculum"
         # Adam turns the sign of a gradient near zero into a whole step of the rate, so: against the way that was gone.
-        seed = generators(config.seed, torch.device("cpu"))["weights"].initial_seed()
+        seed = make_generators(config.seed, torch.device("cpu"))["weights"].initial_seed()
         start = make_model(config, (1, 8, 8), tmp_path / name, seed=seed).state_dict()
         names = [key for key in start if start[key].is_floating_point()]
         way = sum(float((a["model"][key] - start[key]).square().sum()) for key in names)

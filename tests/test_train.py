@@ -21,15 +21,24 @@ from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.experiments import evaluate as run_module
 from antdiff.experiments.evaluate import closing_table, execute
-from antdiff.train import loop
-from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.train.checkpoint import (
+    CheckpointError,
+    DivergenceError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from antdiff.train.config import METHODS, TrainConfig, resumed
-from antdiff.train.data import ImageData, load_data, to_uint8, to_unit
+from antdiff.train.data import Batches, ImageData, load_data, to_uint8, to_unit
+from antdiff.train.devices import choose_device, sensible_threads
+from antdiff.train.ema import MovingAverage
+from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv
-from antdiff.train.loop import Batches, DivergenceError, stop_requests, train
+from antdiff.train.loop import train
 from antdiff.train.methods import write_direction
 from antdiff.train.models import build_model, draw_samples, noise_schedule
 from antdiff.train.run import load_model, make_clusters, start_run
+from antdiff.train.signals import stop_requests
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=2, sample_steps=2
@@ -71,7 +80,7 @@ def test_vanilla_is_the_textbook_loop(digits: ImageData, tmp_path: Path) -> None
     run = new_run(config, tmp_path / "run")
     assert train(config, digits, run, progress=False)
 
-    rng = loop.generators(config.seed, torch.device("cpu"))
+    rng = make_generators(config.seed, torch.device("cpu"))
     schedule = noise_schedule()
     model = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
     average = [p.detach().clone() for p in model.parameters()]
@@ -188,7 +197,7 @@ def test_the_average_of_the_weights_never_asks_the_device() -> None:
     """Meta tensors have no values to read, so that whatever would wait for a device fails. The values are those of the
     textbook loop above."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to("meta")
-    average = loop.MovingAverage(model, 0.9)
+    average = MovingAverage(model, 0.9)
     for _ in range(3):
         average.update_parameters(model)
     assert int(average.n_averaged) == 3
@@ -447,9 +456,9 @@ def test_clusters_and_devices_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cover the schedule's T=10"):
         make_clusters(name, 3, curve[:10])
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
-        loop.choose_device("gpu")
+        choose_device("gpu")
     with pytest.raises(ValueError, match="is not there: torch sees"):
-        loop.choose_device("cuda:99")
+        choose_device("cuda:99")
     with pytest.raises(ValueError, match="multiple of 4 for the UNet"):
         build_model("unet", 1, 18, generator_seed=0)
 
@@ -460,13 +469,13 @@ def test_threads_are_taken_back_and_the_users_choice_stays(monkeypatch: pytest.M
     try:
         torch.set_num_threads(2)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        with loop.sensible_threads(8, cpu):
+        with sensible_threads(8, cpu):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-        with loop.sensible_threads(28, cpu), loop.sensible_threads(8, torch.device("cuda")):
+        with sensible_threads(28, cpu), sensible_threads(8, torch.device("cuda")):
             assert torch.get_num_threads() == 2
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        with loop.sensible_threads(8, cpu):
+        with sensible_threads(8, cpu):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

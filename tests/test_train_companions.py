@@ -17,13 +17,14 @@ from antdiff.companions import ExpertBank, MixtureOfPrompts
 from antdiff.experiments.compare import compare
 from antdiff.experiments.evaluate import execute
 from antdiff.experiments.quality import FeatureNet, held_out_losses
-from antdiff.train import loop
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
-from antdiff.train.companions import ExpertTurns, make_model
+from antdiff.train.companions import ExpertTurns
 from antdiff.train.config import TrainConfig, resumed
 from antdiff.train.data import ImageData, load_data
+from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
+from antdiff.train.prepare import make_model
 from antdiff.train.run import load_model, start_patch, start_run
 
 TINY = TrainConfig(
@@ -111,7 +112,7 @@ def test_experts_take_turns_and_only_the_one_at_turn_is_trained(tmp_path: Path, 
     start_run(config, tmp_path / "run")
     train(config, digits, tmp_path / "run", progress=False)
     after = state(tmp_path / "run")["model"]
-    seed = loop.generators(0, torch.device("cpu"))["weights"].initial_seed()
+    seed = make_generators(0, torch.device("cpu"))["weights"].initial_seed()
     before = make_model(config, digits.shape, tmp_path, seed=seed).state_dict()
     changed = {key.split(".")[1] for key in after if not torch.equal(after[key], before[key])}
     assert changed == {"0", "1"}

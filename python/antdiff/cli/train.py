@@ -83,8 +83,8 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
     from antdiff.experiments.evaluate import closing_table, execute
     from antdiff.train.data import ImageData, load_data
-    from antdiff.train.distributed import restarted, team
     from antdiff.train.log import WandbLogger, import_wandb
+    from antdiff.train.ranks import is_restart, run_ranks
     from antdiff.train.run import extend_run, start_run
 
     data: ImageData | None = None
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         """The run's settings and its folder, made if it is new."""
         nonlocal data
         again = resume
-        if restarted() and again is None:  # torchrun repeats the command: go on with what it began
+        if is_restart() and again is None:  # torchrun repeats the command: go on with what it began
             again = out if out is not None else _last_folder(config)
             again = again if again is not None and (again / "config.json").exists() else None
         saved = None if again is None else TrainConfig.load(again / "config.json")
@@ -109,17 +109,17 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         extend_run(again, saved, settings.steps)
         return settings, again
 
-    with team() as ranks:
-        config, run = ranks.agree(folder)
-        if ranks.leads:
+    with run_ranks() as ranks:
+        config, run = ranks.from_first(folder)
+        if ranks.is_first:
             print(f"run folder {run}", flush=True)
-        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.leads else []
+        loggers = [WandbLogger(wandb, run, asdict(config))] if wandb is not None and ranks.is_first else []
         try:
             results = execute(config, run, data=data, loggers=loggers)
         except KeyboardInterrupt:  # a second Ctrl-C, or the first one after the training
             results = None
     if results is None:
-        if ranks.leads:
+        if ranks.is_first:
             print(
                 f"\nstopped; the last checkpoint is whole. Go on with: {command('train', '--resume', run)}",
                 file=sys.stderr,

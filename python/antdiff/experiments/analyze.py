@@ -23,11 +23,12 @@ from antdiff.diffusion import log_snr
 from antdiff.experiments._json import finite_or_none
 from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers, within
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
-from antdiff.train.companions import Experts, make_model
+from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_unit
-from antdiff.train.loop import choose_device, sensible_threads
+from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.prepare import make_model
 
 LAYERS_SHOWN = 15  # the largest ones
 

@@ -22,10 +22,11 @@ from antdiff.plotting.curves import save_curves
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
-from antdiff.train.distributed import Team
+from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.log import Logger, read_csv
-from antdiff.train.loop import choose_device, sensible_threads, train
+from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
+from antdiff.train.ranks import RunRanks
 from antdiff.train.run import intervals, load_model
 
 GRID_IMAGES = 60
@@ -43,15 +44,15 @@ def execute(
 
     Of several ranks the first measures, and the others have done: their results are empty.
     """
-    team = Team()
+    ranks = RunRanks()
     data = data or load_data(config.data, image_size=config.image_size)
     with sensible_threads(data.shape[1], choose_device(config.device)):
-        if team.leads:
+        if ranks.is_first:
             write_json(run / "environment.json", collect()[0])
         if not train(config, data, run, progress=progress, loggers=loggers):
             return None
-        team.part_ways()
-        return evaluate(config, data, run, progress=progress) if team.leads else {}
+        ranks.leave()
+        return evaluate(config, data, run, progress=progress) if ranks.is_first else {}
 
 
 def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from antdiff._files import write_npz
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import load_data, to_uint8
-from antdiff.train.loop import choose_device, sensible_threads
+from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.run import load_model
 

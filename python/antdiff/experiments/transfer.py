@@ -27,7 +27,8 @@ from antdiff.plotting.analysis import save_transfer
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import ImageData, load_data, to_uint8
-from antdiff.train.loop import choose_device, sensible_threads, train
+from antdiff.train.devices import choose_device, sensible_threads
+from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.run import intervals, load_model, start_run
 

@@ -8,6 +8,7 @@ written beside its place, flushed to the disk and renamed: a crash or a full dis
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,60 @@ KEPT = 2  # with one in reserve, a checkpoint that rots on the disk costs checkp
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which one is still good."""
+    """A checkpoint cannot be written or read. The message says which one is still good."""
+
+
+class DivergenceError(RuntimeError):
+    """A loss or a weight is no longer finite. The message gives the step and the last good checkpoint."""
+
+
+class RunState:
+    """Everything that a run needs to be resumed, in checkpoints of its folder.
+
+    Args:
+        run: the run folder.
+        parts: objects with ``state_dict`` and ``load_state_dict``, by the name that a checkpoint has for them.
+        generators: the random generators of the run.
+        keep: how many checkpoints are kept, the newest ones.
+    """
+
+    def __init__(
+        self, run: Path, parts: Mapping[str, Any], generators: Mapping[str, torch.Generator], *, keep: int
+    ) -> None:
+        self.run, self.parts, self.generators, self.keep = run, parts, generators, keep
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of the state after `step`."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        rng = {name: generator.get_state() for name, generator in self.generators.items()}
+        save_checkpoint(self.run / "checkpoints", step, {"step": step, "rng": rng, **states}, keep=self.keep)
+
+    def restore(self) -> int:
+        """Load the last checkpoint into the parts and generators and return its step, or 0 if there is none."""
+        path = latest_checkpoint(self.run / "checkpoints")
+        if path is None:
+            return 0
+        state = load_checkpoint(path)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            for name, generator in self.generators.items():
+                generator.set_state(state["rng"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit the settings in {self.run}/config.json: {error}") from error
+        return int(state["step"])
+
+
+def check_finite(value: float, step: int, run: Path) -> None:
+    """Raise DivergenceError if a loss or the weights are NaN or infinite, before they reach a checkpoint."""
+    if math.isfinite(value):
+        return
+    good = latest_checkpoint(run / "checkpoints")
+    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    raise DivergenceError(
+        f"the loss or the weights are not finite at step {step}; {kept}. "
+        "A new run with a smaller --lr may help; a resumed one keeps its own"
+    )
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = KEPT) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ import torch
 from antdiff import StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.clustering.timesteps import TimestepBatch
 from antdiff.companions import (
-    ChannelRouting,
-    Curriculum,
     ExpertBank,
     MixtureOfPrompts,
     RestrictedTimesteps,
@@ -21,12 +19,8 @@ from antdiff.companions import (
     patch_dit,
 )
 from antdiff.companions.experts import P_OWN
-from antdiff.diffusion import log_snr
-from antdiff.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from antdiff.train.config import TrainConfig
-from antdiff.train.models import Denoiser, build_model, noise_schedule
-
-BASE = "base"  # folder of a patching run that holds the network it patches
+from antdiff.train.config import Model
+from antdiff.train.models import Denoiser, build_model
 
 Sampler = StratifiedTimesteps | UniformTimesteps | RestrictedTimesteps
 
@@ -48,37 +42,25 @@ class Experts(ExpertBank):
         return 0.0
 
 
-def make_model(config: TrainConfig, shape: tuple[int, int, int], run: Path, *, seed: int) -> Denoiser | Experts:
-    """The network of a run for images of `shape` (C, H, W), with weights from `seed` (a patched one: from its base).
-
-    Raises:
-        ValueError: images that the network cannot take.
-        CheckpointError: a patching run without its base.
-    """
-    channels, size, _ = shape
-    if config.experts:
-        return Experts([_expert(config, channels, size, i, seed + i) for i in range(config.experts)])
-    model = build_model(config.model, channels, size, generator_seed=seed)
-    if config.routing:
-        ChannelRouting(model.net)
-    if config.patch:
-        base = latest_checkpoint(run / BASE)
-        if base is None:
-            raise CheckpointError(f"{run}/{BASE} must hold the network that this run patches; it is not there")
-        model.load_state_dict(load_checkpoint(base)["model"])
-        net: Any = model.net
-        tokens = (net.config.sample_size // net.config.patch_size) ** 2
-        patch_dit(model, MixtureOfPrompts(len(net.transformer_blocks), tokens, net.inner_dim))
-    return model
+def make_experts(name: Model, channels: int, size: int, n: int, *, seed: int) -> Experts:
+    """Build `n` experts for square images of `size` pixels, expert i with weights from `seed` + i."""
+    return Experts([_expert(name, channels, size, i, n, seed + i) for i in range(n)])
 
 
-def _expert(config: TrainConfig, channels: int, size: int, expert: int, seed: int) -> Denoiser:
-    model = build_model(config.model, channels, size, generator_seed=seed)
-    if config.model == "unet":  # a DiT has no convolutions to share out: its experts are alike
+def _expert(name: Model, channels: int, size: int, expert: int, n: int, seed: int) -> Denoiser:
+    model = build_model(name, channels, size, generator_seed=seed)
+    if name == "unet":  # a DiT has no convolutions whose share could vary: its experts have one architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            add_inception(model.net, expert, config.experts)
+            add_inception(model.net, expert, n)
     return model
+
+
+def add_prompts(model: Denoiser) -> None:
+    """Patch a DiT with a mixture of prompts."""
+    net: Any = model.net
+    tokens = (net.config.sample_size // net.config.patch_size) ** 2
+    patch_dit(model, MixtureOfPrompts(len(net.transformer_blocks), tokens, net.inner_dim))
 
 
 def prompts_of(model: torch.nn.Module) -> MixtureOfPrompts | None:
@@ -86,10 +68,10 @@ def prompts_of(model: torch.nn.Module) -> MixtureOfPrompts | None:
     return next((module for module in model.modules() if isinstance(module, MixtureOfPrompts)), None)
 
 
-def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> Any:
-    """What the optimizer trains: everything, or of a patched network the patch, its gate at ten times the rate."""
+def parameter_groups(model: torch.nn.Module, lr: float) -> Any:
+    """Return the parameters to optimize: all of them, or only those of a patch, with ten times `lr` for its gate."""
     prompts = prompts_of(model)
-    return model.parameters() if prompts is None else prompts.param_groups(config.lr)
+    return model.parameters() if prompts is None else prompts.param_groups(lr)
 
 
 # ---- timesteps ---------------------------------------------------------------------------------------------------
@@ -146,28 +128,15 @@ def _between(values: tuple[float, ...], u: float) -> float:
     return values[i] + (x - i) * (values[i + 1] - values[i])
 
 
-def make_timesteps(
-    config: TrainConfig, clusters: TimestepClusters, model: torch.nn.Module, device: torch.device
-) -> Sampler:
-    """The sampler of timesteps the settings name."""
-    if isinstance(model, ExpertBank):
-        return ExpertTurns(clusters, model)
-    if config.specialist is not None:
-        return IntervalTimesteps(clusters, config.specialist)
-    sampler: StratifiedTimesteps | UniformTimesteps = UniformTimesteps(clusters)
-    if config.timestep_sampling != "uniform":
-        sampler = StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
-    if not config.curriculum:
-        return sampler
-    x = log_snr(noise_schedule())  # [T]
-    return Curriculum.from_log_snr(x, patience=config.patience, device=device).restrict(sampler)
+def importance_of(sampler: Sampler, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Return a function of the importance weight [K] that a sample of each cluster carries at the current step.
 
-
-def cluster_weights(sampler: Sampler, device: torch.device) -> Iterator[torch.Tensor]:
-    """For step after step the weight [K] that a row of each cluster carries, to be taken off again in the metrics."""
+    The losses in the metrics are divided by it.
+    """
+    if isinstance(sampler, RestrictedTimesteps):
+        return lambda: sampler.cluster_weights
     k = sampler.clusters.k
     fixed = torch.ones(k, device=device)
     if isinstance(sampler, StratifiedTimesteps) and sampler.importance:
         fixed = (sampler.clusters.sizes * (k / sampler.clusters.T)).to(fixed)
-    while True:
-        yield sampler.cluster_weights if isinstance(sampler, RestrictedTimesteps) else fixed
+    return lambda: fixed

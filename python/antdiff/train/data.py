@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,41 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Float in [-1, 1] (clipped) -> uint8 0..255: what is measured and exported is what a file would hold."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class Batches:
+    """Endless batches of images, float [B, C, H, W] in [-1, 1].
+
+    Each epoch is a fresh permutation, and a batch may cross the border between two epochs.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        batch_size: B, of all ranks together.
+        generator: draws the permutations, on the CPU.
+        rows: the rows of each batch that this rank takes.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, batch_size: int, generator: torch.Generator, rows: slice = slice(None)
+    ) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.generator = generator
+        self.rows = rows
+        self.left = torch.empty(0, dtype=torch.int64)  # the rest of the current epoch's permutation
+
+    def next(self, device: torch.device) -> torch.Tensor:
+        """Return this rank's rows of the next batch."""
+        while len(self.left) < self.batch_size:
+            self.left = torch.cat([self.left, torch.randperm(len(self.images), generator=self.generator)])
+        batch, self.left = self.left[: self.batch_size], self.left[self.batch_size :]
+        return to_unit(self.images[batch[self.rows]].to(device, non_blocking=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.left = state["left"]
 
 
 def load_data(source: str, *, image_size: int = 32) -> ImageData:

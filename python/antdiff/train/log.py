@@ -54,6 +54,47 @@ class MetricLog:
             logger.close()
 
 
+class Recorder:
+    """A context that writes rows to a :class:`MetricLog` and shows the latest losses beside a progress bar.
+
+    Args:
+        folder, start, also: see :class:`MetricLog`.
+        steps: the last step of the run.
+        active: False on the ranks that do not write.
+        progress: whether to show the bar.
+    """
+
+    def __init__(
+        self, folder: Path, *, start: int, steps: int, active: bool, progress: bool, also: Sequence[Logger] = ()
+    ) -> None:
+        from tqdm import tqdm
+
+        self.rows = MetricLog(folder, start=start, also=also) if active else None
+        self.bar: Any = tqdm(
+            total=steps, initial=start, unit="step", disable=not (progress and active), dynamic_ncols=True
+        )
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.bar.update()
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Write a row and show its losses, those of the clusters if there are at most 10."""
+        if self.rows is not None:
+            self.rows.log(step, row)
+        losses = [f"{value:.3f}" for key, value in row.items() if re.fullmatch(r"loss_\d+", key)]
+        clusters = f" | clusters {' '.join(losses)}" if len(losses) <= 10 else ""
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}{clusters}")
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.rows is not None:
+            self.rows.close()
+
+
 class CsvLogger:
     """Appends rows to a CSV file; each is on the disk when `log` returns."""
 

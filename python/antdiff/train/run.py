@@ -17,9 +17,10 @@ from antdiff._command import command
 from antdiff._files import write_atomically
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from antdiff.train.companions import BASE, Experts, make_model
+from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.prepare import BASE, make_model
 
 
 def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClusters:
