@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from harness import environment
 from torch import Tensor, nn
 
+import antdiff
 from antdiff import balancing, distributed
 
 WIDTH, DEPTH, STEPS = 512, 4, 3
@@ -107,7 +108,7 @@ def candidates(K: int, rank: int, R: int) -> list[tuple[str, str | None, Callabl
 
     def balanced(scheme: Any) -> tuple[Callable[[], object], Any]:
         model = network()
-        backward = distributed.BalancedBackward(model, balancing.PCGrad(), K, scheme=scheme)
+        backward = antdiff.BalancedBackward(model, balancing.PCGrad(), K, scheme=scheme)
         rows = chunk if scheme == "cluster" else dealt
         known = counts if scheme == "cluster" else None
         return lambda: backward(losses_of(model), (x[rows],), cluster[rows], counts=known), backward.gradients
@@ -128,7 +129,7 @@ def candidates(K: int, rank: int, R: int) -> list[tuple[str, str | None, Callabl
         if name == "fsdp":
             found.append((name, None, lambda model=model: losses_of(model)(x[dealt]).mean().backward(), None))
         else:
-            backward = distributed.BalancedBackward(model, balancing.PCGrad(), K)
+            backward = antdiff.BalancedBackward(model, balancing.PCGrad(), K)
             step = lambda b=backward, m=model: b(losses_of(m), (x[dealt],), cluster[dealt])  # noqa: E731
             found.append((name, None, step, backward.gradients))
     return found

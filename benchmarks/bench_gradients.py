@@ -112,13 +112,12 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
             model, optimizer, loss_fn = fresh()
             cg, balancer = ClusterGradients(model, K, route), method()
             if route == "auto":  # settle, as training does once: the memory of a step is not that of a choice
-                cg.compute(loss_fn, batch, cluster, counts=sizes)
-                cg.J.clear()
+                cg(loss_fn, batch, cluster, counts=sizes).rows.clear()
                 print(f"{net} K={K} B={B}: {cg.explain()}")
 
             def step() -> None:
-                J = cg.compute(loss_fn, batch, cluster, counts=sizes)
-                ops.combine(balancer.weights(ops.gram(J)), J, out=cg.grads())
+                jacobian = cg(loss_fn, batch, cluster, counts=sizes)
+                jacobian.combine(balancer.weights(jacobian.gram()))
                 optimizer.step()
 
             return step
@@ -127,10 +126,11 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
 
     def without_j() -> Step:
         model, optimizer, loss_fn = fresh()
-        cg, balancer = ClusterGradients(model, K, "grouped"), balancing.PCGrad()
+        cg, balancer = ClusterGradients(model, K, "grouped", hold="gram"), balancing.PCGrad()
 
         def step() -> None:
-            cg.combine(balancer.weights(cg.gram(loss_fn, batch, cluster, counts=sizes)))
+            jacobian = cg(loss_fn, batch, cluster, counts=sizes)
+            jacobian.combine(balancer.weights(jacobian.gram()))
             optimizer.step()
 
         return step

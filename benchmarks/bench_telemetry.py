@@ -23,7 +23,7 @@ import torch
 from harness import Result, measure, show, write_csv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, diffusion, ops
+from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, diffusion
 from antdiff.analysis import Telemetry
 from antdiff.train.data import load_data, to_unit
 from antdiff.train.loop import sample_losses
@@ -64,10 +64,10 @@ class Training:
         t, cluster, weight = self.sampler.sample(B, device=self.x0.device)
         noise = torch.randn_like(self.x0)
         batch = (self.schedule.add_noise(self.x0, noise, t), noise, t, weight)
-        J = self.gradients.compute(partial(sample_losses, self.model), batch, cluster, counts=shares)
-        G = ops.gram(J)
-        self.numbers = (self.gradients.losses, self.gradients.counts, self.balancer.weights(G), G)
-        ops.combine(self.numbers[2], J, out=self.gradients.grads())
+        jacobian = self.gradients(partial(sample_losses, self.model), batch, cluster, counts=shares)
+        G = jacobian.gram()
+        self.numbers = (jacobian.losses, jacobian.counts, self.balancer.weights(G), G)
+        jacobian.combine(self.numbers[2])
         self.optimizer.step()
         if watched:
             self.telemetry.add(*self.numbers)

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import antdiff
-from antdiff import balancing, diffusion, ops
+from antdiff import balancing, diffusion
 from antdiff.plotting import plot_clusters
 from antdiff.train.data import load_data, to_unit
 from antdiff.train.models import build_model, noise_schedule
@@ -32,7 +32,7 @@ def main() -> None:
     data, schedule = load_data("digits"), noise_schedule()
     model = build_model("unet", *data.shape[:2], generator_seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    cg = antdiff.ClusterGradients(model, K)
+    cluster_gradients = antdiff.ClusterGradients(model, K)
 
     def losses(x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         noise = torch.randn_like(x0)
@@ -42,12 +42,12 @@ def main() -> None:
     for step in range(220):
         x0 = to_unit(data.train[torch.randint(len(data.train), (100,))])
         t, cluster, _ = sampler.sample(len(x0))
-        J = cg.compute(losses, (x0, t), cluster)
-        G = ops.gram(J)
+        jacobian = cluster_gradients(losses, (x0, t), cluster)
+        G = jacobian.gram()
         if step >= 200:
             grams.append(G)
         else:
-            ops.combine(torch.full((K,), 1 / K, dtype=torch.float64), J, out=cg.grads())
+            jacobian.combine(torch.full((K,), 1 / K, dtype=torch.float64))
             optimizer.step()
     cosines = torch.stack([G / G.diagonal().sqrt().outer(G.diagonal().sqrt()) for G in grams]).mean(0)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import antdiff
-from antdiff import balancing, distributed
+from antdiff import balancing
 
 T, K = 1000, 5
 
@@ -35,9 +35,9 @@ def main(steps: int, cpu: bool) -> None:
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     clusters = antdiff.TimestepClusters.from_log_snr(antdiff.diffusion.log_snr("cosine", T=T), k=K)
-    sampler = distributed.StratifiedTimesteps(clusters, importance=True)
+    sampler = antdiff.StratifiedTimesteps(clusters, importance=True, seed=0)
     alpha = torch.sigmoid(antdiff.diffusion.log_snr("cosine", T=T)).float().to(accelerator.device)  # [T], alpha_bar
-    backward = distributed.BalancedBackward(model, balancing.PCGrad(), k=K)  # <- added
+    backward = antdiff.BalancedBackward(model, balancing.PCGrad(), k=K)  # <- added
 
     def denoising_losses(x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         a = alpha[t][:, None]
@@ -53,11 +53,11 @@ def main(steps: int, cpu: bool) -> None:
             counts = sampler.counts(len(x0))
             t, cluster, weight = sampler.sample(len(x0), device=accelerator.device)
             noise = torch.randn(x0.shape, generator=noise_of_rank, device=accelerator.device)
-            losses = backward(denoising_losses, (x0, noise, t, weight), cluster, counts=counts)  # <- loss.backward()
+            result = backward(denoising_losses, (x0, noise, t, weight), cluster, counts=counts)  # <- loss.backward()
             optimizer.step()
             done += 1
             if done % 20 == 0 or done == steps:
-                accelerator.print(f"step {done} loss {losses.mean():.4f}  {backward.gradients.explain()}")
+                accelerator.print(f"step {done} loss {result.losses.mean():.4f}  {backward.gradients.explain()}")
             if done == steps:
                 break
     same = accelerator.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()[None])

@@ -62,21 +62,19 @@ def one_process(name: str, K: int, cluster: Tensor, dtype: torch.dtype, steps: i
     model = network(dtype)
     balancer = method(name, K)
     x, y = samples(len(cluster), dtype)
-    cg = antdiff.ClusterGradients(model, K, "loop")
+    cg = antdiff.ClusterGradients(model, K, "loop", group="local")
     for _ in range(steps):
         if name in LOSSES:
             losses, counts = ops.cluster_mean(losses_of(model)(x, y), cluster, K)
             model.zero_grad()
             balancer.loss(losses, counts).backward()
             continue
-        J = cg.compute(losses_of(model), (x, y), cluster)
-        losses = cg.losses
+        jacobian = cg(losses_of(model), (x, y), cluster)
+        losses = jacobian.losses
         if name == "graddrop":
-            for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
-                p.grad = g
+            jacobian.write(balancer.direction(jacobian.rows))
         else:
-            w = balancer.weights(ops.gram(J))
-            ops.combine(w, J, out=cg.grads())
+            jacobian.combine(balancer.weights(jacobian.gram()))
     return grads(model), losses.detach()
 
 
@@ -107,8 +105,8 @@ def every_scheme_and_method(rank: int, world: int) -> dict[Any, Any]:
                 for scheme in ("all_reduce", "reduce_scatter"):
                     if name == "graddrop" and scheme != "all_reduce":
                         continue
-                    got, cg = step(name, K, cluster, mine, dtype, scheme)
-                    errors[name, K, scheme, str(dtype)] = relative(got, want), relative([cg.losses], [losses])
+                    got, jacobian = step(name, K, cluster, mine, dtype, scheme)
+                    errors[name, K, scheme, str(dtype)] = relative(got, want), relative([jacobian.losses], [losses])
                 if name == "graddrop":
                     continue
                 B = 6 * world
@@ -117,8 +115,8 @@ def every_scheme_and_method(rank: int, world: int) -> dict[Any, Any]:
                 counts = distributed.contiguous_counts(shares, [6] * world)
                 want, losses = one_process(name, K, cluster, dtype)
                 mine = torch.arange(B) // 6 == rank
-                got, cg = step(name, K, cluster, mine, dtype, "cluster", counts)
-                errors[name, K, "cluster", str(dtype)] = relative(got, want), relative([cg.losses], [losses])
+                got, jacobian = step(name, K, cluster, mine, dtype, "cluster", counts)
+                errors[name, K, "cluster", str(dtype)] = relative(got, want), relative([jacobian.losses], [losses])
     return errors
 
 
@@ -131,19 +129,17 @@ def step(
     scheme: Any,
     counts: Any = None,
     **options: Any,
-) -> tuple[list[Tensor], distributed.ClusterGradients]:
+) -> tuple[list[Tensor], antdiff.gradients.ClusterJacobian]:
     model = options.pop("model", None) or network(dtype)
     x, y = samples(len(cluster), dtype)
-    cg = distributed.ClusterGradients(model, K, scheme=scheme, **options)
+    cg = antdiff.ClusterGradients(model, K, scheme=scheme, **options)
     balancer = method(name, K)
-    J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine], counts=counts)
-    G = cg.gram(J)
+    jacobian = cg(losses_of(model), (x[mine], y[mine]), cluster[mine], counts=counts)
     if name == "graddrop":
-        for p, g in zip(model.parameters(), balancer.direction(J), strict=True):
-            p.grad = g
+        jacobian.write(balancer.direction(jacobian.rows))
     else:
-        cg.combine(balancer.weights(G), J)
-    return grads(cg.model), cg
+        jacobian.combine(balancer.weights(jacobian.gram()))
+    return grads(cg.model), jacobian
 
 
 def other_routes(rank: int, world: int) -> dict[Any, Any]:
@@ -157,33 +153,34 @@ def other_routes(rank: int, world: int) -> dict[Any, Any]:
     none_here = torch.arange(B) % (world - 1) == rank
     for route in ("split", "grouped", "loop", "auto"):
         for deal, mine in (("dealt", dealt), ("rank 3 has none", none_here)):
-            got, cg = step("pcgrad", K, cluster, mine, torch.float64, "reduce_scatter", route=route)
-            errors[route, deal] = relative(got, want), relative([cg.losses], [losses])
-            if cg.counts.tolist() != cluster.bincount(minlength=K).tolist():
-                errors[route, deal] = cg.counts
-    early = distributed.ClusterGradients(network(), K)
+            got, jacobian = step("pcgrad", K, cluster, mine, torch.float64, "reduce_scatter", route=route)
+            errors[route, deal] = relative(got, want), relative([jacobian.losses], [losses])
+            if jacobian.counts.tolist() != cluster.bincount(minlength=K).tolist():
+                errors[route, deal] = jacobian.counts
+    early = antdiff.ClusterGradients(network(), K)
     early.ranks.size = 1  # as if made before init_process_group
     try:
-        early.compute(losses_of(early.model), (x, y), cluster)
+        early(losses_of(early.model), (x, y), cluster)
     except RuntimeError as error:
         assert "must be made after" in str(error)  # noqa: PT017
     else:
         errors["made too early"] = (1.0,)
     for route in ("split", "grouped"):
         model = network()
-        cg = distributed.ClusterGradients(model, K, route, scheme="reduce_scatter")
+        cg = antdiff.ClusterGradients(model, K, route, scheme="reduce_scatter")
         mine = dealt.nonzero().flatten()
-        for rows in mine.split(1 + rank):  # ranks cut their samples into different numbers of pieces
-            cg.accumulate(losses_of(model), (x[rows], y[rows]), cluster[rows])
-        J = cg.mean()
-        cg.combine(balancing.PCGrad().weights(cg.gram(J)), J)
-        errors[route, "accumulated"] = relative(grads(model), want), relative([cg.losses], [losses])
+        with cg.accumulate() as total:
+            for rows in mine.split(1 + rank):  # ranks cut their samples into different numbers of pieces
+                total.add(losses_of(model), (x[rows], y[rows]), cluster[rows])
+        jacobian = total.jacobian
+        jacobian.combine(balancing.PCGrad().weights(jacobian.gram()))
+        errors[route, "accumulated"] = relative(grads(model), want), relative([jacobian.losses], [losses])
     pair = dist.new_group([1, 3])
     if rank in (1, 3):
-        got, cg = step(
+        got, jacobian = step(
             "pcgrad", K, cluster, torch.arange(B) % 2 == rank // 2, torch.float64, "reduce_scatter", group=pair
         )
-        errors["a group of two"] = relative(got, want), relative([cg.losses], [losses])
+        errors["a group of two"] = relative(got, want), relative([jacobian.losses], [losses])
     return errors
 
 
@@ -201,14 +198,14 @@ def wrapped(rank: int, world: int) -> dict[Any, Any]:
         ddp = nn.parallel.DistributedDataParallel(inner)
         if name == "lacking clusters":
             mine = cluster % world == rank
-        cg = distributed.ClusterGradients(ddp, K, scheme="reduce_scatter")
-        J = cg.compute(losses_of(ddp.module if name == "past" else ddp), (x[mine], y[mine]), cluster[mine])
-        cg.combine(balancing.NashMTL().weights(cg.gram(J)), J)
-        errors[f"DDP {name}"] = relative(grads(ddp.module), want), relative([cg.losses], [losses])
+        cg = antdiff.ClusterGradients(ddp, K, scheme="reduce_scatter")
+        jacobian = cg(losses_of(ddp.module if name == "past" else ddp), (x[mine], y[mine]), cluster[mine])
+        jacobian.combine(balancing.NashMTL().weights(jacobian.gram()))
+        errors[f"DDP {name}"] = relative(grads(ddp.module), want), relative([jacobian.losses], [losses])
     for pieces in (None, "lacking clusters", 3):
         model = sharded()
         mine = cluster % world == rank if pieces == "lacking clusters" else torch.arange(B) % world == rank
-        backward = distributed.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=3 if pieces == 3 else None)
+        backward = antdiff.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=3 if pieces == 3 else None)
         rows = mine.nonzero().flatten()
         if pieces == 3:
             rows = rows[: B // world]  # the same number on every rank: FSDP2 gathers weights in step
@@ -216,7 +213,7 @@ def wrapped(rank: int, world: int) -> dict[Any, Any]:
             want_, losses_ = one_process_of(short, "nash", K, cluster)
         else:
             want_, losses_ = want, losses
-        got_losses = backward(losses_of(model), (x[rows], y[rows]), cluster[rows])
+        got_losses = backward(losses_of(model), (x[rows], y[rows]), cluster[rows]).losses
         errors["FSDP2", pieces] = relative(grads(model), want_), relative([got_losses], [losses_])
     return errors
 
@@ -235,10 +232,10 @@ def sharded() -> nn.Module:
 def one_process_of(rows: Tensor, name: str, K: int, cluster: Tensor) -> tuple[list[Tensor], Tensor]:
     model = network()
     x, y = samples(len(cluster))
-    cg = antdiff.ClusterGradients(model, K, "loop")
-    J = cg.compute(losses_of(model), (x[rows], y[rows]), cluster[rows])
-    ops.combine(method(name, K).weights(ops.gram(J)), J, out=cg.grads())
-    return grads(model), cg.losses
+    cg = antdiff.ClusterGradients(model, K, "loop", group="local")
+    jacobian = cg(losses_of(model), (x[rows], y[rows]), cluster[rows])
+    jacobian.combine(method(name, K).weights(jacobian.gram()))
+    return grads(model), jacobian.losses
 
 
 def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
@@ -255,11 +252,11 @@ def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
             return balancing.get(name)(K) if name in LOSSES else balancing.get(name)(**options)
 
         alone, balancer = network(), make()
-        whole = antdiff.BalancedBackward(alone, balancer, K, route="split")
+        whole = antdiff.BalancedBackward(alone, balancer, K, route="split", group="local")
         optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
         want = []
         for _ in range(3):
-            losses = whole(losses_of(alone), (x, y), cluster)
+            losses = whole(losses_of(alone), (x, y), cluster).losses
             want.append(([g.clone() for g in grads(alone)], losses))
             optimizer.step()
         kinds = ("plain", "ddp", "fsdp") if name in ("pcgrad", "uw") else ("plain",)
@@ -267,10 +264,10 @@ def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
             model = sharded() if kind == "fsdp" else network()
             called = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
             mine_balancer = make()
-            backward = distributed.BalancedBackward(called, mine_balancer, K)
+            backward = antdiff.BalancedBackward(called, mine_balancer, K)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for step_, (gradients, losses) in enumerate(want):
-                got = backward(losses_of(called), (x[mine], y[mine]), cluster[mine])
+                got = backward(losses_of(called), (x[mine], y[mine]), cluster[mine]).losses
                 errors[name, kind, step_] = relative(grads(model), gradients), relative([got], [losses])
                 optimizer.step()
     return errors
@@ -280,8 +277,8 @@ def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
     """Weights, p.grad, timesteps, and the balancer's state, after three steps: to be compared between ranks."""
     K, B = 5, 8
     clusters = antdiff.TimestepClusters.uniform(1000, K)
-    sampler = distributed.StratifiedTimesteps(clusters, importance=True)
-    alone = antdiff.StratifiedTimesteps(clusters, importance=True)
+    sampler = antdiff.StratifiedTimesteps(clusters, importance=True)
+    alone = antdiff.StratifiedTimesteps(clusters, importance=True, group="local")
     generator = torch.Generator().manual_seed(0)
     model, balancer = network(), balancing.PCGrad()
     x, y = samples(B * world)
@@ -293,12 +290,12 @@ def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
         assert drawn.cluster.bincount(minlength=K).tolist() == counts[rank]
         chunks.append(tuple(drawn))
         whole.append(tuple(alone.sample(sum(sizes), generator=generator)))
-        cg = distributed.ClusterGradients(model, K)
+        cg = antdiff.ClusterGradients(model, K)
         a = sum(sizes[:rank])
         rows = slice(a, a + sizes[rank])
-        J = cg.compute(losses_of(model), (x[rows], y[rows]), drawn.cluster, counts=counts)
-        w = balancer.weights(cg.gram(J))
-        cg.combine(w, J)
+        jacobian = cg(losses_of(model), (x[rows], y[rows]), drawn.cluster, counts=counts)
+        w = balancer.weights(jacobian.gram())
+        jacobian.combine(w)
         gathered.append((w, [g.clone() for g in grads(model)]))
     return {
         "chunks": chunks,
@@ -317,7 +314,8 @@ def out_of_step(rank: int, world: int) -> dict[str, Any]:
     mine = torch.arange(B) * (world - 1) // B == rank  # contiguous: most ranks lack most clusters, the last has none
     x, y = samples(B)
     rows = (x[mine], y[mine])
-    G = ops.gram(antdiff.ClusterGradients(model := network(), K, "loop").compute(losses_of(model), (x, y), cluster))
+    alone = antdiff.ClusterGradients(model := network(), K, "loop", group="local")
+    G = alone(losses_of(model), (x, y), cluster).gram()
     errors = {}
 
     def buffered() -> nn.Module:
@@ -327,26 +325,27 @@ def out_of_step(rank: int, world: int) -> dict[str, Any]:
 
     for route in ("split", "grouped", "loop"):
         for step_ in range(2):
-            cg = distributed.ClusterGradients(ddp := buffered(), K, route, scheme="reduce_scatter")  # type: ignore
-            J = cg.compute(losses_of(ddp), rows, cluster[mine])
-            errors[f"DDP {route} {step_}"] = relative([cg.gram(J)], [G])
-    cg = distributed.ClusterGradients(ddp := buffered(), K, scheme="reduce_scatter")
-    for part in range(rank + 1):
-        piece = torch.arange(int(mine.sum())) % (rank + 1) == part
-        cg.accumulate(losses_of(ddp), (rows[0][piece], rows[1][piece]), cluster[mine][piece])
-    errors["DDP accumulate"] = relative([cg.gram(cg.mean())], [G])
+            cg = antdiff.ClusterGradients(ddp := buffered(), K, route, scheme="reduce_scatter")  # type: ignore
+            jacobian = cg(losses_of(ddp), rows, cluster[mine])
+            errors[f"DDP {route} {step_}"] = relative([jacobian.gram()], [G])
+    cg = antdiff.ClusterGradients(ddp := buffered(), K, scheme="reduce_scatter")
+    with cg.accumulate() as total:
+        for part in range(rank + 1):
+            piece = torch.arange(int(mine.sum())) % (rank + 1) == part
+            total.add(losses_of(ddp), (rows[0][piece], rows[1][piece]), cluster[mine][piece])
+    errors["DDP accumulate"] = relative([total.jacobian.gram()], [G])
 
-    backward = distributed.BalancedBackward(network(), balancing.PCGrad(), K, micro_batch=2)
-    backward(losses_of(backward.gradients.model), rows, cluster[mine])
-    assert backward.gram is not None
-    errors["micro_batch"] = relative([backward.gram], [G])
+    backward = antdiff.BalancedBackward(network(), balancing.PCGrad(), K, micro_batch=2)
+    result = backward(losses_of(backward.gradients.model), rows, cluster[mine])
+    assert result.gram is not None
+    errors["micro_batch"] = relative([result.gram], [G])
 
     model, calls = network(), iter(range(99))
-    cg = distributed.ClusterGradients(model, K, scheme="cluster")
+    cg = antdiff.ClusterGradients(model, K, scheme="cluster")
     shares, x, y = stratified(K, 10 * world), *samples(10 * world)
     cluster = torch.arange(K).repeat_interleave(torch.tensor(shares))
     counts = distributed.contiguous_counts(shares, [10] * world)
-    G = ops.gram(antdiff.ClusterGradients(model, K, "loop").compute(losses_of(model), (x, y), cluster))
+    G = antdiff.ClusterGradients(model, K, "loop", group="local")(losses_of(model), (x, y), cluster).gram()
     chunk = slice(10 * rank, 10 * rank + 10)
 
     def fails(*rows: Tensor) -> Tensor:
@@ -355,9 +354,9 @@ def out_of_step(rank: int, world: int) -> dict[str, Any]:
         return losses_of(model)(*rows)
 
     with suppress(KeyError):  # every rank has sent its first row by then, and none has waited for it
-        cg.compute(fails, (x[chunk], y[chunk]), cluster[chunk], counts=counts)
-    J = cg.compute(losses_of(model), (x[chunk], y[chunk]), cluster[chunk], counts=counts)
-    errors["after an error"] = relative([cg.gram(J)], [G])
+        cg(fails, (x[chunk], y[chunk]), cluster[chunk], counts=counts)
+    jacobian = cg(losses_of(model), (x[chunk], y[chunk]), cluster[chunk], counts=counts)
+    errors["after an error"] = relative([jacobian.gram()], [G])
     return errors
 
 
@@ -374,7 +373,7 @@ def fsdp_after_a_forward_without_backward(rank: int, world: int) -> dict[Any, An
         for validate in (False, True):
             model = sharded()
             params = list(model.parameters())
-            backward = distributed.BalancedBackward(model, make(), K)
+            backward = antdiff.BalancedBackward(model, make(), K)
             for _ in range(2):
                 backward(losses_of(model), (x[mine], y[mine]), cluster[mine])
                 if validate:
@@ -405,10 +404,10 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
         attempt(scheme, lambda scheme=scheme: step_of(bad, y, mine, cluster, scheme))  # type: ignore[misc]
     for name in ("pcgrad", "uw"):
         model = network()
-        backward = distributed.BalancedBackward(model, method(name, K), K)
+        backward = antdiff.BalancedBackward(model, method(name, K), K)
         run = functools.partial(backward, losses_of(model), (bad[mine], y[mine]), cluster[mine])
         attempt(name, run)
-    plain = distributed.BalancedBackward(network(), balancing.PCGrad(update_every=2), K)
+    plain = antdiff.BalancedBackward(network(), balancing.PCGrad(update_every=2), K)
     plain(losses_of(plain.gradients.model), (x[mine], y[mine]), cluster[mine])
     attempt("between", lambda: plain(losses_of(plain.gradients.model), (bad[mine], y[mine]), cluster[mine]))
 
@@ -416,18 +415,18 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
         return lambda x, y: (model(x) - y).square().mean(1) + (0 * model(x).sum(1)).sqrt()
 
     model = network()
-    cg = distributed.ClusterGradients(model, K)
+    cg = antdiff.ClusterGradients(model, K)
     fn = infinite_slope(model) if rank == 1 else losses_of(model)
-    attempt("slope", lambda: cg.gram(cg.compute(fn, (x[mine], y[mine]), cluster[mine])))
+    attempt("slope", lambda: cg(fn, (x[mine], y[mine]), cluster[mine]))
     # beside a scaler nobody raises, and everybody skips
     for name, balancer in (("nash", balancing.NashMTL(nonfinite="poison")), ("linear", balancing.get("linear")(K))):
         model = network(torch.float32)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        scaled = distributed.BalancedBackward(model, balancer, K, scaler=scaler)
+        scaled = antdiff.BalancedBackward(model, balancer, K, scaler=scaler)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         history = []
         for batch in (x, bad, x):
-            losses = scaled(losses_of(model), (batch[mine].float(), y[mine].float()), cluster[mine])
+            losses = scaled(losses_of(model), (batch[mine].float(), y[mine].float()), cluster[mine]).losses
             scaler.step(optimizer)
             scaler.update()
             history.append(([p.detach().clone() for p in model.parameters()], losses, scaler.get_scale()))
@@ -437,9 +436,8 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
 
 def step_of(x: Tensor, y: Tensor, mine: Tensor, cluster: Tensor, scheme: Any) -> None:
     model = network()
-    cg = distributed.ClusterGradients(model, 5, scheme=scheme)
-    J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine])
-    cg.gram(J)
+    cg = antdiff.ClusterGradients(model, 5, scheme=scheme)
+    cg(losses_of(model), (x[mine], y[mine]), cluster[mine])
 
 
 def half_precision(rank: int, world: int) -> dict[str, Any]:
@@ -453,10 +451,11 @@ def half_precision(rank: int, world: int) -> dict[str, Any]:
     for dtype in (None, torch.float32):
         for scheme in ("all_reduce", "reduce_scatter"):
             model = network(torch.bfloat16)
-            cg = distributed.ClusterGradients(model, K, scheme=scheme, dtype=dtype)  # type: ignore[arg-type]
-            J = cg.compute(losses_of(model), (x[mine], y[mine]), cluster[mine])
-            cg.combine(torch.full((K,), 1 / K, dtype=torch.float64), J)
-            errors[f"{scheme} {dtype}"] = relative(grads(model), want), str(J[0].dtype), str(grads(model)[0].dtype)
+            cg = antdiff.ClusterGradients(model, K, scheme=scheme, dtype=dtype)  # type: ignore[arg-type]
+            jacobian = cg(losses_of(model), (x[mine], y[mine]), cluster[mine])
+            jacobian.combine(torch.full((K,), 1 / K, dtype=torch.float64))
+            held = str(cg._ranked.current_exchange().J[0].dtype)
+            errors[f"{scheme} {dtype}"] = relative(grads(model), want), held, str(grads(model)[0].dtype)
     return errors
 
 
@@ -477,14 +476,14 @@ def bytes_on_the_wire(rank: int, world: int) -> dict[Any, Any]:
         for scheme in ("all_reduce", "reduce_scatter", "cluster"):
             whole = scheme == "cluster"
             mine = torch.arange(B) // (2 * K) == rank if whole else torch.arange(B) % world == rank
-            cg = distributed.ClusterGradients(model, K, scheme=scheme)  # type: ignore[arg-type]
+            cg = antdiff.ClusterGradients(model, K, scheme=scheme)  # type: ignore[arg-type]
             for _ in range(2):  # the first makes connections
                 dist.barrier()
                 before = socket_bytes()
-                J = cg.compute(
+                jacobian = cg(
                     lambda x: model(x).square().mean(1), (x[mine],), cluster[mine], counts=counts if whole else None
                 )
-                cg.combine(torch.ones(K, dtype=torch.float64) * (1 + 0 * cg.gram(J)[0]), J)
+                jacobian.combine(torch.ones(K, dtype=torch.float64) * (1 + 0 * jacobian.gram()[0]))
                 after = socket_bytes()
             cost = distributed.cost_model(P, K, world, counts=counts)[scheme]
             total = torch.tensor(float(after - before))
@@ -541,7 +540,7 @@ def checkpoint_of(model: nn.Module, optimizer: torch.optim.Optimizer, note: int)
 
 def trained(model: nn.Module, optimizer: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
     optimizer = optimizer or torch.optim.AdamW(model.parameters())
-    backward = distributed.BalancedBackward(model, balancing.PCGrad(), 5)
+    backward = antdiff.BalancedBackward(model, balancing.PCGrad(), 5)
     x, y = samples(10)
     backward(losses_of(model), (x, y), torch.arange(10) % 5)
     optimizer.step()
@@ -571,10 +570,11 @@ def the_documented_loops(rank: int, world: int) -> dict[str, Any]:
         start = [p.detach().clone() for p in model.parameters()]
         generator = torch.Generator().manual_seed(rank)
         loader = [torch.randn(10, WIDTH, generator=generator) for _ in range(3)]
-        sampler = distributed.StratifiedTimesteps(clusters)
+        sampler = antdiff.StratifiedTimesteps(clusters)
         t, cluster, weight = sampler.sample(10)
         names: dict[str, Any] = {
-            "DistributedDataParallel": nn.parallel.DistributedDataParallel, "fully_shard": fully_shard,
+            "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+            "fully_shard": fully_shard, "antdiff": antdiff,
             "distributed": distributed, "balancing": balancing, "ops": ops, "model": model, "blocks": [model[0]],  # type: ignore[index]
             "loader": loader, "sampler": sampler, "clusters": clusters, "K": 5, "x0": loader[0],
             "t": t, "cluster": cluster, "weight": weight, "balancer": balancing.PCGrad(),
@@ -588,7 +588,7 @@ def the_documented_loops(rank: int, world: int) -> dict[str, Any]:
             names |= {"balancer": balancing.UncertaintyWeighting(5), "noise": torch.zeros(10, 5), "xt": loader[0]}
             names["model"] = Unconditional(model)
         if name == "cluster":
-            names["backward"] = distributed.BalancedBackward(model, balancing.PCGrad(), 5)
+            names["backward"] = antdiff.BalancedBackward(model, balancing.PCGrad(), 5)
         if name == "fsdp2":  # the optimizer is made after sharding
 
             class Optimizer:
@@ -656,7 +656,7 @@ def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
     """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
     x, y = samples(20)
     model = network()
-    backward = distributed.BalancedBackward(model, balancing.PCGrad(), 5, scheme="reduce_scatter")
+    backward = antdiff.BalancedBackward(model, balancing.PCGrad(), 5, scheme="reduce_scatter")
     backward(losses_of(model), (x, y), torch.arange(20) % 5)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

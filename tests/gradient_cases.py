@@ -1,4 +1,4 @@
-"""Networks for the tests of cluster gradients, each with other ways of applying parameters to a batch, and a reference."""
+"""Networks for the tests of cluster gradients, which apply parameters to a batch in many ways, and a reference."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Tied(nn.Module):
 
 
 class WeightNorm(nn.Module):
-    """Weights that are normalised before use, as in EDM2, so that the parameters themselves are not applied to samples."""
+    """Weights that are normalised before use, as in EDM2: the parameters themselves are not applied to samples."""
 
     def __init__(self) -> None:
         super().__init__()

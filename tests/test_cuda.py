@@ -134,8 +134,8 @@ def test_a_training_step_waits_for_nothing() -> None:
 
     def step() -> None:
         t, cluster, _ = sampler.sample(20, device="cuda")
-        J = cg.compute(lambda x, t: (model(x) - x).square().mean(1), (x, t), cluster, counts=[4] * 5)
-        ops.combine(ops.pcgrad_weights(ops.gram(J)), J, out=cg.grads())
+        jacobian = cg(lambda x, t: (model(x) - x).square().mean(1), (x, t), cluster, counts=[4] * 5)
+        jacobian.combine(ops.pcgrad_weights(jacobian.gram()))
 
     for _ in range(6):
         step()

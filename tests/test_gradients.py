@@ -71,15 +71,15 @@ def test_equals_a_backward_for_each_cluster(name: str, route: Route) -> None:
     net, (x, t) = setup()
     cluster, k = torch.tensor(CLUSTERS[name]), max(CLUSTERS[name]) + 1
     cg = ClusterGradients(net, k, route)
-    J = cg.compute(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
-    for got, want in zip(J, by_hand(net, x, t, cluster, k), strict=True):
+    jacobian = cg(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
+    for got, want in zip(jacobian.rows, by_hand(net, x, t, cluster, k), strict=True):
         assert (got is None) == (want is None)
         if want is not None:
             assert got.shape == want.shape
             # float64; the slices are summed in another order: a few hundred roundings against the largest entry.
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
-    assert cg.counts.tolist() == [CLUSTERS[name].count(i) for i in range(k)]
-    assert cg.losses[cg.counts == 0].eq(0).all()
+    assert jacobian.counts.tolist() == [CLUSTERS[name].count(i) for i in range(k)]
+    assert jacobian.losses[jacobian.counts == 0].eq(0).all()
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -89,7 +89,7 @@ def test_checkpointing(reentrant: bool, route: Route) -> None:
     net, (x, t) = setup(reentrant)
     plain, _ = setup()
     cluster = torch.tensor(CLUSTERS["any order"])
-    J = ClusterGradients(net, 3, route).compute(lambda x, t: net(x, t).square().mean(1), (x, t), cluster)
+    J = ClusterGradients(net, 3, route)(lambda x, t: net(x, t).square().mean(1), (x, t), cluster).rows
     for got, want in zip(J, by_hand(plain, x.detach(), t, cluster, 3), strict=True):
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
@@ -101,8 +101,8 @@ def test_given_counts_change_nothing_and_skip_the_sort(route: Route) -> None:
     cluster = torch.tensor(CLUSTERS["grouped"])
     cg = ClusterGradients(net, 3, route)
     loss_fn = lambda x, t: net(x, t).square().mean(1)  # noqa: E731
-    first = [None if J is None else J.clone() for J in cg.compute(loss_fn, (x, t), cluster)]
-    again = cg.compute(loss_fn, (x, t), cluster, counts=[4, 5, 3])
+    first = [None if J is None else J.clone() for J in cg(loss_fn, (x, t), cluster).rows]
+    again = cg(loss_fn, (x, t), cluster, counts=[4, 5, 3]).rows
     for a, b in zip(first, again, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
@@ -111,9 +111,9 @@ def test_given_counts_change_nothing_and_skip_the_sort(route: Route) -> None:
 def test_a_batch_without_samples(route: Route) -> None:
     net, (x, t) = setup()
     cg = ClusterGradients(net, 3, route)
-    J = cg.compute(lambda x, t: net(x, t).square().mean(1), (x[:0], t[:0]), torch.zeros(0, dtype=torch.int64))
-    assert all(rows.eq(0).all() for rows in J if rows is not None)
-    assert cg.losses.tolist() == cg.counts.tolist() == [0, 0, 0]
+    jacobian = cg(lambda x, t: net(x, t).square().mean(1), (x[:0], t[:0]), torch.zeros(0, dtype=torch.int64))
+    assert all(rows.eq(0).all() for rows in jacobian.rows if rows is not None)
+    assert jacobian.losses.tolist() == jacobian.counts.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -129,11 +129,11 @@ def test_existing_grads_survive_even_an_error(route: Route) -> None:
         return net(x, t).square().mean(1)
 
     with pytest.raises(KeyError):
-        cg.compute(broken, (x, t), cluster)
+        cg(broken, (x, t), cluster)
     assert net.first.weight.grad.eq(1).all()
     assert net.again.weight.grad is None
-    out = cg.grads()
-    assert out[[p is net.frozen for p in net.parameters()].index(True)] is None
+    cg(lambda x, t: net(x, t).square().mean(1), (x, t), cluster).combine(torch.ones(3))
+    assert net.frozen.grad is None
     assert net.again.weight.grad is not None
 
 
@@ -148,7 +148,7 @@ def test_batches_of_any_structure_and_dtype_of_j() -> None:
         return net(pair[0], pair[1]["t"]).square().mean(1) * scale
 
     cg = ClusterGradients(net, 3, "split", dtype=torch.bfloat16)
-    J = cg.compute(loss_fn, ((x, {"t": t}), 2.0, torch.zeros(3)), cluster)
+    J = cg(loss_fn, ((x, {"t": t}), 2.0, torch.zeros(3)), cluster).rows
     assert seen == [(5, 2.0), (4, 2.0), (3, 2.0)]
     assert {j.dtype for j in J if j is not None} == {torch.bfloat16}
 
@@ -168,12 +168,12 @@ def test_bad_input(route: Route) -> None:
         ClusterGradients(Net().requires_grad_(False), 3)
     cg = ClusterGradients(net, 3, route)
     with pytest.raises(TypeError, match="int64 tensor"):
-        cg.compute(loss_fn, (x, t), cluster.int())
+        cg(loss_fn, (x, t), cluster.int())
     with pytest.raises(ValueError, match="got id 3 with k=3 at row 4"):
-        cg.compute(loss_fn, (x, t), cluster.index_fill(0, torch.tensor(4), 3))
+        cg(loss_fn, (x, t), cluster.index_fill(0, torch.tensor(4), 3))
     with pytest.raises(ValueError, match="add up to B=12"):
-        cg.compute(loss_fn, (x, t), cluster, counts=[4, 5, 4])
+        cg(loss_fn, (x, t), cluster, counts=[4, 5, 4])
     with pytest.raises(ValueError, match="one loss for each sample"):
-        cg.compute(lambda x, t: net(x, t).square().mean(), (x, t), cluster)
+        cg(lambda x, t: net(x, t).square().mean(), (x, t), cluster)
     with pytest.raises(ValueError, match="depend on model's parameters"):
-        cg.compute(lambda x, t: x.sum(1), (x, t), cluster)
+        cg(lambda x, t: x.sum(1), (x, t), cluster)

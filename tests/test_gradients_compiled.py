@@ -69,7 +69,7 @@ def sequences() -> Tensor:
 def test_layers(make: Callable[[], nn.Module]) -> None:
     model, x, cluster = double(make), sequences(), cluster_ids(shuffled=True)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
-    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -78,7 +78,7 @@ def test_dit(reentrant: bool | None) -> None:
     model, (x, *rest), cluster = double(lambda: DiT(reentrant=reentrant)), diffusion_batch(), cluster_ids(shuffled=True)
     batch = (x.requires_grad_(reentrant is True), *rest)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
-    J = cg.compute(denoising(model), batch, cluster)
+    J = cg(denoising(model), batch, cluster).rows
     model.reentrant = None
     assert worst(J, by_hand(model, denoising(model)(*batch), cluster)) < EXACT
 
@@ -91,7 +91,7 @@ def test_networks_of_diffusers(make: Callable[[], nn.Module]) -> None:
     batch, cluster = (x, t.long(), y % 10, noise), cluster_ids()
     loss_fn = denoising(lambda x, t, y: model(x, t, class_labels=y).sample)
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
-    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+    assert worst(cg(loss_fn, batch, cluster).rows, by_hand(model, loss_fn(*batch), cluster)) < EXACT
 
 
 @pytest.mark.slow
@@ -99,8 +99,8 @@ def test_inductor() -> None:
     model, x, cluster = double(Images), sequences(), cluster_ids()
     cg = ClusterGradients(model, K, "grouped", compile={"fullgraph": True})
     for _ in range(2):
-        assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
-    assert cg._network.compiled.programs == 1
+        assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert cg._local.network.compiled.programs == 1
 
 
 class Small(nn.Module):
@@ -142,10 +142,10 @@ def test_auto_traces_what_is_compiled(compiled: Callable[..., Any], monkeypatch:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     cg = ClusterGradients(model, K)
     for _ in range(2):
-        assert worst(cg.compute(loss_fn, (x,), cluster), by_hand(eager, squares(eager)(x), cluster)) < EXACT
+        assert worst(cg(loss_fn, (x,), cluster).rows, by_hand(eager, squares(eager)(x), cluster)) < EXACT
     assert cg.explain().startswith("route 'grouped': on 7 samples it differs from 'loop' by")
     assert "compiled" in cg.explain()
-    assert cg._network.compiled.programs == 1
+    assert cg._local.network.compiled.programs == 1
     assert cg.verify(loss_fn, (x,), cluster) < 1e-10
 
 
@@ -153,23 +153,23 @@ def test_equal_counts_compile_once() -> None:
     """Not the samples, not the values of the parameters, not a loss function made anew in every step."""
     model = double(Small)
     cg = ClusterGradients(model, 2, compile=TRACED, route="grouped")
-    compiled = cg._network.compiled
+    compiled = cg._local.network.compiled
     for step in range(3):
         x = torch.randn(8, 6, 8, dtype=torch.float64)
         cluster = torch.arange(8) // 4
         cluster = cluster.flip(0) if step == 1 else cluster
-        J = cg.compute(squares(model), (x,), cluster)
+        J = cg(squares(model), (x,), cluster).rows
         assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
         with torch.no_grad():
             model.a.weight.add_(0.1)
     assert compiled.programs == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     cluster[0] = 1 - cluster[0]  # other sizes: the graph stays, a second program
-    J = cg.compute(squares(model), (x,), cluster)
+    J = cg(squares(model), (x,), cluster).rows
     assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
     assert compiled.programs == 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    cg.compute(squares(model), (x,), torch.arange(8) // 4)
+    cg(squares(model), (x,), torch.arange(8) // 4)
     assert compiled.programs == 2
 
 
@@ -183,25 +183,25 @@ def test_counts_that_keep_changing_share_a_program(make: Callable[[], nn.Module]
     cg = ClusterGradients(model, 2, "grouped", compile={"backend": "eager"})
     for size in (10, 9, 12, 10, 11, 8):
         cluster = (torch.arange(B) >= size).long()
-        J = cg.compute(squares(model), (x,), cluster)
+        J = cg(squares(model), (x,), cluster).rows
         assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
-    assert cg._network.compiled.programs == 3
+    assert cg._local.network.compiled.programs == 3
     cluster = (torch.arange(B) >= 3).long()  # a larger room
-    cg.compute(squares(model), (x,), cluster)
-    cg.compute(squares(model), (x,), 1 - cluster)
-    assert cg._network.compiled.programs == 4
+    cg(squares(model), (x,), cluster)
+    cg(squares(model), (x,), 1 - cluster)
+    assert cg._local.network.compiled.programs == 4
 
 
 def test_frozen_parameters_and_another_batch_are_seen() -> None:
     model, x = double(Small), sequences()
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
-    cg.compute(squares(model), (x,), cluster_ids())
+    cg(squares(model), (x,), cluster_ids())
     model.a.bias.requires_grad_(False)
-    J = cg.compute(squares(model), (x,), cluster_ids())
+    J = cg(squares(model), (x,), cluster_ids()).rows
     assert J[1] is None
     assert worst(J, by_hand(model, squares(model)(x), cluster_ids())) < EXACT
     x, cluster = x[:9], cluster_ids()[:9]
-    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
 
 
 def test_micro_batches_and_the_dtype_of_j() -> None:
@@ -209,12 +209,14 @@ def test_micro_batches_and_the_dtype_of_j() -> None:
     want = by_hand(model, squares(model)(x), cluster)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
     for _ in range(2):
-        for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):
-            cg.accumulate(squares(model), (x[piece],), cluster[piece])
-        assert worst(cg.mean(), want) < EXACT
+        with cg.accumulate() as total:
+            for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):
+                total.add(squares(model), (x[piece],), cluster[piece])
+        assert worst(total.jacobian.rows, want) < EXACT
     half = ClusterGradients(model, K, "grouped", compile=TRACED, dtype=torch.bfloat16)
-    assert worst(half.compute(squares(model), (x,), cluster), want) < 2.0**-8
-    assert {j.dtype for j in half.J} == {torch.bfloat16}
+    rows = half(squares(model), (x,), cluster).rows
+    assert worst(rows, want) < 2.0**-8
+    assert {j.dtype for j in rows} == {torch.bfloat16}
 
 
 def test_autocast_and_a_scaler() -> None:
@@ -226,20 +228,21 @@ def test_autocast_and_a_scaler() -> None:
 
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
-    eager = ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster, scaler=scaler)
+    eager = ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster, scaler=scaler).rows
     # The same products of the same bfloat16 numbers; compilers may leave out a rounding between two ops.
-    assert worst(cg.compute(loss_fn, (x,), cluster, scaler=scaler), eager) < 2.0**-7
-    assert float(cg.scale) == 8
+    jacobian = cg(loss_fn, (x,), cluster, scaler=scaler)
+    assert worst(jacobian.rows, eager) < 2.0**-7
+    assert float(jacobian.loss_scale) == 8
 
 
 def test_balanced_backward() -> None:
     model, x, cluster = double(Small), sequences(), cluster_ids()
     got = BalancedBackward(whole(model), balancing.PCGrad(update_every=2), K)
     for _ in range(2):  # solved and traced; then the user's own compiled model, and one plain backward
-        losses = got(squares(got.gradients.model), (x,), cluster)
+        losses = got(squares(got.gradients.model), (x,), cluster).losses
         grads = [p.grad for p in model.parameters()]
         want = BalancedBackward(model, balancing.PCGrad(), K, route="loop")
-        torch.testing.assert_close(losses, want(squares(model), (x,), cluster))
+        torch.testing.assert_close(losses, want(squares(model), (x,), cluster).losses)
         for a, p in zip(grads, model.parameters(), strict=True):
             torch.testing.assert_close(a, p.grad, rtol=1e-9, atol=1e-12)
 
@@ -256,7 +259,7 @@ def test_graph_breaks_are_sound() -> None:
 
     model, x, cluster = double(lambda: Small(breaks)), sequences(), cluster_ids()
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
-    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
 
     @torch.compiler.disable
     def eager(h: Tensor) -> Tensor:
@@ -264,9 +267,9 @@ def test_graph_breaks_are_sound() -> None:
 
     model.middle = eager
     with pytest.raises(GroupingError, match=r"a\.bias received a gradient that is not split by cluster"):
-        cg.compute(squares(model), (x,), cluster)
+        cg(squares(model), (x,), cluster)
     auto = ClusterGradients(model, K, compile={"backend": "aot_eager"})
-    assert worst(auto.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(auto(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
     assert auto.explain().startswith("route 'split': 'grouped' does not compile: GroupingError: a.bias received")
 
 
@@ -311,7 +314,7 @@ def test_hazards_are_found_while_tracing(kind: str, message: str) -> None:
     model, x = double(lambda: Hazard(kind)), sequences()
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
     with pytest.raises(GroupingError, match=message):
-        cg.compute(squares(model), (x,), cluster_ids())
+        cg(squares(model), (x,), cluster_ids())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -326,12 +329,12 @@ def test_gradients_inside_the_forward() -> None:
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
     # Dynamo breaks its graph at the gradient, and AOTAutograd has no second derivatives of the piece before it.
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        cg.compute(penalty, (x,), cluster_ids())
+        cg(penalty, (x,), cluster_ids())
 
 
 def test_the_batch_form_is_refused() -> None:
     cg = ClusterGradients(double(Small), K, "grouped", compile=TRACED)
-    with pytest.raises(ValueError, match=r"call compute\(\)"), cg.batch(cluster_ids()):
+    with pytest.raises(ValueError, match="cannot see inside a compiled forward"), cg.record(cluster_ids()):
         pass
 
 
@@ -346,11 +349,11 @@ def test_dropout_and_another_network_in_the_loss() -> None:
     (plain,) = torch.autograd.grad(total, teacher.b.bias)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
     torch.manual_seed(3)
-    assert worst(cg.compute(loss_fn, (x,), cluster), want) < EXACT
+    assert worst(cg(loss_fn, (x,), cluster).rows, want) < EXACT
     torch.testing.assert_close(teacher.b.bias.grad, plain)
     teacher.requires_grad_(False)
     torch.manual_seed(3)
-    assert worst(cg.compute(loss_fn, (x,), cluster), want) < EXACT
+    assert worst(cg(loss_fn, (x,), cluster).rows, want) < EXACT
 
 
 def test_declared_operators_are_traced() -> None:
@@ -360,13 +363,13 @@ def test_declared_operators_are_traced() -> None:
 
     model, x, cluster = double(Distances), sequences(), cluster_ids(shuffled=True)
     cg = ClusterGradients(model, K, "grouped", separable=[torch.cdist], compile=TRACED)
-    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
 
 
 def test_a_batch_of_no_samples() -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
     cg = ClusterGradients(model, 3, "grouped", compile={"backend": "aot_eager"})
     for n in (6, 0):
-        J = cg.compute(lambda x: model(x).square().mean(1), (x[:n],), torch.arange(n) % 3)
+        J = cg(lambda x: model(x).square().mean(1), (x[:n],), torch.arange(n) % 3).rows
     assert [rows.shape[1:] for rows in J if rows is not None] == [p.shape for p in model.parameters()]
     assert all(rows.eq(0).all() for rows in J if rows is not None)

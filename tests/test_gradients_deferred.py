@@ -38,14 +38,14 @@ WEIGHTS = torch.tensor([0.3, -1.2, 0.7, 5.0, 2.0], dtype=torch.float64)
 
 
 def agrees(model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, cluster: Tensor, **options: Any) -> None:
-    cg = ClusterGradients(model, K, "grouped", **options)
+    cg = ClusterGradients(model, K, "grouped", hold="gram", **options)
     J = by_hand(model, loss_fn(*batch), cluster)
     for _ in range(2):
-        G = cg.gram(loss_fn, batch, cluster)
-        want = ops.gram(J)
+        jacobian = cg(loss_fn, batch, cluster)
+        G, want = jacobian.gram(), ops.gram(J)
         assert float((G - want).norm() / want.norm()) < EXACT
         assert all(p.grad is None for p in model.parameters())
-        cg.combine(WEIGHTS)
+        jacobian.combine(WEIGHTS)
         total = [torch.tensordot(WEIGHTS, j, 1) for j in J if j is not None]
         size = torch.stack([x.norm() for x in total]).norm()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -78,12 +78,12 @@ def test_dit_and_checkpoints(reentrant: bool | None) -> None:
     x, *rest = diffusion_batch()
     batch, cluster = (x.requires_grad_(reentrant is True), *rest), cluster_ids()
     J = by_hand(plain, denoising(plain)(*batch), cluster)
-    cg = ClusterGradients(model, K, "grouped")
-    torch.testing.assert_close(cg.gram(denoising(model), batch, cluster), ops.gram(J), rtol=1e-11, atol=1e-14)
-    cg.combine(WEIGHTS)
+    jacobian = ClusterGradients(model, K, "grouped", hold="gram")(denoising(model), batch, cluster)
+    torch.testing.assert_close(jacobian.gram(), ops.gram(J), rtol=1e-11, atol=1e-14)
+    jacobian.combine(WEIGHTS)
     for p, j in zip(model.parameters(), J, strict=True):
         torch.testing.assert_close(p.grad, torch.tensordot(WEIGHTS, j, 1), rtol=1e-9, atol=1e-12)
-    assert cg.losses[3] == 0
+    assert jacobian.losses[3] == 0
 
 
 def test_a_parameter_inside_a_reentrant_checkpoint_and_outside() -> None:
@@ -97,9 +97,9 @@ def test_a_parameter_inside_a_reentrant_checkpoint_and_outside() -> None:
 
     torch.manual_seed(0)
     model, x = Both().double(), torch.randn(B, 32, dtype=torch.float64, requires_grad=True)
-    cg = ClusterGradients(model, K, "grouped")
+    cg = ClusterGradients(model, K, "grouped", hold="gram")
     with pytest.raises(GroupingError, match=r"a\.weight is used inside a checkpoint and again elsewhere"):
-        cg.gram(lambda x: model(x).square().mean(1), (x,), cluster_ids())
+        cg(lambda x: model(x).square().mean(1), (x,), cluster_ids())
 
 
 def test_combine_works_once_and_says_so() -> None:
@@ -133,17 +133,19 @@ def test_memory_is_that_of_a_plain_step_and_one_parameter() -> None:
             p.grad = None
         return peak(step) / layer
 
-    cg = ClusterGradients(model, K, "grouped")
+    cg = ClusterGradients(model, K, "grouped", hold="gram")
 
     def deferred() -> None:
-        cg.gram(loss_fn, (x,), cluster)
-        cg.combine(WEIGHTS)
+        jacobian = cg(loss_fn, (x,), cluster)
+        assert jacobian.nbytes == 0
+        jacobian.combine(WEIGHTS)
 
     plain = layers(lambda: loss_fn(x).mean().backward())
     assert 6 < plain < 8
     assert layers(deferred) < plain + K + 0.5
-    assert cg.J == []
-    full = layers(lambda: ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster))
+    with pytest.raises(ValueError, match="rows are not held"):
+        _ = cg(loss_fn, (x,), cluster).rows
+    full = layers(lambda: ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster).rows)
     assert full > 6 * K
 
 
@@ -159,11 +161,11 @@ def test_balanced_backward(dtype: torch.dtype | None) -> None:
             return denoising(model)(*batch)
 
     grads = {}
-    for keep in ("jacobian", "gram"):
+    for hold in ("jacobian", "gram"):
         balancer = balancing.NashMTL(nonfinite="poison" if scaler else "raise")
-        backward = BalancedBackward(model, balancer, K, route="grouped", scaler=scaler, keep=keep)
-        losses = backward(loss_fn, batch, cluster)
-        grads[keep] = torch.cat([p.grad.flatten() for p in model.parameters()]), backward.gram, losses
+        backward = BalancedBackward(model, balancer, K, route="grouped", scaler=scaler, hold=hold)
+        result = backward(loss_fn, batch, cluster)
+        grads[hold] = torch.cat([p.grad.flatten() for p in model.parameters()]), result.gram, result.losses
     for a, b, exact in zip(*grads.values(), (1e-9, 1e-11, 1e-12), strict=True):
         # In half precision the gradients of outputs are rounded once more, after they were weighted.
         assert float((a - b).norm() / b.norm()) < (exact if dtype is None else 2.0**-7)
@@ -171,18 +173,24 @@ def test_balanced_backward(dtype: torch.dtype | None) -> None:
 
 def test_what_it_cannot_do_is_said() -> None:
     model, loss_fn, batch = case(Tied)
-    with pytest.raises(ValueError, match=r"gram\(\) needs the grouped route .* use compute\(\)"):
-        ClusterGradients(model, K, "split").gram(loss_fn, batch, cluster_ids())
-    with pytest.raises(RuntimeError, match=r"call gram\(loss_fn, batch, cluster\) first"):
-        ClusterGradients(model, K, "grouped").combine(WEIGHTS)
-    with pytest.raises(ValueError, match="keep must be"):
-        BalancedBackward(model, balancing.PCGrad(), K, keep="nothing")
-    with pytest.raises(ValueError, match="micro_batch must be None with keep='gram'"):
-        BalancedBackward(model, balancing.PCGrad(), K, keep="gram", micro_batch=4)
-    empty = ClusterGradients(model, K, "grouped")
-    G = empty.gram(loss_fn, (batch[0][:0],), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"hold='gram' needs the grouped route .* use hold='jacobian'"):
+        ClusterGradients(model, K, "split", hold="gram")(loss_fn, batch, cluster_ids())
+    once = ClusterGradients(model, K, "grouped", hold="gram")(loss_fn, batch, cluster_ids())
+    once.combine(WEIGHTS)
+    with pytest.raises(RuntimeError, match="combine"):
+        once.combine(WEIGHTS)
+    with pytest.raises(ValueError, match="direction needs the rows"):
+        once.write([])
+    with pytest.raises(ValueError, match="hold must be"):
+        BalancedBackward(model, balancing.PCGrad(), K, hold="nothing")
+    with pytest.raises(ValueError, match="micro_batch must be None with hold='gram'"):
+        BalancedBackward(model, balancing.PCGrad(), K, hold="gram", micro_batch=4)
+    with pytest.raises(ValueError, match="hold must be 'jacobian' to accumulate"):
+        ClusterGradients(model, K, "grouped", hold="gram").accumulate().__enter__()
+    engine = ClusterGradients(model, K, "grouped", hold="gram")
+    empty = engine(loss_fn, (batch[0][:0],), torch.zeros(0, dtype=torch.int64))
     empty.combine(WEIGHTS)
-    assert G.eq(0).all()
+    assert empty.gram().eq(0).all()
     assert all(p.grad.eq(0).all() for p in model.parameters())
 
 
@@ -201,15 +209,15 @@ class FoldedEarly(nn.Module):
 def test_a_gram_matrix_taken_too_early_is_refused() -> None:
     model, x = FoldedEarly(), torch.randn(3, 40, requires_grad=True)
     with pytest.raises(GroupingError, match="w is used inside a checkpoint and again elsewhere"):
-        ClusterGradients(model, 3, "grouped").gram(lambda x: model(x).square().mean(1), (x,), torch.arange(3))
+        ClusterGradients(model, 3, "grouped", hold="gram")(lambda x: model(x).square().mean(1), (x,), torch.arange(3))
 
 
 def test_no_samples_in_a_step_or_micro_batch() -> None:
     model, loss_fn, batch = case(Tied)
     nothing = (batch[0][:0],), torch.zeros(0, dtype=torch.int64)
     pieces = BalancedBackward(model, balancing.PCGrad(), K, route="grouped", micro_batch=4)
-    assert pieces(loss_fn, *nothing).eq(0).all()
+    assert pieces(loss_fn, *nothing).losses.eq(0).all()
     assert all(p.grad.eq(0).all() for p in model.parameters())
     backward = BalancedBackward(model, balancing.NashMTL(update_every=2), K, route="grouped")
     backward(loss_fn, batch, cluster_ids())
-    assert backward(loss_fn, *nothing).eq(0).all()
+    assert backward(loss_fn, *nothing).losses.eq(0).all()

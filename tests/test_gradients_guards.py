@@ -106,9 +106,9 @@ def test_batch_norm_is_refused_and_loop_serves(name: str) -> None:
     cluster = cluster_ids()
     for route in ("grouped", "split"):
         with pytest.raises(GroupingError, match=r"middle .BatchNorm1d. takes the statistics of the batch"):
-            ClusterGradients(model, K, route).compute(loss_fn, batch, cluster)
+            ClusterGradients(model, K, route)(loss_fn, batch, cluster)
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+    assert worst(cg(loss_fn, batch, cluster).rows, by_hand(model, loss_fn(*batch), cluster)) < EXACT
     assert cg.explain().startswith("route 'loop': middle (BatchNorm1d)")
 
 
@@ -120,11 +120,11 @@ def test_functional_batch_norm_is_refused_where_it_runs(affine: bool) -> None:
 
     model, loss_fn, batch = case(Net(norm))
     with pytest.raises(GroupingError, match="BatchNorm in training mode mixes"):
-        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+        ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids())
     with pytest.raises(GroupingError, match="reached the losses"):
         ClusterGradients(model, K, "split").verify(loss_fn, batch, cluster_ids())
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert worst(cg(loss_fn, batch, cluster_ids()).rows, by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
     assert "route 'loop'" in cg.explain()
 
 
@@ -137,7 +137,7 @@ def test_ops_that_mix_samples_are_found_and_named(mix: Callable[[Tensor], Tensor
     with pytest.raises(GroupingError, match="mixes samples"):
         ClusterGradients(model, K, "split").verify(loss_fn, batch, cluster)
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster), by_hand(model, loss_fn(*batch), cluster)) < EXACT
+    assert worst(cg(loss_fn, batch, cluster).rows, by_hand(model, loss_fn(*batch), cluster)) < EXACT
     assert "not 'grouped'" in cg.explain()
     assert "not 'split'" in cg.explain()
 
@@ -153,9 +153,7 @@ def test_a_loss_over_the_batch_is_found() -> None:
         with pytest.raises(GroupingError, match=r"mixes samples"):
             ClusterGradients(model, K, route).verify(contrastive, batch, cluster_ids())
     cg = ClusterGradients(model, K)
-    assert (
-        worst(cg.compute(contrastive, batch, cluster_ids()), by_hand(model, contrastive(*batch), cluster_ids())) < EXACT
-    )
+    assert worst(cg(contrastive, batch, cluster_ids()).rows, by_hand(model, contrastive(*batch), cluster_ids())) < EXACT
 
 
 def test_numbers_find_what_swallows_nan() -> None:
@@ -167,22 +165,22 @@ def test_numbers_find_what_swallows_nan() -> None:
 def test_sequence_first_layout() -> None:
     model, loss_fn, batch = case(SequenceFirst(6))  # 6 is no multiple of 20: found at once
     with pytest.raises(GroupingError, match="first dimension is no multiple of the batch size 20"):
-        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+        ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids())
     model, loss_fn, batch = case(SequenceFirst(2 * B))  # a multiple: only the checks see it
     with pytest.raises(GroupingError, match="batch is not the first dimension"):
         ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster_ids())
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert worst(cg(loss_fn, batch, cluster_ids()).rows, by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
     assert cg.explain().startswith("route 'split'")
 
 
 def test_gradients_past_the_rules_are_a_leak() -> None:
     model, loss_fn, batch = case(Hidden())
     with pytest.raises(GroupingError, match="secret received a gradient that is not split by cluster"):
-        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+        ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids())
     assert all(p.grad is None for p in model.parameters())
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster_ids()), by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
+    assert worst(cg(loss_fn, batch, cluster_ids()).rows, by_hand(model, loss_fn(*batch), cluster_ids())) < EXACT
     assert cg.explain().startswith("route 'split': not 'grouped': secret received")
 
 
@@ -190,12 +188,12 @@ def test_an_op_without_a_rule_is_named_before_any_backward() -> None:
     model, loss_fn, batch = case(NoRule())
     want = by_hand(model, loss_fn(*batch), cluster_ids())
     with pytest.raises(GroupingError, match=r"torch.*cdist applies w to the batch .* no grouped rule"):
-        ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+        ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids())
     declared = ClusterGradients(model, K, "grouped", separable=[torch.cdist])
-    assert worst(declared.compute(loss_fn, batch, cluster_ids(shuffled=True)), by_hand(
+    assert worst(declared(loss_fn, batch, cluster_ids(shuffled=True)).rows, by_hand(
         model, loss_fn(*batch), cluster_ids(shuffled=True))) < EXACT  # fmt: skip
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(loss_fn, batch, cluster_ids()), want) < EXACT
+    assert worst(cg(loss_fn, batch, cluster_ids()).rows, want) < EXACT
     assert "cdist" in cg.explain()
 
 
@@ -208,9 +206,9 @@ def test_gradients_inside_the_forward() -> None:
         return slope.flatten(1).square().mean(1)
 
     with pytest.raises(GroupingError, match="the forward computes a gradient"):
-        ClusterGradients(model, K, "grouped").compute(penalty, (x,), cluster_ids())
+        ClusterGradients(model, K, "grouped")(penalty, (x,), cluster_ids())
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(penalty, (x,), cluster_ids()), by_hand(model, penalty(x), cluster_ids())) < EXACT
+    assert worst(cg(penalty, (x,), cluster_ids()).rows, by_hand(model, penalty(x), cluster_ids())) < EXACT
     assert cg.explain().startswith("route 'split': not 'grouped': the forward computes a gradient")
 
 
@@ -222,7 +220,7 @@ def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
         return (model(x) + torch.randn(x.shape, generator=g, dtype=x.dtype)).flatten(1).square().mean(1)
 
     cg = ClusterGradients(model, K)
-    cg.compute(noisy, batch, cluster_ids())
+    cg(noisy, batch, cluster_ids())
     assert cg.explain().startswith("route 'split': loss_fn gives other losses")
 
 
@@ -235,7 +233,7 @@ def test_sound_networks_pass(make: Callable[[], nn.Module]) -> None:
         assert ClusterGradients(model, K, route).verify(loss_fn, batch, cluster_ids(shuffled=True)) < 1e-10
     assert torch.equal(before, torch.get_rng_state())
     cg = ClusterGradients(model, K)
-    cg.compute(loss_fn, batch, cluster_ids())
+    cg(loss_fn, batch, cluster_ids())
     assert cg.explain().startswith("route 'grouped': on 7 samples it differs from 'loop' by")
 
 
@@ -264,7 +262,7 @@ def test_dropout_draws_what_a_plain_step_draws(drop: float) -> None:
     after = torch.rand(1)
     cg = ClusterGradients(model, K, "grouped")
     torch.manual_seed(3)
-    assert worst(cg.compute(loss_fn, batch, cluster), want) < EXACT
+    assert worst(cg(loss_fn, batch, cluster).rows, want) < EXACT
     assert torch.equal(torch.rand(1), after)
     assert cg.verify(loss_fn, batch, cluster) < 1e-10
 
@@ -272,36 +270,43 @@ def test_dropout_draws_what_a_plain_step_draws(drop: float) -> None:
 def test_the_batch_form() -> None:
     model, loss_fn, (x,) = case(Tied())
     cg = ClusterGradients(model, K)
-    with pytest.raises(RuntimeError, match=r"inside `with cg\.batch"):
-        cg.backward(loss_fn(x))
-    with pytest.raises(ValueError, match="one loss for each sample"), cg.batch(cluster_ids()):
-        cg.backward(loss_fn(x).mean())
+    with cg.record(cluster_ids()) as recording:
+        recording.backward(loss_fn(x))
+        with pytest.raises(ValueError, match="must be called once, inside the with block"):
+            recording.backward(loss_fn(x))
+    with pytest.raises(ValueError, match="must be called once, inside the with block"):
+        recording.backward(loss_fn(x))
+    with pytest.raises(ValueError, match="one loss for each sample"), cg.record(cluster_ids()) as recording:
+        recording.backward(loss_fn(x).mean())
     with (
-        pytest.raises(ValueError, match="runs the forward itself"),
-        ClusterGradients(model, K, "split").batch(cluster_ids()),
+        pytest.raises(ValueError, match="runs it slice by slice"),
+        ClusterGradients(model, K, "split").record(cluster_ids()),
     ):
         pass
     model.a.weight.grad = torch.ones_like(model.a.weight)
     for route in ("grouped", "loop"):
         cg = ClusterGradients(model, K, route)
         cluster = cluster_ids(shuffled=True)
-        with cg.batch(cluster):
-            cg.backward(loss_fn(x))
-        assert worst(cg.J, by_hand(model, loss_fn(x), cluster)) < EXACT
+        with cg.record(cluster) as recording:
+            jacobian = recording.backward(loss_fn(x))
+        assert worst(jacobian.rows, by_hand(model, loss_fn(x), cluster)) < EXACT
         assert model.a.weight.grad.eq(1).all()
-    with pytest.raises(KeyError), cg.batch(cluster_ids()):
+    with pytest.raises(KeyError), cg.record(cluster_ids()):
         raise KeyError
     model(x)  # nothing of the mode is left
-    assert worst(cg.compute(loss_fn, (x,), cluster), by_hand(model, loss_fn(x), cluster)) < EXACT
+    assert worst(cg(loss_fn, (x,), cluster).rows, by_hand(model, loss_fn(x), cluster)) < EXACT
 
 
-def test_wrapped_models_are_refused() -> None:
-    class Wrapped(nn.parallel.DistributedDataParallel):
+def test_a_wrapper_that_hides_the_gradients_is_refused() -> None:
+    """DistributedDataParallel and FSDP2 are served (tests/test_distributed.py); the first FSDP is not."""
+
+    class FullyShardedDataParallel(nn.Module):
         def __init__(self) -> None:
-            nn.Module.__init__(self)
+            super().__init__()
+            self.module = nn.Linear(2, 2)
 
-    with pytest.raises(TypeError, match="must not be wrapped"):
-        ClusterGradients(Wrapped(), K)
+    with pytest.raises(TypeError, match=r"which hides p\.grad"):
+        ClusterGradients(FullyShardedDataParallel(), K)
 
 
 def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
@@ -311,7 +316,7 @@ def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
     model = Checkpointed(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]), reentrant=False).double()
     x = torch.randn(B, 6, 8, dtype=torch.float64)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        ClusterGradients(model, K, "grouped").compute(
+        ClusterGradients(model, K, "grouped")(
             partial(lambda m, x: m(x).flatten(1).square().mean(1), model), (x,), cluster_ids()
         )
     assert sum(shape == x.shape for shape in saved) < 6
@@ -329,16 +334,21 @@ def test_a_parameter_that_replaces_another_gets_its_gradient(route: Any) -> None
     torch.manual_seed(0)
     model, x = Net(torch.nn.Identity()).double(), torch.randn(B, 3, 8, dtype=torch.float64)
     cg = ClusterGradients(model, K, route)
-    cg.compute(mean_square(model), (x,), cluster_ids())
+    cg(mean_square(model), (x,), cluster_ids())
     model.b = nn.Linear(8, 5).double()
-    J = cg.compute(mean_square(model), (x,), cluster_ids())
+    J = cg(mean_square(model), (x,), cluster_ids()).rows
     assert [None if rows is None else rows.shape[1:] for rows in J] == [p.shape for p in model.parameters()]
     assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
     assert all(p.grad is None for p in model.parameters())
-    cg.accumulate(mean_square(model), (x,), cluster_ids())
-    model.b = nn.Linear(8, 5).double()
+
+    def replaced_within() -> None:
+        with cg.accumulate() as total:
+            total.add(mean_square(model), (x,), cluster_ids())
+            model.b = nn.Linear(8, 5).double()
+            total.add(mean_square(model), (x,), cluster_ids())
+
     with pytest.raises(ValueError, match="replaced between two micro-batches"):
-        cg.accumulate(mean_square(model), (x,), cluster_ids())
+        replaced_within()
 
 
 class Spectral(nn.Module):
@@ -356,7 +366,7 @@ class Spectral(nn.Module):
 def test_complex_products_are_conjugated() -> None:
     torch.manual_seed(0)
     model, x = Spectral().double(), torch.randn(B, 3, 8, dtype=torch.float64)
-    J = ClusterGradients(model, K, "grouped").compute(mean_square(model), (x,), cluster_ids())
+    J = ClusterGradients(model, K, "grouped")(mean_square(model), (x,), cluster_ids()).rows
     assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
 
 
@@ -369,9 +379,9 @@ def test_auto_is_not_misled_by_a_first_batch_of_one_cluster() -> None:
         return first + second
 
     cg = ClusterGradients(model, K)
-    cg.compute(both, (x,), torch.full((B,), 2))
+    cg(both, (x,), torch.full((B,), 2))
     assert "route 'split'" in cg.explain()
-    assert worst(cg.compute(both, (x,), cluster_ids()), by_hand(model, both(x), cluster_ids())) < EXACT
+    assert worst(cg(both, (x,), cluster_ids()).rows, by_hand(model, both(x), cluster_ids())) < EXACT
 
 
 class Listed(Net):
@@ -388,25 +398,25 @@ class Listed(Net):
 def test_tensors_in_lists_of_the_network_are_shared() -> None:
     torch.manual_seed(0)
     model, x = Listed(B).double(), torch.randn(B, B, 8, dtype=torch.float64)
-    J = ClusterGradients(model, K, "grouped").compute(mean_square(model), (x,), cluster_ids())
+    J = ClusterGradients(model, K, "grouped")(mean_square(model), (x,), cluster_ids()).rows
     assert worst(J, by_hand(model, mean_square(model)(x), cluster_ids())) < EXACT
 
 
 def test_a_batch_without_backward_is_said() -> None:
     model = Net(torch.nn.Identity())
     with (
-        pytest.raises(RuntimeError, match=r"backward\(\) must be called once"),
-        ClusterGradients(model, K, "grouped").batch(cluster_ids()),
+        pytest.raises(ValueError, match=r"must be followed by one recording\.backward"),
+        ClusterGradients(model, K, "grouped").record(cluster_ids()),
     ):
         model(torch.randn(B, 3, 8))
 
 
-@pytest.mark.parametrize("kind", ["compute", "gram"])
-def test_nothing_waits_for_the_garbage_collector(kind: str) -> None:
+@pytest.mark.parametrize("hold", ["jacobian", "gram"])
+def test_nothing_waits_for_the_garbage_collector(hold: Any) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.PReLU(8)), torch.randn(B, 8)
     bias = nn.Parameter(torch.zeros(8))
     model.register_parameter("bias", bias)
-    cg, modes = ClusterGradients(model, K, "grouped"), []
+    cg, modes = ClusterGradients(model, K, "grouped", hold=hold), []
 
     def loss_fn(x: Tensor) -> Tensor:
         modes.extend(weakref.ref(m) for m in _get_current_function_mode_stack() if isinstance(m, GroupedMode))
@@ -415,11 +425,7 @@ def test_nothing_waits_for_the_garbage_collector(kind: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        if kind == "gram":
-            cg.gram(loss_fn, (x,), cluster_ids())
-            cg.combine(torch.ones(K))
-        else:
-            cg.compute(loss_fn, (x,), cluster_ids())
+        cg(loss_fn, (x,), cluster_ids()).combine(torch.ones(K))
         assert len(modes) == 1
         assert modes[0]() is None, "a cycle keeps the rows of tensors computed from parameters"
     finally:
@@ -429,7 +435,7 @@ def test_nothing_waits_for_the_garbage_collector(kind: str) -> None:
 def test_counts_of_a_batch_that_is_not_sorted() -> None:
     model, x = Net(torch.nn.Identity()), torch.randn(3, 3, 8)
     with pytest.raises(ValueError, match=r"ascending order, .* got id 2 for 1 at row 1"):
-        ClusterGradients(model, K, "grouped").compute(
+        ClusterGradients(model, K, "grouped")(
             mean_square(model), (x,), torch.tensor([0, 2, 1]), counts=[1, 1, 1, *[0] * (K - 3)]
         )
 
@@ -442,6 +448,6 @@ def test_samples_that_would_not_be_sorted_are_refused(samples: Any, route: Any) 
     model, x = nn.Linear(4, 3), torch.randn(6, 4)
     cg = ClusterGradients(model, 3, route)
     with pytest.raises(TypeError, match=r"batch must hold its samples as tensors.* of B=6 entries. Give ids"):
-        cg.compute(lambda x, _: model(x).square().mean(1), (x, {"captions": samples}), torch.arange(6) % 3)
-    J = cg.compute(lambda x, _: model(x).square().mean(1), (x, ["a cat"] * 5), torch.arange(6) % 3)
+        cg(lambda x, _: model(x).square().mean(1), (x, {"captions": samples}), torch.arange(6) % 3)
+    J = cg(lambda x, _: model(x).square().mean(1), (x, ["a cat"] * 5), torch.arange(6) % 3).rows
     assert all(rows is not None and rows.any() for rows in J)

@@ -12,7 +12,7 @@ from gradient_cases import B, DiT, K, by_hand, cluster_ids, denoising, diffusion
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from antdiff import BalancedBackward, ClusterGradients, balancing, ops
+from antdiff import BalancedBackward, ClusterGradients, balancing
 from antdiff.gradients import GroupingError, Route
 
 EXACT = 1e-11  # as in test_gradients_grouped
@@ -37,9 +37,10 @@ def images(n: int = B) -> Tensor:
 def test_more_clusters_than_samples(ids: list[int], route: Route) -> None:
     model, batch, cluster = prepared(DiT), diffusion_batch(len(ids)), torch.tensor(ids)
     cg = ClusterGradients(model, K, route)
-    J = cg.compute(denoising(model), batch, cluster)
+    jacobian = cg(denoising(model), batch, cluster)
+    J = jacobian.rows
     assert worst(J, by_hand(model, denoising(model)(*batch), cluster)) < EXACT
-    assert cg.counts.tolist() == [ids.count(i) for i in range(K)]
+    assert jacobian.counts.tolist() == [ids.count(i) for i in range(K)]
     assert all(j[i].eq(0).all() for j in J for i in range(K) if i not in ids)
 
 
@@ -49,7 +50,7 @@ def test_three_lines_with_clusters_that_are_empty(name: str) -> None:
     model, batch, cluster = prepared(DiT), diffusion_batch(3), torch.tensor([2, 0, 2])
     make = balancing.get(name)
     backward = BalancedBackward(model, make(K) if name == "uw" else make(), K)
-    losses = backward(denoising(model), batch, cluster)
+    losses = backward(denoising(model), batch, cluster).losses
     grads = [p.grad for p in model.parameters()]
     assert all(g.isfinite().all() for g in grads)
     with torch.no_grad():
@@ -82,9 +83,10 @@ def test_channels_last(weights: bool, inputs: bool) -> None:
         model = model.to(memory_format=torch.channels_last)
     x = x.to(memory_format=torch.channels_last) if inputs else x
     cg = ClusterGradients(model, K, "grouped")
-    J = cg.compute(squares(model), (x,), cluster)
+    jacobian = cg(squares(model), (x,), cluster)
+    J = jacobian.rows
     assert worst(J, want) < EXACT
-    ops.combine(torch.ones(K, dtype=torch.float64), J, out=cg.grads())
+    jacobian.combine(torch.ones(K, dtype=torch.float64))
     for p, j in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, j.sum(0))
 
@@ -111,7 +113,7 @@ class Magnitude(nn.Module):
 def test_weights_normalised_in_place(route: Route) -> None:
     model, x, cluster = prepared(lambda: nn.Sequential(Magnitude(), nn.SiLU(), Magnitude())), images(), cluster_ids()
     want = by_hand(model, squares(model)(x), cluster)
-    assert worst(ClusterGradients(model, K, route).compute(squares(model), (x,), cluster), want) < EXACT
+    assert worst(ClusterGradients(model, K, route)(squares(model), (x,), cluster).rows, want) < EXACT
 
 
 class Recurrent(nn.Module):
@@ -126,9 +128,9 @@ class Recurrent(nn.Module):
 def test_recurrent_networks_have_no_rule() -> None:
     model, x, cluster = prepared(Recurrent), images(), cluster_ids()
     with pytest.raises(GroupingError, match=r"gru applies rnn\.bias_hh_l0, .* has no grouped rule"):
-        ClusterGradients(model, K, "grouped").compute(squares(model), (x,), cluster)
+        ClusterGradients(model, K, "grouped")(squares(model), (x,), cluster)
     cg = ClusterGradients(model, K)
-    assert worst(cg.compute(squares(model), (x,), cluster), by_hand(model, squares(model)(x), cluster)) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
     assert cg.explain().startswith("route 'split': not 'grouped'")
 
 
@@ -157,13 +159,13 @@ def test_operators_of_a_library(name: str) -> None:
     """Unknown, an error that names it; declared, as the operator or as its overload, right."""
     model, x, cluster = prepared(Custom), images(), cluster_ids(shuffled=True)
     with pytest.raises(GroupingError, match=r"antdiff_tests.*scale.* applies w to the batch"):
-        ClusterGradients(model, K, "grouped").compute(squares(model), (x,), cluster)
+        ClusterGradients(model, K, "grouped")(squares(model), (x,), cluster)
     op = torch.ops.antdiff_tests.scale
     cg = ClusterGradients(model, K, "grouped", separable=[op if name == "op" else op.default])
     want = by_hand(model, squares(model)(x), cluster)
     if name == "overload":
         model.forward = lambda x: op.default(x, model.w)  # type: ignore[method-assign]
-    assert worst(cg.compute(squares(model), (x,), cluster), want) < EXACT
+    assert worst(cg(squares(model), (x,), cluster).rows, want) < EXACT
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -185,7 +187,7 @@ def test_dropout_inside_a_checkpoint(reentrant: bool) -> None:
 
     model, x, cluster = prepared(Dropped), images(), cluster_ids()
     torch.manual_seed(5)
-    J = [j.clone() for j in ClusterGradients(model, K, "grouped").compute(squares(model), (x,), cluster)]
+    J = [j.clone() for j in ClusterGradients(model, K, "grouped")(squares(model), (x,), cluster).rows]
     model.checkpointed = False
     torch.manual_seed(5)
     assert worst(J, by_hand(model, squares(model)(x), cluster)) < EXACT
@@ -195,12 +197,13 @@ def test_dropout_inside_a_checkpoint(reentrant: bool) -> None:
 def test_j_is_made_once_and_written_in_place(route: Route) -> None:
     model, batch, cluster = prepared(DiT), diffusion_batch(), cluster_ids()
     cg = ClusterGradients(model, K, route)
-    first = [j.data_ptr() for j in cg.compute(denoising(model), batch, cluster)]
-    cg.J[0].fill_(torch.nan)
-    second = cg.compute(denoising(model), batch, cluster)
+    rows = cg(denoising(model), batch, cluster).rows
+    first = [j.data_ptr() for j in rows]
+    rows[0].fill_(torch.nan)
+    second = cg(denoising(model), batch, cluster).rows
     assert [j.data_ptr() for j in second] == first
     n = sum(p.numel() for p in model.parameters())
-    assert f"J holds {K * n * 8 / 2**20:.1f} MiB" in cg.explain()
+    assert f"the rows hold {K * n * 8 / 2**20:.1f} MiB" in cg.explain()
     assert worst(second, by_hand(model, denoising(model)(*batch), cluster)) < EXACT
 
 
@@ -220,7 +223,7 @@ def test_memory_beyond_a_plain_step() -> None:
 
     plain = of(lambda: loss_fn(x).mean().backward())
     routes = {route: ClusterGradients(model, K, route) for route in ("grouped", "split")}
-    grouped, split = (of(lambda cg=cg: cg.compute(loss_fn, (x,), cluster)) for cg in routes.values())
+    grouped, split = (of(lambda cg=cg: cg(loss_fn, (x,), cluster).rows) for cg in routes.values())
     assert grouped < 1.1 * plain  # J is there already: it was made in the first step
     assert split < plain / 2
-    assert of(lambda: ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster)) < 1.1 * plain + J
+    assert of(lambda: ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster).rows) < 1.1 * plain + J

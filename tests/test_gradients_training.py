@@ -57,7 +57,7 @@ def test_networks_of_diffusers(make: Callable[[], nn.Module]) -> None:
     routes: list[Route] = ["auto", "grouped", "split", "loop"]
     for route in routes:
         cg = ClusterGradients(model, K, route)
-        assert worst(cg.compute(loss_fn, batch, cluster), want) < EXACT, route
+        assert worst(cg(loss_fn, batch, cluster).rows, want) < EXACT, route
         if route == "auto":
             assert cg.explain().startswith("route 'grouped'")
     assert cg.verify(loss_fn, batch, cluster) < 1e-10
@@ -73,7 +73,7 @@ def test_dropped_labels_draw_what_a_plain_step_draws() -> None:
     torch.manual_seed(1)
     want = by_hand(model, loss_fn(*batch), cluster)
     torch.manual_seed(1)
-    assert worst(ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster), want) < EXACT
+    assert worst(ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster).rows, want) < EXACT
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_autocast_is_no_worse_than_loop(dtype: torch.dtype, route: Route) -> Non
     errors = {}
     routes: list[Route] = [route, "loop"]
     for name in routes:
-        J = ClusterGradients(model, K, name).compute(loss_fn, batch, cluster_ids())
+        J = ClusterGradients(model, K, name)(loss_fn, batch, cluster_ids()).rows
         assert {x.dtype for x in J if x is not None} == {torch.float32}
         errors[name] = whole(J)
     assert 1e-4 < errors["loop"] < 0.1  # half precision was at work
@@ -108,16 +108,16 @@ def test_autocast_is_no_worse_than_loop(dtype: torch.dtype, route: Route) -> Non
 def test_autocast_around_everything() -> None:
     model, batch = dit(torch.float32), diffusion_batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = ClusterGradients(model, K, "grouped").compute(denoising(model), batch, cluster_ids())
+        inside = ClusterGradients(model, K, "grouped")(denoising(model), batch, cluster_ids()).rows
         cg = ClusterGradients(model, K)
-        cg.compute(denoising(model), batch, cluster_ids())
+        cg(denoising(model), batch, cluster_ids())
     assert cg.explain().startswith("route 'grouped'")
 
     def loss_fn(*batch: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return denoising(model)(*batch)
 
-    outside = ClusterGradients(model, K, "grouped").compute(loss_fn, batch, cluster_ids())
+    outside = ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids()).rows
     # The same casts; the loss is in bfloat16 in one of them, and rounding differs from there: a few 2^-8.
     assert worst(inside, outside) < 0.05
 
@@ -125,8 +125,8 @@ def test_autocast_around_everything() -> None:
 @pytest.mark.parametrize("route", ["grouped", "split", "loop"])
 def test_j_in_bfloat16_is_j_rounded(route: Route) -> None:
     model, batch = dit(torch.float32), diffusion_batch(dtype=torch.float32)
-    full = ClusterGradients(model, K, route).compute(denoising(model), batch, cluster_ids())
-    half = ClusterGradients(model, K, route, dtype=torch.bfloat16).compute(denoising(model), batch, cluster_ids())
+    full = ClusterGradients(model, K, route)(denoising(model), batch, cluster_ids()).rows
+    half = ClusterGradients(model, K, route, dtype=torch.bfloat16)(denoising(model), batch, cluster_ids()).rows
     for a, b in zip(full, half, strict=True):
         assert a is not None
         assert b is not None
@@ -140,9 +140,9 @@ def test_grouped_mm_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch
     torch.manual_seed(0)
     model, x = nn.Linear(8, 16).to(dtype), torch.randn(B, 4, 8).to(dtype)
     loss_fn = lambda x: model(x).flatten(1).square().mean(1)  # noqa: E731
-    plain = [J.clone() for J in ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster_ids())]
+    plain = [J.clone() for J in ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster_ids()).rows]
     monkeypatch.setattr(products, "GROUPED_MM", {"cpu"})
-    fused = ClusterGradients(model, K, "grouped").compute(loss_fn, (x,), cluster_ids())
+    fused = ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster_ids()).rows
     assert worst(fused, plain) < (1e-6 if dtype == torch.float32 else 2.0**-7)  # one rounding to the dtype, in each
 
 
@@ -156,15 +156,53 @@ def test_micro_batches_add_up_to_the_batch(route: Route) -> None:
     want = by_hand(model, loss_fn(*batch), cluster)
     cg = ClusterGradients(model, K, route)
     for _ in range(2):
-        for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):  # clusters empty here and there
-            cg.accumulate(loss_fn, [x[piece] for x in batch], cluster[piece])
-        assert worst(cg.mean(), want) < EXACT
-    assert cg.counts.tolist() == SIZES
-    whole = ClusterGradients(model, K, "loop")
-    whole.compute(loss_fn, batch, cluster)
-    torch.testing.assert_close(cg.losses, whole.losses)
-    with pytest.raises(RuntimeError, match="accumulate"):
-        cg.mean()
+        with cg.accumulate() as total:
+            for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):  # clusters empty here and there
+                total.add(loss_fn, [x[piece] for x in batch], cluster[piece])
+        assert worst(total.jacobian.rows, want) < EXACT
+    assert total.jacobian.counts.tolist() == SIZES
+    whole = ClusterGradients(model, K, "loop")(loss_fn, batch, cluster)
+    torch.testing.assert_close(total.jacobian.losses, whole.losses)
+    with pytest.raises(RuntimeError, match="this accumulation has ended"):
+        total.add(loss_fn, batch, cluster)
+    with pytest.raises(ValueError, match="at least one micro-batch"), cg.accumulate() as total:
+        pass
+    with pytest.raises(RuntimeError, match="after the block"):
+        _ = total.jacobian
+
+
+@pytest.mark.parametrize("route", ["grouped", "split", "loop"])
+@pytest.mark.parametrize("hold", ["jacobian", "gram"])
+def test_a_jacobian_whose_buffers_were_reused_raises(route: Route, hold: Any) -> None:
+    if hold == "gram" and route != "grouped":
+        return
+    model, batch, cluster = dit(), diffusion_batch(), cluster_ids()
+    cg = ClusterGradients(model, K, route, hold=hold)
+    first = cg(denoising(model), batch, cluster)
+    losses = first.losses.clone()
+    with pytest.raises(ValueError, match="got id"):
+        cg(denoising(model), batch, cluster + K)
+    first.combine(torch.ones(K))  # a call that was refused has reused nothing
+    second = cg(denoising(model), batch, cluster)
+    for use in (first.gram, lambda: first.combine(torch.ones(K))):
+        with pytest.raises(RuntimeError, match="stale"):
+            use()
+    assert torch.equal(first.losses, losses)
+    second.combine(torch.ones(K))
+    if hold == "jacobian":
+        with pytest.raises(RuntimeError, match="stale"):
+            _ = first.rows
+        with pytest.raises(RuntimeError, match="stale"):
+            first.write([])
+
+        def interrupted() -> None:
+            with cg.accumulate() as total:
+                total.add(denoising(model), batch, cluster)
+                cg(denoising(model), batch, cluster)
+                total.add(denoising(model), batch, cluster)
+
+        with pytest.raises(RuntimeError, match="another call has reused"):
+            interrupted()
 
 
 # ---- the balanced backward -------------------------------------------------------------------------------------------
@@ -182,12 +220,27 @@ def test_balanced_backward_writes_the_direction(make: Any, micro_batch: int | No
     model, batch, cluster = dit(), diffusion_batch(), cluster_ids(shuffled=True)
     next(model.parameters()).grad = torch.full_like(next(model.parameters()), 7)  # overwritten
     backward = BalancedBackward(model, make(), K, micro_batch=micro_batch)
-    losses = backward(denoising(model), batch, cluster)
+    losses = backward(denoising(model), batch, cluster).losses
     for p, want in zip(model.parameters(), expected(model, batch, cluster, make()), strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-9, atol=1e-11)
     per_sample = denoising(model)(*batch)
     torch.testing.assert_close(losses[0], per_sample[cluster == 0].mean().detach())
     assert losses[3] == 0
+
+
+def test_a_method_that_chooses_per_parameter_writes_its_direction() -> None:
+    model, batch, cluster = dit(), diffusion_batch(), cluster_ids(shuffled=True)
+    result = BalancedBackward(model, balancing.GradDrop(), K)(denoising(model), batch, cluster)
+    want = balancing.GradDrop().direction(by_hand(model, denoising(model)(*batch), cluster))
+    for p, d in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, d, rtol=1e-9, atol=1e-11)
+    assert result.weights is None
+    assert result.gram.shape == (K, K)
+    jacobian = ClusterGradients(model, K)(denoising(model), batch, cluster)
+    with pytest.raises(ValueError, match="direction must have one entry for each of the"):
+        jacobian.write([])
+    with pytest.raises(ValueError, match="direction must have a tensor"):
+        jacobian.write([None for _ in model.parameters()])
 
 
 @pytest.mark.parametrize("micro_batch", [None, 6])
@@ -201,28 +254,27 @@ def test_between_solutions_a_step_is_one_plain_backward(micro_batch: int | None)
         calls.append(len(batch[0]))
         return denoising(model)(*batch)
 
-    backward(loss_fn, batch, cluster)
+    solved = backward(loss_fn, batch, cluster)
     first = [p.grad for p in model.parameters()]
-    w, J = backward.weights, backward.gradients.J
-    before = [x.clone() for x in J if x is not None]
+    jacobian = backward.gradients(loss_fn, batch, cluster)
     calls.clear()
-    losses = backward(loss_fn, batch, cluster)  # the same batch and weights: the same direction, J untouched
+    between = backward(loss_fn, batch, cluster)  # the same batch and weights: the same direction
     assert calls == ([B] if micro_batch is None else [6, 6, 6, 2])
-    assert torch.equal(backward.weights, w)
-    assert all(torch.equal(a, b) for a, b in zip(before, J, strict=True))
+    assert torch.equal(between.weights, solved.weights)
+    assert jacobian.rows, "no buffer of rows was used"
     for p, grad in zip(model.parameters(), first, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(losses, backward.gradients.losses)
-    backward(loss_fn, batch, cluster)
-    gram = backward.gram
-    backward(loss_fn, batch, cluster)  # the fourth call solves again
-    assert backward.gram is not gram
+    torch.testing.assert_close(between.losses, solved.losses)
+    assert torch.equal(between.counts, solved.counts)
+    assert between.gram is None
+    assert backward(loss_fn, batch, cluster).gram is None
+    assert backward(loss_fn, batch, cluster).gram is not None  # the fourth call solves again
 
 
 def test_methods_of_losses_take_one_plain_backward() -> None:
     model, batch, cluster = dit(), diffusion_batch(), cluster_ids(shuffled=True)
     balancer = balancing.UncertaintyWeighting(K)
-    losses = BalancedBackward(model, balancer, K)(denoising(model), batch, cluster)
+    result = BalancedBackward(model, balancer, K)(denoising(model), batch, cluster)
     got = [p.grad for p in model.parameters()]
     s_grad = balancer.log_variance.grad
     for p in model.parameters():
@@ -230,7 +282,9 @@ def test_methods_of_losses_take_one_plain_backward() -> None:
     balancer.log_variance.grad = None
     want, counts = ops.cluster_mean(denoising(model)(*batch), cluster, K)
     balancer.loss(want, counts).backward()
-    torch.testing.assert_close(losses, want.detach())
+    torch.testing.assert_close(result.losses, want.detach())
+    assert torch.equal(result.counts, counts)
+    assert torch.equal(result.weights, balancer.weights(want))
     torch.testing.assert_close(s_grad, balancer.log_variance.grad)
     for p, grad in zip(model.parameters(), got, strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-12)
@@ -238,8 +292,8 @@ def test_methods_of_losses_take_one_plain_backward() -> None:
         BalancedBackward(model, balancer, K, micro_batch=4)
     with pytest.raises(TypeError, match="balancer must be a method"):
         BalancedBackward(nn.Linear(2, 2), balancing.PCGrad, K)  # the class
-    with pytest.raises(TypeError, match=r"GradDrop chooses for each parameter. Call its direction\(J\)"):
-        BalancedBackward(nn.Linear(2, 2), balancing.GradDrop(), K)
+    with pytest.raises(ValueError, match="chooses per parameter, which needs the rows"):
+        BalancedBackward(nn.Linear(2, 2), balancing.GradDrop(), K, hold="gram")
     with pytest.raises(TypeError, match="balancer must be a method"):
         BalancedBackward(model, "pcgrad", K)
 
@@ -264,7 +318,7 @@ def test_an_ordinary_grad_scaler(dtype: torch.dtype, route: Route, update_every:
                     losses = denoising(model)(*batch)
                 return losses * torch.inf if step == spoil else losses
 
-            seen.append(backward(loss_fn, batch, cluster))
+            seen.append(backward(loss_fn, batch, cluster).losses)
             if scaler is None:
                 optimizer.step()
             else:
@@ -296,7 +350,7 @@ def test_copies_of_a_model_are_independent() -> None:
     model = Tied()
     cg = ClusterGradients(model, K, "grouped")
     x = torch.randn(B, 6, 8)
-    cg.compute(lambda x: model(x).flatten(1).square().mean(1), (x,), cluster_ids())
+    cg(lambda x: model(x).flatten(1).square().mean(1), (x,), cluster_ids())
     copied = copy.deepcopy(model)
     copied(x).sum().backward()
     assert all(p.grad is not None for p in copied.parameters())
@@ -312,7 +366,7 @@ def test_a_parameter_of_another_model_keeps_its_plain_gradient() -> None:
     for route in routes:
         cg = ClusterGradients(model, K, route)
         other.weight.grad = None
-        assert worst(cg.compute(loss_fn, (x,), cluster_ids()), by_hand(model, loss_fn(x), cluster_ids())) < EXACT
+        assert worst(cg(loss_fn, (x,), cluster_ids()).rows, by_hand(model, loss_fn(x), cluster_ids())) < EXACT
         per_sample, counts = loss_fn(x), torch.tensor(SIZES).clamp(min=1)[cluster_ids()]
         (want,) = torch.autograd.grad((per_sample / counts).sum(), other.weight)
         torch.testing.assert_close(other.weight.grad, want)
@@ -336,17 +390,16 @@ def test_an_error_in_a_micro_batch_leaves_nothing_behind() -> None:
         return net(x).square().mean(1)
 
     loss_fn = lambda x: net(x).square().mean(1)  # noqa: E731
-    step.gradients.compute(loss_fn, (x,), cluster)  # settles the route
+    step.gradients(loss_fn, (x,), cluster)  # settles the route
     with pytest.raises(MemoryError):
         step(fails_late, (x,), cluster)
-    step(loss_fn, (x,), cluster)
-    assert step.gradients.counts.tolist() == [4, 4]
+    assert step(loss_fn, (x,), cluster).counts.tolist() == [4, 4]
 
 
 def test_grads_replaces_what_combine_cannot_write() -> None:
     net = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
     net(torch.randn(2, 2, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
     net.weight.grad = net.weight.grad.to(memory_format=torch.channels_last)
-    grads = ClusterGradients(net, 2).grads()
-    assert all(g.is_contiguous() for g in grads)
-    assert net.weight.grad is grads[0]
+    loss_fn = lambda x: net(x).square().mean((1, 2, 3))  # noqa: E731
+    ClusterGradients(net, 2)(loss_fn, (torch.randn(2, 2, 5, 5),), torch.arange(2)).combine(torch.ones(2))
+    assert all(p.grad.is_contiguous() for p in net.parameters())

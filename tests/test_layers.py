@@ -19,10 +19,9 @@ PACKAGE = ROOT / "python" / "antdiff"
 CSRC = ROOT / "csrc"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "clustering": 2, "gradients": 2, "balancing": 2,
-        "diffusion": 2,
-        "analysis": 3, "companions": 3, "distributed": 3, "info": 3, "plotting": 4, "train": 5, "experiments": 6,
-        "cli": 7, "__main__": 8}  # fmt: skip
+RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "info": 1, "distributed": 2, "clustering": 3,
+        "gradients": 3, "balancing": 3, "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "train": 6,
+        "experiments": 7, "cli": 8, "__main__": 9}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 

@@ -42,7 +42,7 @@ def test_the_loop_of_the_readme_trains() -> None:
     exec(block("example"), names)
     after = denoising_losses(data, t, torch.ones(64)).mean().item()
     assert after < 0.8 * before  # a model that ignores its input stays at 1
-    assert [tuple(J.shape) for J in names["J"]] == [(5, *p.shape) for p in model.parameters()]
+    assert [tuple(rows.shape) for rows in names["jacobian"].rows] == [(5, *p.shape) for p in model.parameters()]
 
 
 def test_the_loop_of_ops_alone_trains() -> None:

@@ -214,7 +214,7 @@ class _Stream:
         self.model, self.loss, self.halves, self.grid, self.batch_size = model, loss, halves, grid, batch_size
         self.plan, self.projection, self.store = plan, projection, store
         # Each slice of the split route is one timestep's: no network is too odd for it, and no activations are kept.
-        self.gradients = ClusterGradients(model, plan.block, route="split", dtype=plan.dtype)
+        self.gradients = ClusterGradients(model, plan.block, route="split", dtype=plan.dtype, group="local")
 
     def run(self, checkpoint: int, progress: bool) -> dict[str, Tensor]:
         """The estimates of the weights that the model has now."""
@@ -241,14 +241,15 @@ class _Stream:
         def losses(t: Tensor, x0: Tensor, noise: Tensor, *conditions: Tensor) -> Tensor:
             return self.loss(self.model, x0, noise, t, *conditions)
 
-        for parts in zip(*(x.split(self.batch_size) for x in samples), strict=True):
-            b = len(parts[0])
-            batch = [x.to(device).repeat(k, *[1] * (x.dim() - 1)) for x in parts]  # each [k b, ...]
-            t = ts.to(device).repeat_interleave(b)  # [k b]
-            cluster = torch.arange(k, device=device).repeat_interleave(b)
-            counts = [b] * k + [0] * (self.plan.block - k)
-            self.gradients.accumulate(losses, (t, *batch), cluster, counts=counts)
-        self.projection.write(self.gradients.mean(), out)
+        with self.gradients.accumulate() as total:
+            for parts in zip(*(x.split(self.batch_size) for x in samples), strict=True):
+                b = len(parts[0])
+                batch = [x.to(device).repeat(k, *[1] * (x.dim() - 1)) for x in parts]  # each [k b, ...]
+                t = ts.to(device).repeat_interleave(b)  # [k b]
+                cluster = torch.arange(k, device=device).repeat_interleave(b)
+                counts = [b] * k + [0] * (self.plan.block - k)
+                total.add(losses, (t, *batch), cluster, counts=counts)
+        self.projection.write(total.jacobian.rows, out)
 
     def _estimates(self) -> dict[str, Tensor]:
         rows = self.store.rows.flatten(0, 1)  # [2n, D]

@@ -88,7 +88,8 @@ def cluster_conflict(
         raise TypeError(f"data must be float [N, ...], scaled as in training; got {data.dtype} {list(data.shape)}.")
     as_count("batches", batches, 2), as_count("repeats", repeats)
     per_sample, device = loss or epsilon_loss(levels), next(model.parameters()).device
-    gradients, sampler = ClusterGradients(model, k, route="split"), StratifiedTimesteps(clusters)
+    gradients = ClusterGradients(model, k, route="split", group="local")
+    sampler = StratifiedTimesteps(clusters, group="local")
 
     def losses(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return per_sample(model, x0, noise, t)
@@ -102,8 +103,9 @@ def cluster_conflict(
             t, cluster, _ = sampler.sample(B, generator=generator)
             x0 = data[torch.randint(len(data), (B,), generator=generator).to(data.device)].to(device)
             noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device)
-            J = gradients.compute(losses, (x0, noise, t.to(device)), cluster.to(device), counts=counts)
-            each.append(ops.gram(J).cpu())
+            jacobian = gradients(losses, (x0, noise, t.to(device)), cluster.to(device), counts=counts)
+            each.append(jacobian.gram().cpu())
+            J = jacobian.rows
             if total is None:
                 total = [None if x is None else x.clone() for x in J]
             else:

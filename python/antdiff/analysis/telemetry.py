@@ -20,8 +20,8 @@ class Telemetry:
 
         telemetry = Telemetry(5, window=20, share=clusters.sizes / clusters.T, device=device)
         for step, batch in enumerate(loader, 1):
-            ...                                      # J = cg.compute(...); G = ops.gram(J); w = weights(G)
-            telemetry.add(cg.losses, cg.counts, w, G)
+            result = backward(loss_fn, batch, cluster)
+            telemetry.add(result.losses, result.counts, result.weights, result.gram)
             if step % 20 == 0:
                 logger.log(step, telemetry.read())   # the only synchronisation
 

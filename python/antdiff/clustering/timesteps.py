@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from antdiff._checks import as_count
 from antdiff.clustering.clusters import TimestepClusters
+from antdiff.distributed.chunks import contiguous_counts
+from antdiff.distributed.ranks import Group, Ranks
 
 _KEEP = 64  # layouts to keep: k of them serve one batch size
 
@@ -32,11 +34,20 @@ class _Layout(NamedTuple):
 
 
 class StratifiedTimesteps:
-    """Draws each cluster's share of a batch uniformly from its interval; rows are grouped by cluster, in order.
+    """Draw each cluster's share of a batch uniformly from its interval; rows are sorted by cluster.
 
     Of a batch of B rows each cluster gets B // k, and the B % k rows left over go to as many clusters, starting where
-    the last step stopped: over k steps of one B every cluster gets exactly B rows. With B < k some clusters get no row
-    in a step.
+    the last step stopped: over k steps of the same B every cluster gets exactly B rows. With B < k some clusters get no
+    row in a step.
+
+    On several ranks the shares are those of the batch of all ranks, which every rank draws whole from a generator in
+    the same state, and of which rank r keeps a contiguous chunk: the rows from ``sum(sizes[:r])`` on. So nothing is
+    sent, one process and any number of ranks train on the same timesteps, and every rank knows the counts of all::
+
+        counts = sampler.counts(len(x0))                   # of all ranks, for cluster_gradients(..., counts=counts)
+        t, cluster, weight = sampler.sample(len(x0))       # of this rank
+
+    With R ranks, R a multiple of K, and B R divisible by K, each rank holds one cluster.
 
     Stratifying changes the density of t from uniform to ``p(t) = n_c / (B |I_c|)``, with n_c the cluster's rows and
     ``|I_c|`` its size: short intervals are visited more often. With ``importance=False`` that is left as it is and all
@@ -50,51 +61,83 @@ class StratifiedTimesteps:
     Args:
         clusters: the intervals.
         importance: whether weights undo the change of density.
+        seed: of the generator that :meth:`sample` uses if it is given none. None: torch's global generator of the
+            device in one process, and seed 0 on several ranks, which must draw the same numbers.
+        group: the ranks: a process group; None for the default group if torch.distributed is initialised, else one
+            process; ``"local"`` for one process in any case.
     """
 
-    def __init__(self, clusters: TimestepClusters, importance: bool = False) -> None:
+    def __init__(
+        self, clusters: TimestepClusters, importance: bool = False, *, seed: int | None = None, group: Group = None
+    ) -> None:
         _require_clusters(clusters)
         self.clusters = clusters
         self.importance = bool(importance)
+        self.ranks = Ranks(group)
+        self.seed = 0 if seed is None and self.ranks.size > 1 else seed
         self._offset = 0  # the cluster that gets the next row left over
         self._layouts: dict[tuple[int, int, torch.device], _Layout] = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def sample(
-        self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+        self,
+        B: int | Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
     ) -> TimestepBatch:
-        """One batch of timesteps; advances the rotation of the rows left over.
+        """Draw one batch of timesteps, and advance the rotation of the rows left over.
 
-        On CUDA nothing waits for the device, except where a (B, rotation) is met for the first time.
+        On CUDA nothing waits for the device, except when a (B, rotation) is met for the first time.
 
         Args:
-            B: number of rows, at least 1.
-            device: where the result is; default the generator's, else the CPU.
-            generator: source of randomness, on the same device; default torch's global one of that device.
+            B: number of rows of this rank, at least 1 and the same on every rank; or the rows of each rank, R ints.
+            device: of the result; default the generator's, else the CPU.
+            generator: source of randomness, on the same device, and in the same state on every rank; default see
+                ``seed``.
 
         Returns:
-            ``t`` int64 ``[B]``, ``cluster`` int64 ``[B]`` ascending, ``weight`` float32 ``[B]``.
+            ``t`` int64 ``[B]``, ``cluster`` int64 ``[B]`` ascending, ``weight`` float32 ``[B]``, of this rank.
 
         Raises:
-            TypeError, ValueError: B is no positive int, or the generator is on another device.
+            TypeError, ValueError: B is not a positive int, or the generator is on another device.
         """
-        B = as_count("B", B)
+        sizes = self._sizes(B)
+        whole = as_count("B", sum(sizes))
+        if generator is None and self.seed is not None:
+            generator = self._generator(torch.device("cpu" if device is None else device))
         device = _device(device, generator)
-        layout = self._layout(B, device)
-        self._offset = (self._offset + B) % self.clusters.k
+        layout = self._layout(whole, device)
+        self._offset = (self._offset + whole) % self.clusters.k
         t = layout.start + _below(layout.size, generator)
-        return TimestepBatch(t, layout.cluster.clone(), layout.weight.clone())
+        if self.ranks.size == 1:
+            return TimestepBatch(t, layout.cluster.clone(), layout.weight.clone())
+        start = sum(sizes[: self.ranks.rank])
+        mine = slice(start, start + sizes[self.ranks.rank])
+        return TimestepBatch(t[mine], layout.cluster[mine].clone(), layout.weight[mine].clone())
 
     def shares(self, B: int) -> list[int]:
-        """Rows that each cluster gets in the next step of B rows."""
+        """Return the rows that each cluster gets in the next step, whose batch of all ranks has B rows: K ints."""
         k = self.clusters.k
         return [B // k + ((c - self._offset) % k < B % k) for c in range(k)]
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the rotation stands. The generator has a state of its own."""
-        return {"k": self.clusters.k, "offset": self._offset}
+    def counts(self, B: int | Sequence[int]) -> list[list[int]]:
+        """Return the rows of each cluster on each rank in the next step, R lists of K; ``B`` as in :meth:`sample`."""
+        sizes = self._sizes(B)
+        return contiguous_counts(self.shares(sum(sizes)), sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rotation and, if :meth:`sample` has used them, the states of the sampler's own generators.
+
+        It is the same on every rank. A generator that is passed to :meth:`sample` has a state of its own.
+        """
+        state: dict[str, Any] = {"k": self.clusters.k, "offset": self._offset}
+        if self._generators:
+            state["generators"] = {str(d): g.get_state() for d, g in self._generators.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken.
+        """Continue from ``state``, on any number of ranks.
 
         Raises:
             ValueError: it is not the state of a sampler with as many clusters.
@@ -103,6 +146,24 @@ class StratifiedTimesteps:
         if k != self.clusters.k or not isinstance(offset, int) or not 0 <= offset < k:
             raise ValueError(f"state must be that of a sampler with k={self.clusters.k} clusters; got {dict(state)}.")
         self._offset = offset
+        for device, generator_state in state.get("generators", {}).items():
+            self._generator(torch.device(device)).set_state(generator_state)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed or 0)
+        return self._generators[device]
+
+    def _sizes(self, B: int | Sequence[int]) -> list[int]:
+        """Return the rows of each rank."""
+        self.ranks.require_all()
+        if not isinstance(B, Sequence):
+            return [as_count("B", B)] * self.ranks.size
+        if len(B) != self.ranks.size:
+            raise ValueError(
+                f"B must be this rank's rows, or the rows of each of the {self.ranks.size} ranks; got {list(B)}."
+            )
+        return list(B)
 
     def _layout(self, B: int, device: torch.device) -> _Layout:
         key = (B, self._offset if B % self.clusters.k else 0, device)

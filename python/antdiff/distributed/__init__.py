@@ -1,22 +1,17 @@
-"""Training on several ranks: the single-process names, for a batch that is spread over torch.distributed's ranks."""
+"""What only several ranks need: exchanges of rows, the cost model, losses over all ranks, sharded checkpoints."""
 
-from antdiff.distributed.balanced_backward import BalancedBackward
 from antdiff.distributed.checkpoint import load_checkpoint, save_checkpoint
-from antdiff.distributed.cluster_gradients import ClusterGradients
+from antdiff.distributed.chunks import contiguous_counts
 from antdiff.distributed.cost import Cost, cost_model
 from antdiff.distributed.losses import global_losses, reduce_gradients
 from antdiff.distributed.ranks import LostRankError, NonFiniteError
 from antdiff.distributed.schemes import Scheme
-from antdiff.distributed.timesteps import StratifiedTimesteps, contiguous_counts
 
 __all__ = [
-    "BalancedBackward",
-    "ClusterGradients",
     "Cost",
     "LostRankError",
     "NonFiniteError",
     "Scheme",
-    "StratifiedTimesteps",
     "contiguous_counts",
     "cost_model",
     "global_losses",

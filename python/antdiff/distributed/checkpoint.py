@@ -46,7 +46,7 @@ def save_checkpoint(
     _together(ranks)
     with warnings.catch_warnings(), answering("the save of a checkpoint"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        save(dict(state), storage_writer=FileSystemWriter(temporary, sync_files=True), process_group=group)
+        save(dict(state), storage_writer=FileSystemWriter(temporary, sync_files=True), process_group=ranks.group)
     _together(ranks)
     if ranks.rank == 0:
         shutil.rmtree(path, ignore_errors=True)  # the same step again, after a restart
@@ -80,13 +80,13 @@ def load_checkpoint(folder: Path, state: dict[str, Any], *, group: dist.ProcessG
     newest: list[Path | None] = [found[-1] if found else None]
     if ranks.size > 1:  # rank 0 decides: a network file system may show the others an older listing
         with answering("the choice of a checkpoint"):
-            dist.broadcast_object_list(newest, group=group, group_src=0)
+            dist.broadcast_object_list(newest, group=ranks.group, group_src=0)
     path = newest[0]
     if path is None:
         return None
     with warnings.catch_warnings(), answering("the load of a checkpoint"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        load(state, storage_reader=FileSystemReader(path), process_group=group)
+        load(state, storage_reader=FileSystemReader(path), process_group=ranks.group)
     return int(path.name.removeprefix("step-"))
 
 

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from antdiff import ops
+from antdiff.distributed.chunks import Counts
 from antdiff.distributed.ranks import Ranks, Work, wait
-
-Counts = Sequence[Sequence[int]]  # [R][K], samples of each cluster on each rank
 
 
 class Exchange:
@@ -65,6 +64,10 @@ class Exchange:
         """``p.grad = weights^T J``, whole on every rank."""
         raise NotImplementedError
 
+    def set_grads(self, direction: Sequence[Tensor]) -> None:
+        """Write ``direction``, one tensor per parameter of ``params``, to ``p.grad``. Needs ``per_parameter``."""
+        _set_grads(self.params, direction)
+
     def nbytes(self) -> int:
         """Memory of rows, buffers and result on this rank."""
         raise NotImplementedError
@@ -92,7 +95,7 @@ def fill(views: list[Tensor], grads: Sequence[Tensor | None] | None, factor: Ten
         torch._foreach_zero_(missed)
 
 
-def _set_grads(params: list[nn.Parameter], views: list[Tensor]) -> None:
+def _set_grads(params: list[nn.Parameter], views: Sequence[Tensor]) -> None:
     for p, view in zip(params, views, strict=True):
         p.grad = view if view.dtype == p.dtype else view.to(p.dtype)
 

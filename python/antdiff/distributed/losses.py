@@ -6,17 +6,16 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from antdiff.distributed.ranks import Ranks, refuse_nonfinite, wait
+from antdiff.distributed.ranks import Group, Ranks, refuse_nonfinite, wait
 
 
 def global_losses(
     losses: Tensor,
     counts: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     averaged: bool = False,
     nonfinite: Literal["raise", "poison"] = "raise",
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +63,7 @@ def global_losses(
 def reduce_gradients(
     params: nn.Module | Iterable[nn.Parameter],
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     skip_unused: bool = False,
 ) -> None:
     """Sums ``p.grad`` over the ranks, in one message a dtype. Not for gradients that DistributedDataParallel or FSDP

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Work = Any  # torch.distributed.Work, or None where a collective has ended already
+if TYPE_CHECKING:
+    from typing import Literal
 
-# torch 2.13 renames these two and warns about the old names; torch 2.10 has only those. Goes when 2.13 is the minimum.
-_reduce_scatter: Callable[..., Work] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Callable[..., Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# Strings, because a torch that was built without torch.distributed has neither class.
+Group: TypeAlias = "dist.ProcessGroup | Literal['local'] | None"
+Work = Any  # torch.distributed.Work, or None if the collective has ended already
+
+
+def _renamed(new: str, old: str) -> Callable[..., Work]:
+    """Return a function of torch.distributed that torch 2.13 has renamed; torch 2.10 to 2.12 know only the old name.
+
+    This function can go when 2.13 is the minimum version.
+    """
+    return getattr(dist, new, None) or getattr(dist, old)  # type: ignore[no-any-return]
 
 
 class NonFiniteError(RuntimeError):
@@ -34,17 +43,22 @@ class LostRankError(RuntimeError):
 
 
 class Ranks:
-    """A process group, or one process alone where torch.distributed is not initialised.
+    """A process group, or one process alone.
+
+    Args:
+        group: a process group; None for the default group, or for one process alone if torch.distributed is not
+            initialised; ``"local"`` for one process alone in any case.
 
     Attributes:
-        rank, size: this process's place in the group, and the number of processes.
+        rank, size: the rank of this process in the group, and the number of processes in it.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        on = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if on else 0
-        self.size = dist.get_world_size(group) if on else 1
+    def __init__(self, group: Group = None) -> None:
+        self.local = group == "local"
+        self.group: dist.ProcessGroup | None = None if isinstance(group, str) else group
+        on = dist.is_available() and dist.is_initialized() and not self.local
+        self.rank = dist.get_rank(self.group) if on else 0
+        self.size = dist.get_world_size(self.group) if on else 1
 
     @property
     def everyone(self) -> bool:
@@ -56,13 +70,18 @@ class Ranks:
         return f"{device.type}:gloo" in dist.get_backend_config(self.group).split(",")
 
     def require_all(self) -> None:
-        """Against training each rank by itself, unnoticed.
+        """Refuse to train each rank by itself unnoticed.
 
         Raises:
-            RuntimeError: the process group was made after this.
+            RuntimeError: the process group was initialised after this object was made.
         """
-        if self.size == 1 and self.group is None and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError("antdiff.distributed's objects must be made after torch.distributed.init_process_group.")
+        if self.local or self.size > 1 or self.group is not None:
+            return
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "antdiff's objects must be made after torch.distributed.init_process_group, or with group='local'; "
+                "this one was made before it. Move its construction, or pass group='local' to train each rank alone."
+            )
 
     def mine_of(self, groups: list[list[int]]) -> Ranks:
         """Of disjoint groups of ranks that cover all, the one that has this rank. Every process of the job has to call:
@@ -81,12 +100,12 @@ class Ranks:
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
         """``out`` [S]: piece ``rank`` of the sum of ``x [size * S]`` over the ranks. Sends rho numel(x)."""
         with answering("reduce_scatter"):
-            return _reduce_scatter(out, x, group=self.group, async_op=True)
+            return _renamed("reduce_scatter_single", "reduce_scatter_tensor")(out, x, group=self.group, async_op=True)
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """``out [size * S]``: every rank's ``x [S]``, which may be its own piece of ``out``. Sends rho numel(out)."""
         with answering("all_gather"):
-            return _all_gather(out, x, group=self.group, async_op=True)
+            return _renamed("all_gather_single", "all_gather_into_tensor")(out, x, group=self.group, async_op=True)
 
     def all_to_all(
         self, out: Tensor, x: Tensor, received: list[int] | None = None, sent: list[int] | None = None

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from antdiff.distributed.chunks import Counts
 from antdiff.distributed.cost import cost_model
-from antdiff.distributed.exchange import AllReduce, Counts, Exchange, Held, OneEach, ReduceScatter
+from antdiff.distributed.exchange import AllReduce, Exchange, Held, OneEach, ReduceScatter
 from antdiff.distributed.ranks import Ranks
 
 Scheme = Literal["auto", "reduce_scatter", "cluster", "all_reduce"]

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from antdiff import ops
 from antdiff.distributed.exchange import Exchange, fill
 from antdiff.distributed.ranks import Ranks
-from antdiff.gradients.routes import Route
 
 
-def sharded_parameters(model: nn.Module, ranks: Ranks, route: Route) -> list[nn.Parameter] | None:
+def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Parameter] | None:
     """The trainable parameters of a ``fully_shard`` model; None for any other. They have to be asked for once, before
     training: between forward and backward the model shows gathered ones in their place.
 
@@ -42,6 +42,16 @@ def sharded_parameters(model: nn.Module, ranks: Ranks, route: Route) -> list[nn.
     if route != "split":
         raise ValueError(f"route must be 'split' under FSDP2, which runs the network in step; got {route!r}.")
     return shards
+
+
+def mesh_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the process group of a ``fully_shard`` model with a one-dimensional mesh, None for any other model.
+
+    A mesh of two dimensions (hybrid sharding) has a group per dimension and none for all of its ranks; the default
+    group serves it, and :func:`sharded_parameters` checks that it has the size of the mesh.
+    """
+    mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    return mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
 
 
 class Shards(Exchange):
@@ -75,11 +85,14 @@ class Shards(Exchange):
         return self.J
 
     def combine(self, weights: Tensor) -> None:
-        from torch.distributed.tensor import DTensor
-
         out = [torch.empty_like(x) for x in self.local]
         ops.combine(weights, self.J, out=out)
-        for p, x in zip(self.params, out, strict=True):
+        self.set_grads(out)
+
+    def set_grads(self, direction: Sequence[Tensor]) -> None:
+        from torch.distributed.tensor import DTensor
+
+        for p, x in zip(self.params, direction, strict=True):
             assert isinstance(p, DTensor)
             p.grad = DTensor.from_local(
                 x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()

@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from antdiff import ops
+from antdiff.distributed.chunks import Counts
+from antdiff.distributed.losses import global_losses, reduce_gradients
+from antdiff.distributed.ranks import Group, refuse_nonfinite, wait
+from antdiff.distributed.schemes import Scheme
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
-from antdiff.gradients.cluster_gradients import ClusterGradients, Scaler, loss_scale
-from antdiff.gradients.routes import LossFn, Route
+from antdiff.gradients.cluster_gradients import ClusterGradients
+from antdiff.gradients.jacobian import ClusterJacobian
+from antdiff.gradients.ranked import counts_here
+from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
 
 
-class Balancer(Protocol):
-    """What is asked of a balancing method; those of ``antdiff.balancing`` have it."""
+@dataclass(frozen=True)
+class BackwardResult:
+    """The numbers behind the ``p.grad`` that a :class:`BalancedBackward` has written.
 
-    needs: Literal["gram", "losses"] | Any
+    Attributes:
+        losses: ``[k]`` detached, the mean per-sample loss of each cluster over all ranks (0 where a cluster is empty).
+        counts: ``[k]``, the samples of each cluster over all ranks.
+        weights: ``[k]``, the factors of the clusters' gradients in ``p.grad``; None for a method that chooses per
+            parameter (GradDrop).
+        gram: float64 ``[k, k]``, the Gram matrix of the cluster gradients; None if the step needed none.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    weights: Tensor | None
+    gram: Tensor | None
 
 
 class BalancedBackward:
-    """In place of ``loss.backward()``: leaves in every ``p.grad`` the direction of a balancing method.
+    """A replacement for ``loss.backward()`` that leaves the direction of a balancing method in every ``p.grad``.
 
     Example::
 
         backward = antdiff.BalancedBackward(model, balancing.PCGrad(), k=5)
-        losses = backward(lambda x, noise, t: per_sample_loss(model, x, noise, t), (x, noise, t), cluster)
+        result = backward(lambda x, noise, t: per_sample_loss(model, x, noise, t), (x, noise, t), cluster)
         optimizer.step()
 
-    Where the method looks at gradients, a call computes the K cluster gradients, their Gram matrix, its weights, and
-    their combination. On the calls between two solutions of a method with ``update_every=M``, the weights are known
-    beforehand, and the call is one plain backward of the weighted losses: no J, exactly the cost of a plain step. Where
-    the method looks at losses alone (uncertainty weighting), every call is one plain backward.
+    If the method needs gradients, a call computes the K cluster gradients, their Gram matrix, its weights, and their
+    combination. On the calls between two solutions of a method with ``update_every=M`` the weights are known
+    beforehand, and the call is one plain backward of the weighted losses: no Jacobian, exactly the cost of a plain
+    step. If the method needs only losses (uncertainty weighting), every call is one plain backward.
 
-    In float16, with ``scaler = torch.amp.GradScaler()``, J and ``p.grad`` carry its factor, and the Gram matrix
-    is freed of it, so the scaler is used as ever: ``scaler.step(optimizer)`` unscales, and skips the step where a
-    gradient overflowed; ``scaler.update()`` after it.
+    On several ranks (plain, DistributedDataParallel, FSDP2) every rank gets the same weights, from the Gram matrix of
+    the whole batch, and ends with the same ``p.grad``. Nothing is broadcast for it: balancers start alike and see the
+    same numbers, and those that draw have generators with the same seed. Calls that need no cluster gradients sum
+    ``p.grad`` once, as a plain step does.
+
+    In float16, with ``scaler = torch.amp.GradScaler()``, ``p.grad`` contains the loss scale, so the scaler is used as
+    usual: ``scaler.step(optimizer)`` unscales, and skips the step if a gradient overflowed; then ``scaler.update()``.
 
     Args:
-        model, k, route, dtype, separable, compile: see :class:`antdiff.ClusterGradients`.
+        model, k, route, hold, scheme, group, dtype, separable, compile: see :class:`antdiff.ClusterGradients`.
         balancer: an object of ``antdiff.balancing``. Its ``update_every`` is obeyed. With ``scaler`` it must have been
-            made with ``nonfinite="poison"``.
-        scaler: of mixed precision in float16.
-        micro_batch: at most so many samples in the network at a time; the gradients are those of the whole batch.
-        keep: ``"gram"`` where the K x P numbers of the Jacobian do not fit: see :meth:`antdiff.ClusterGradients.gram`.
+            made with ``nonfinite="poison"``. On several ranks it is made with the same settings on every rank.
+        scaler: the gradient scaler of mixed precision in float16.
+        micro_batch: the largest number of samples in the network at a time; the gradients are those of the whole batch.
+            Under FSDP2 every rank needs as many samples.
+        skip_unused: on several ranks, for steps without cluster gradients: the ``p.grad`` of a parameter that no sample
+            reaches stays None, as in one process, and must be so on every rank; else it is zero.
 
     Attributes:
         gradients: the :class:`antdiff.ClusterGradients`; ``gradients.explain()`` says which route it takes.
-        weights: float64 ``[k]``, the factors of the clusters' gradients in the last ``p.grad``; None for a method that
-            looks at losses alone.
-        gram: float64 ``[k, k]`` of the last call that computed it, or None.
     """
 
     def __init__(
@@ -58,115 +80,161 @@ class BalancedBackward:
         model: nn.Module,
         balancer: Any,
         k: int,
+        route: Route | None = None,
         *,
-        route: Route = "auto",
+        hold: Literal["jacobian", "gram"] = "jacobian",
+        scheme: Scheme = "auto",
+        group: Group = None,
         dtype: torch.dtype | None = None,
         separable: Iterable[Callable[..., Any]] = (),
         compile: Mapping[str, Any] | None = None,
         scaler: Scaler | None = None,
         micro_batch: int | None = None,
-        keep: Literal["jacobian", "gram"] = "jacobian",
+        skip_unused: bool = False,
     ) -> None:
-        if getattr(balancer, "needs", None) == "rows" and not isinstance(balancer, type):
-            raise TypeError(
-                f"balancer must have weights; {type(balancer).__name__} chooses for each parameter. Call its "
-                "direction(J) on what ClusterGradients computes."
-            )
-        known = hasattr(balancer, "weights") and getattr(balancer, "needs", None) in ("gram", "losses")
-        if not known or isinstance(balancer, type):
+        needs = getattr(balancer, "needs", None)
+        has = {"gram": "weights", "losses": "weights", "rows": "direction"}
+        if isinstance(balancer, type) or needs not in has or not hasattr(balancer, has[needs]):
             raise TypeError(
                 f"balancer must be a method of antdiff.balancing, such as balancing.PCGrad(); got {balancer!r}."
             )
         if scaler is not None and getattr(balancer, "nonfinite", "poison") == "raise":
-            raise ValueError("balancer must be made with nonfinite='poison' beside a scaler, which skips such steps.")
+            raise ValueError(
+                "balancer must be made with nonfinite='poison' for use with a scaler, which skips such steps."
+            )
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1; got {micro_batch}.")
-        if micro_batch is not None and balancer.needs == "losses":
+        if micro_batch is not None and needs == "losses":
             raise ValueError("micro_batch must be None for a method that needs the losses of the whole batch first.")
-        if keep not in ("jacobian", "gram"):
-            raise ValueError(f"keep must be 'jacobian' or 'gram'; got {keep!r}.")
-        if micro_batch is not None and keep == "gram":
-            raise ValueError("micro_batch must be None with keep='gram': the Gram matrix of a sum needs the summed J.")
-        self.gradients = ClusterGradients(model, k, route, dtype=dtype, separable=separable, compile=compile)
-        self.balancer, self.k, self.scaler, self.micro_batch, self.keep = balancer, k, scaler, micro_batch, keep
-        self.weights: Tensor | None = None
-        self.gram: Tensor | None = None
+        if micro_batch is not None and hold == "gram":
+            raise ValueError(
+                "micro_batch must be None with hold='gram', since the Gram matrix of a sum needs its rows."
+            )
+        if micro_batch is not None and scheme == "cluster":
+            raise ValueError(
+                "scheme 'cluster' needs the counts of all ranks, which micro-batches do not have; got "
+                f"micro_batch={micro_batch}. Leave one of the two out."
+            )
+        if needs == "rows" and hold == "gram":
+            raise ValueError("hold must be 'jacobian' for a method that chooses per parameter, which needs the rows.")
+        if needs == "rows" and scheme == "auto":
+            scheme = "all_reduce"  # a choice per parameter needs whole rows on every rank
+        self.gradients = ClusterGradients(
+            model, k, route, hold=hold, scheme=scheme, group=group, dtype=dtype, separable=separable, compile=compile,
+            nonfinite="raise" if scaler is None else "poison",
+        )  # fmt: skip
+        self.balancer, self.k, self.scaler, self.micro_batch = balancer, k, scaler, micro_batch
+        self.skip_unused = skip_unused
 
     def __call__(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | None = None
-    ) -> Tensor:
-        """Overwrites ``p.grad`` of every trainable parameter of the model.
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | Counts | None = None
+    ) -> BackwardResult:
+        """Overwrite ``p.grad`` of every trainable parameter of the model.
 
         Args:
-            loss_fn, batch, cluster, counts: see :meth:`antdiff.ClusterGradients.compute`.
+            loss_fn, batch, cluster, counts: see :meth:`antdiff.ClusterGradients.__call__`.
 
         Returns:
-            The mean per-sample loss of each cluster ``[k]``, detached (0 where a cluster is empty).
+            The losses, counts, weights and Gram matrix of this step.
 
         Raises:
-            TypeError, ValueError, GroupingError: as :meth:`antdiff.ClusterGradients.compute`; what the balancer raises.
+            TypeError, ValueError, GroupingError, NonFiniteError, LostRankError: as
+                :meth:`antdiff.ClusterGradients.__call__`, and as the balancer raises.
         """
-        if self.balancer.needs == "losses":
+        balancer = self.balancer
+        if balancer.needs == "losses":
             return self._from_losses(loss_fn, batch, cluster, counts)
-        if not getattr(self.balancer, "due", True):
+        if not getattr(balancer, "due", True):
             return self._between(loss_fn, batch, cluster, counts)
-        cg = self.gradients
-        if self.keep == "gram":
-            self.gram = cg.gram(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
-            self.gram /= cg.scale * cg.scale
-            self.weights = self.balancer.weights(self.gram)
-            cg.combine(self.weights)
-            return cg.losses
-        if self.micro_batch is None:
-            J = cg.compute(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
+        jacobian = self._jacobian(loss_fn, batch, cluster, counts)
+        gram = jacobian.gram()
+        weights = None
+        if balancer.needs == "rows":
+            jacobian.write(balancer.direction(jacobian.rows))
         else:
-            rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
+            weights = balancer.weights(gram)
+            jacobian.combine(weights)
+        return BackwardResult(jacobian.losses, jacobian.counts, weights, gram)
+
+    def _jacobian(
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | Counts | None
+    ) -> ClusterJacobian:
+        if self.micro_batch is None:
+            return self.gradients(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts_here(counts, self.gradients.ranks)).sort(batch)
+        with self.gradients.accumulate() as total:
             for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
                 piece = cut(batch, rows.B, start, stop)
-                cg.accumulate(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
-            J = cg.mean()
-        self.gram = ops.gram(J)
-        self.gram /= cg.scale * cg.scale
-        self.weights = self.balancer.weights(self.gram)
-        ops.combine(self.weights, J, out=cg.grads())
-        return cg.losses
+                total.add(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
+        return total.jacobian
 
-    def _between(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> Tensor:
-        """The weights are known: the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
-        rows, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
-        self.weights = self.balancer.weights()
+    def _between(
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | Counts | None
+    ) -> BackwardResult:
+        """The weights are known: take the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
+        gradients = self.gradients
+        gradients.ranks.require_all()
+        rows, batch = ClusteredBatch.of(cluster, self.k, counts_here(counts, gradients.ranks)).sort(batch)
+        weights = self.balancer.weights()
         self._clear()
-        scale = loss_scale(self.scaler, cluster.device)
-        sizes = rows.one_hot(torch.float64).sum(1).clamp(min=1)  # [k], on the device
-        inside = (rows.cluster >= 0) & (rows.cluster < self.k)  # an id out of range is not to be an address on CUDA
-        factors = (self.weights * scale / sizes)[rows.cluster.clamp(0, self.k - 1)]  # [B]
+        total = rows.counts.double()  # [k], on the device
+        if gradients.ranks.size > 1:
+            wait(gradients.ranks.all_reduce(total), "the sum of counts")
+        scale = loss_scale(self.scaler, cluster.device) * (gradients.ranks.size if gradients.is_sharded else 1)
+        # Never index with an id that is out of range, which CUDA does not check: clamp it, and poison the result.
+        inside = (rows.cluster >= 0) & (rows.cluster < self.k)
+        factors = (weights * scale / total.clamp(min=1))[rows.cluster.clamp(0, self.k - 1)]  # [B]
         factors = torch.where(inside, factors, torch.nan)
-        sums = torch.zeros(self.k, device=rows.cluster.device)
-        for start, stop, _ in self._pieces(rows):
-            per_sample = loss_fn(*cut(batch, rows.B, start, stop))
-            check_losses(per_sample, stop - start)
-            torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
-            values = per_sample.detach().to(torch.promote_types(per_sample.dtype, torch.float32))
-            sums = sums + torch.where(rows.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
-        return sums / sizes.to(sums.dtype)
+        sums = torch.zeros(self.k, dtype=torch.float64, device=rows.cluster.device)
+        dtype = torch.float32
+        with gradients.unsynchronised():
+            for start, stop, _ in self._pieces(rows):
+                per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+                check_losses(per_sample, stop - start)
+                torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
+                dtype = torch.promote_types(per_sample.dtype, torch.float32)
+                values = per_sample.detach().double()
+                sums += torch.where(rows.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
+        self._reduce()
+        if gradients.several:
+            sums, sound = gradients.ranks.total(sums, sums.isfinite().all())
+            if self.scaler is None and sums.device.type == "cpu":
+                refuse_nonfinite(sound, sums)
+        losses = (sums / total.clamp(min=1)).to(dtype)
+        return BackwardResult(losses, total.to(torch.int64), weights, None)
 
     def _from_losses(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None
-    ) -> Tensor:
-        rows = ClusteredBatch.of(cluster, self.k, counts)
-        per_sample = loss_fn(*batch)
-        check_losses(per_sample, rows.B)
-        losses, counts_ = ops.cluster_mean(per_sample, cluster, self.k)
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | Counts | None
+    ) -> BackwardResult:
+        gradients = self.gradients
+        gradients.ranks.require_all()
+        rows = ClusteredBatch.of(cluster, self.k, counts_here(counts, gradients.ranks))
         self._clear()
-        (self.balancer.loss(losses, counts_) * loss_scale(self.scaler, cluster.device)).backward()
-        return losses.detach()
+        with gradients.unsynchronised():
+            per_sample = loss_fn(*batch)
+            check_losses(per_sample, rows.B)
+            losses, n = ops.cluster_mean(per_sample, cluster, self.k)
+            losses, n = global_losses(
+                losses, n, group=gradients.group, averaged=gradients.is_sharded,
+                nonfinite="raise" if self.scaler is None else "poison",
+            )  # fmt: skip
+            (self.balancer.loss(losses, n) * loss_scale(self.scaler, cluster.device)).backward()
+        self._reduce()
+        losses = losses.detach()
+        return BackwardResult(losses, n, self.balancer.weights(losses), None)
 
     def _clear(self) -> None:
-        for p in self.gradients.model.parameters():
+        gradients = self.gradients
+        for p in gradients.params if gradients.is_sharded else gradients.model.parameters():
             p.grad = None
 
+    def _reduce(self) -> None:
+        gradients = self.gradients
+        if not gradients.is_sharded:  # FSDP2 has reduced them
+            reduce_gradients(gradients.model, group=gradients.group, skip_unused=self.skip_unused)
+
     def _pieces(self, rows: ClusteredBatch) -> list[tuple[int, int, list[int]]]:
-        """Micro-batches of a sorted batch: ``[start, stop)`` and the samples of each cluster in it."""
+        """Cut a sorted batch into micro-batches: ``[start, stop)`` and the samples of each cluster in it."""
         n = self.micro_batch or max(rows.B, 1)
         slices = rows.slices()
         return [

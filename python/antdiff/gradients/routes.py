@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from antdiff.gradients.split import split
 Route = Literal["auto", "grouped", "split", "loop"]
 Chosen = Literal["grouped", "split", "loop"]
 LossFn = Callable[..., Tensor]
+
+
+class Scaler(Protocol):
+    """``torch.amp.GradScaler``, or any object whose ``scale`` multiplies a tensor by the loss scale."""
+
+    def scale(self, outputs: Any) -> Any: ...
+
+
+def loss_scale(scaler: Scaler | None, device: torch.device) -> Tensor | float:
+    """Return the loss scale as a tensor, since asking the scaler for a number would wait for the device."""
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -171,6 +171,19 @@ class GradientStore:
         rows = iter(sinks)
         self.tensors[:] = [next(rows).rows if p.requires_grad else None for _, p in self.named]
 
+    def grads(self) -> list[Tensor | None]:
+        """Return ``p.grad`` of each parameter, None where frozen, as the ``out`` of ``ops.combine``.
+
+        A gradient that is missing, or whose layout ``ops.combine`` cannot write (channels_last, sparse), is allocated.
+        """
+        out: list[Tensor | None] = []
+        for _, p in self.named:
+            usable = p.grad is not None and p.grad.layout is torch.strided and p.grad.is_contiguous()
+            if p.requires_grad and not usable:
+                p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
+            out.append(p.grad if p.requires_grad else None)
+        return out
+
     def _empty(self, p: Tensor) -> Tensor:
         return torch.empty((self.k, *p.shape), dtype=self._type(p), device=p.device)
 

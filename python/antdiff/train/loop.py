@@ -76,7 +76,7 @@ def train(
                 if parts.curriculum is not None:
                     row["stage"] = float(parts.curriculum.stage)
                 recorder.log(step, row)
-                parts.backward.check()  # after the row, which shows where it happened; this names the rank
+                parts.backward.gradients.check()  # after the row, which shows where it happened; this names the rank
                 check_finite(row["loss"], step, run)
 
             # 5. Checkpoints and grids of samples.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from antdiff import balancing, ops
-from antdiff.distributed import ClusterGradients, global_losses, reduce_gradients
+from antdiff import balancing
 
 
 class BatchMean:
@@ -53,46 +51,3 @@ def make_balancer(
     for group in balancer.param_groups() if hasattr(balancer, "param_groups") else ():
         optimizer.add_param_group(group)
     return balancer
-
-
-def write_direction(direction: Sequence[Tensor | None], model: torch.nn.Module) -> None:
-    """What `combine` is to K weights: p.grad of every trainable parameter becomes its part of the direction."""
-    parts = [d for d in direction if d is not None]
-    for p, d in zip((p for p in model.parameters() if p.requires_grad), parts, strict=True):
-        p.grad = d.to(p.dtype)
-
-
-class BackwardResult(NamedTuple):
-    losses: Tensor
-    counts: Tensor
-    weights: Tensor | None
-    gram: Tensor | None
-
-
-class BalancedBackward:
-    """The one call of the loop, by way of the classes for gradients and for losses."""
-
-    def __init__(self, model: nn.Module, balancer: Any, k: int, route: Any, skip_unused: bool) -> None:
-        self.model, self.balancer, self.k = model, balancer, k
-        self.gradients = ClusterGradients(model, k, route, scheme="all_reduce" if balancer.needs == "rows" else "auto")
-
-    def __call__(self, loss_fn: Any, batch: Any, cluster: Tensor, *, counts: Any = None) -> BackwardResult:
-        if self.balancer.needs == "losses":
-            for p in self.model.parameters():
-                p.grad = None
-            losses, counts = global_losses(*ops.cluster_mean(loss_fn(*batch), cluster, self.k))
-            self.balancer.loss(losses, counts).backward()
-            reduce_gradients(self.model, skip_unused=True)
-            return BackwardResult(losses.detach(), counts, self.balancer.weights(losses), None)
-        J = self.gradients.compute(loss_fn, batch, cluster, counts=counts)
-        G = self.gradients.gram(J)
-        if self.balancer.needs == "gram":
-            w = self.balancer.weights(G)
-            self.gradients.combine(w, J)
-        else:
-            w = None
-            write_direction(self.balancer.direction(J), self.model)
-        return BackwardResult(self.gradients.losses, self.gradients.counts, w, G)
-
-    def check(self) -> None:
-        self.gradients.check()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from antdiff import StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff import BalancedBackward, StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.analysis import Telemetry
 from antdiff.companions import ChannelRouting, Curriculum, ExpertBank, RestrictedTimesteps
 from antdiff.diffusion import log_snr
@@ -31,7 +31,7 @@ from antdiff.train.data import Batches, ImageData
 from antdiff.train.devices import choose_device
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators
-from antdiff.train.methods import BalancedBackward, make_balancer
+from antdiff.train.methods import make_balancer
 from antdiff.train.models import Denoiser, build_model, noise_schedule
 from antdiff.train.ranks import RunRanks
 
@@ -147,7 +147,10 @@ def make_timesteps(
         return IntervalTimesteps(clusters, config.specialist)
     sampler: StratifiedTimesteps | UniformTimesteps = UniformTimesteps(clusters)
     if config.timestep_sampling != "uniform":
-        sampler = StratifiedTimesteps(clusters, importance=config.timestep_sampling == "stratified-weighted")
+        # Every rank draws the timesteps of the whole batch and takes its rows in the loop.
+        sampler = StratifiedTimesteps(
+            clusters, importance=config.timestep_sampling == "stratified-weighted", group="local"
+        )
     if not config.curriculum:
         return sampler
     x = log_snr(noise_schedule())  # [T]

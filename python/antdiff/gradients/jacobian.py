@@ -1,0 +1,187 @@
+"""The result of one call of :class:`antdiff.ClusterGradients`: K cluster gradients, and what is done with them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from antdiff import ops
+from antdiff.gradients.grouped.deferred import GramMode
+from antdiff.gradients.sinks import GradientStore
+
+
+@runtime_checkable
+class ClusterJacobian(Protocol):
+    """K cluster gradients of one batch. Row i is the gradient of the mean loss of cluster i.
+
+    Its buffers belong to the :class:`antdiff.ClusterGradients` that made it, whose next call reuses them. After that
+    call every method raises RuntimeError; ``losses`` and ``counts`` stay valid.
+
+    Attributes:
+        losses: ``[k]`` detached, the mean per-sample loss of each cluster over all ranks (0 where a cluster is empty).
+        counts: int64 ``[k]``, the samples of each cluster over all ranks, on the device of the losses.
+        loss_scale: the factor of the ``scaler`` that was given, a tensor ``[]``, or 1.0 without one. It is contained in
+            ``rows``, and so in ``p.grad`` after :meth:`combine`, but not in ``losses`` or :meth:`gram`.
+        rows: a list of ``[k, *shape]``, one for each of ``model.parameters()`` and None where a parameter is frozen;
+            under FSDP2 the rows of this rank's shards. Raises ValueError if this process does not hold whole rows.
+        nbytes: memory of the rows on this rank, in bytes.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    loss_scale: Tensor | float
+
+    @property
+    def rows(self) -> list[Tensor | None]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def gram(self) -> Tensor:
+        """Return the inner products of the rows, float64 ``[k, k]``, without the loss scale."""
+
+    def combine(self, weights: Tensor) -> None:
+        """Write ``sum_i weights_i row_i`` to the ``.grad`` of every trainable parameter, for float ``weights [k]``."""
+
+    def write(self, direction: Sequence[Tensor | None]) -> None:
+        """Write ``direction``, a list like ``rows`` without its first dimension, to ``.grad``."""
+
+
+class HeldJacobian:
+    """Rows that are held in memory; see :class:`ClusterJacobian`."""
+
+    def __init__(self, store: GradientStore, losses: Tensor, counts: Tensor, loss_scale: Tensor | float) -> None:
+        self.losses, self.counts, self.loss_scale = losses, counts, loss_scale
+        self._buffers: GradientStore | None = store
+
+    @property
+    def rows(self) -> list[Tensor | None]:
+        return self._store.tensors
+
+    @property
+    def nbytes(self) -> int:
+        return self._store.nbytes()
+
+    def gram(self) -> Tensor:
+        return unscaled(ops.gram(self.rows), self.loss_scale)
+
+    def combine(self, weights: Tensor) -> None:
+        ops.combine(weights, self.rows, out=self._store.grads())
+
+    def write(self, direction: Sequence[Tensor | None]) -> None:
+        write_grads([p for _, p in self._store.named], direction)
+
+    def revoke(self) -> None:
+        self._buffers = None
+
+    @property
+    def _store(self) -> GradientStore:
+        return current(self._buffers)
+
+
+class DeferredJacobian:
+    """Rows that are not held (``hold="gram"``): their Gram matrix, and what their combination is computed from.
+
+    :meth:`combine` can be called once, since it frees what it uses.
+    """
+
+    def __init__(self, mode: GramMode, losses: Tensor, counts: Tensor, loss_scale: Tensor | float) -> None:
+        self.losses, self.counts, self.loss_scale = losses, counts, loss_scale
+        self._recorded: GramMode | None = mode
+        self._gram = unscaled(mode.gram, loss_scale)
+
+    @property
+    def rows(self) -> list[Tensor | None]:
+        raise ValueError("rows are not held with hold='gram'. Use hold='jacobian' to read them.")
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def gram(self) -> Tensor:
+        current(self._recorded)
+        return self._gram
+
+    def combine(self, weights: Tensor) -> None:
+        current(self._recorded).combine(weights)
+
+    def write(self, direction: Sequence[Tensor | None]) -> None:
+        raise ValueError("direction needs the rows, which are not held with hold='gram'. Use hold='jacobian'.")
+
+    def revoke(self) -> None:
+        self._recorded = None
+
+
+class Revocable(Protocol):
+    def revoke(self) -> None:
+        """Let go of the buffers: a later call is about to reuse them."""
+
+
+R = TypeVar("R", bound=Revocable)
+T = TypeVar("T")
+
+
+class Latest:
+    """The jacobian that uses a set of buffers now. The next one revokes it, which also frees what it alone holds."""
+
+    def __init__(self) -> None:
+        self._ref: weakref.ref[Any] | None = None
+
+    def revoke(self) -> None:
+        last = None if self._ref is None else self._ref()
+        self._ref = None
+        if last is not None:
+            last.revoke()
+
+    def set(self, jacobian: R) -> R:
+        self._ref = weakref.ref(jacobian)
+        return jacobian
+
+
+def current(buffers: T | None) -> T:
+    """Return the buffers of a jacobian, or raise if it was revoked."""
+    if buffers is None:
+        raise RuntimeError(
+            "this ClusterJacobian is stale: a later call of the same ClusterGradients has reused its buffers. "
+            "Use a jacobian before the next call, or clone its rows."
+        )
+    return buffers
+
+
+def unscaled(gram: Tensor, loss_scale: Tensor | float) -> Tensor:
+    """Divide a Gram matrix of scaled rows by ``loss_scale ** 2``, in place."""
+    if isinstance(loss_scale, float) and loss_scale == 1.0:
+        return gram
+    return gram.div_(loss_scale * loss_scale)
+
+
+def write_grads(params: Sequence[Any], direction: Sequence[Tensor | None]) -> None:
+    """Write one tensor per parameter to ``p.grad``, None where a parameter is frozen."""
+    if len(direction) != len(params):
+        raise ValueError(
+            f"direction must have one entry for each of the {len(params)} parameters; got {len(direction)}. "
+            "Pass what the method returned for jacobian.rows."
+        )
+    for p, d in zip(params, direction, strict=True):
+        if p.requires_grad != (d is not None) or (d is not None and d.shape != p.shape):
+            raise ValueError(
+                f"direction must have a tensor {list(p.shape)} for a trainable parameter and None for a frozen one; "
+                f"got {None if d is None else list(d.shape)}. Pass what the method returned for jacobian.rows."
+            )
+    for p, d in zip(params, direction, strict=True):
+        if d is not None:
+            p.grad = d.to(p.dtype)
+
+
+def mean_losses(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean losses ``[k]``, 0 for an empty cluster, and the counts int64 ``[k]`` on their device."""
+    counts = counts.to(sums.device)
+    return sums / counts.clamp(min=1), counts
+
+
+def divide_rows(rows: Sequence[Tensor | None], counts: Tensor) -> None:
+    """Divide row i of every ``[k, *shape]`` by ``counts[i]``, or by 1 if that is 0, in place."""
+    for x in rows:
+        if x is not None:
+            x.div_(counts.clamp(min=1).to(x.device).view(len(counts), *[1] * (x.dim() - 1)))
