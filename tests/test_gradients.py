@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import antdiff
+from antdiff import balancing
 from antdiff.gradients import ClusterGradients, Route
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "gradients.md"
 
 
 class Net(nn.Module):
@@ -177,3 +185,31 @@ def test_bad_input(route: Route) -> None:
         cg(lambda x, t: net(x, t).square().mean(), (x, t), cluster)
     with pytest.raises(ValueError, match="depend on model's parameters"):
         cg(lambda x, t: x.sum(1), (x, t), cluster)
+
+
+def test_the_code_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # Inductor takes seconds
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+    x, noise, t, cluster = torch.randn(10, 8), torch.randn(10, 8), torch.arange(10), torch.arange(10) // 2
+
+    def loss_fn(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return (names["model"](x) - noise).square().mean(1)
+
+    names = {
+        **{"antdiff": antdiff, "torch": torch, "balancing": balancing, "model": model, "loss_fn": loss_fn},
+        **{"x": x, "noise": noise, "t": t, "cluster": cluster, "batch": (x, noise, t)},
+        "balancer": balancing.PCGrad(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "micro_batches": [((x[i::2], noise[i::2], t[i::2]), cluster[i::2]) for i in (0, 1)],
+    }
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        for p in model.parameters():
+            p.grad = None
+        names.update(model=model, cluster_gradients=ClusterGradients(model, 5))
+        exec(block.replace('GradScaler("cuda")', 'GradScaler("cpu")'), names)
+        if "combine" in block or "optimizer.step" in block:
+            assert all(p.grad is not None and p.grad.any() for p in model.parameters()), block
