@@ -1,19 +1,25 @@
-"""A whole optimizer step with K cluster gradients, against a plain step: forward, backward, balancing, AdamW.
+"""Time and memory of an optimizer step with K cluster gradients (forward, backward, balancing, AdamW) and a plain step.
 
     python benchmarks/bench_gradients.py [--device cpu|cuda] [--threads 1] [--least 4] [--seconds 1] [--case NAME]
                                          [--autocast] [--compile] [--no-peers] [--csv PATH]
 
-``plain`` is one forward, one backward of the mean loss, one AdamW step. ``antdiff.ClusterGradients`` follows by the
-route that ``auto`` takes, with PCGrad and with NashMTL solved at every step, the Gram matrix and the combination from
-``antdiff.ops``; by ``split``; and without J. The peers: ``P-space`` is the usual loop of K retained backwards with
-PCGrad on flattened gradients, as the published code of ANT and LibMTL does it; ``autojac`` and ``autogram`` are
-TorchJD's two engines, the first with rows one by one (its fastest way here), the second with the Gram matrix of the
-samples summed over clusters. Peers are timed in every second round.
+The candidates:
 
-On a CPU all cases take about six minutes. Memory is the peak of the first step above what was held before it:
-activations, J, gradients and AdamW's state. glibc is told to keep freed memory, as allocators made for training do: by
-default it hands the end of the heap back after a step and takes it again page by page in the next, if nothing happens
-to lie above it, which costs the one candidate 0.1 of a step and the other nothing.
+* ``plain`` is one forward, one backward of the mean loss, and one AdamW step.
+* ``auto`` is ``antdiff.ClusterGradients`` with the route that ``auto`` chooses, with PCGrad, and with NashMTL solved at
+  every step.
+* ``split`` uses PCGrad with the route ``split``, and ``without J`` uses PCGrad with ``hold="gram"``.
+* ``P-space`` is the usual loop of K retained backwards with PCGrad on flattened gradients, as in the published code of
+  ANT and LibMTL.
+* ``autojac`` and ``autogram`` are the two engines of TorchJD. The first computes rows one by one (its fastest way
+  here), the second the Gram matrix of the samples, which is summed over clusters.
+
+The last three candidates are the peers, which are timed in every second round.
+
+On a CPU all cases take about six minutes. Memory is the peak of the first step above the memory held before it:
+activations, J, gradients and the state of AdamW. glibc is told to keep freed memory, as allocators made for training
+do. By default it returns the end of the heap to the system after a step, if nothing happens to lie above it, and takes
+it again page by page in the next step. This costs 0.1 of a step for one candidate and nothing for another.
 """
 
 from __future__ import annotations
@@ -75,7 +81,7 @@ CUDA_CASES = [(net, 5, B) for net in ("DiT-S/2", "DiT-XL/2") for B in (256, 64)]
 
 
 def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
-    """Makers of the candidates, each with a model and an optimizer of its own."""
+    """Return a builder per candidate, each with a model and an optimizer of its own."""
     make, size = NETWORKS[net]
     sizes = [B // K + (i < B % K) for i in range(K)]
     cluster = cluster_ids(sizes).to(args.device)
@@ -111,7 +117,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
         def build() -> Step:
             model, optimizer, loss_fn = fresh()
             cg, balancer = ClusterGradients(model, K, route), method()
-            if route == "auto":  # settle, as training does once: the memory of a step is not that of a choice
+            if route == "auto":  # choose the route now, so that the memory of the choice is not counted for a step
                 cg(loss_fn, batch, cluster, counts=sizes).rows.clear()
                 print(f"{net} K={K} B={B}: {cg.explain()}")
 
@@ -200,7 +206,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
 
 
 def peak(step: Step, device: str) -> float:
-    """Bytes that one step needs at most above what was held before it."""
+    """Return the peak memory of one step in bytes, above the memory that was held before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -208,7 +214,7 @@ def peak(step: Step, device: str) -> float:
         step()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
@@ -226,10 +232,10 @@ def case(net: str, K: int, B: int, args: argparse.Namespace) -> list[Result]:
         try:
             step = build()
             if args.compile:
-                step()  # compilers need memory of their own
+                step()  # compile first, since compilers need memory of their own
             memory[key] = peak(step, args.device)
             candidates[key] = step
-        except Exception as error:  # a peer that cannot do this network
+        except Exception as error:  # a peer may not support the network
             print(f"{name}: {key} does not run: {type(error).__name__}: {str(error)[:200]}")
     cuda = args.device == "cuda"
     results = measure(name, candidates, seconds=args.seconds, least=args.least, cuda=cuda, slow=PEERS)
@@ -251,12 +257,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing, each candidate")
-    parser.add_argument("--least", type=int, default=4, help="rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of timing per candidate")
+    parser.add_argument("--least", type=int, default=4, help="minimum number of rounds")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16")
-    parser.add_argument("--no-peers", action="store_true", help="plain and antdiff alone")
-    parser.add_argument("--compile", action="store_true", help="plain and antdiff under torch.compile")
+    parser.add_argument("--autocast", action="store_true", help="run in bfloat16")
+    parser.add_argument("--no-peers", action="store_true", help="only the plain step and antdiff")
+    parser.add_argument("--compile", action="store_true", help="only the plain step and antdiff, under torch.compile")
     parser.add_argument("--csv", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

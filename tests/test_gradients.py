@@ -1,4 +1,4 @@
-"""ClusterGradients against one retained backward for each cluster."""
+"""ClusterGradients against one retained backward per cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "gradients.md"
 
 
 class Net(nn.Module):
-    """Linear, convolution, normalisation, an embedding, a shared weight, a frozen and an unused parameter."""
+    """A network with a shared weight, a frozen parameter and an unused parameter."""
 
     def __init__(self, checkpointed: bool | None = None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Net(nn.Module):
 def setup(checkpointed: bool | None = None, dtype: torch.dtype = torch.float64) -> tuple[Net, tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     net = Net(checkpointed).to(dtype)
-    # Re-entrant checkpointing needs an input that requires grad.
+    # Re-entrant checkpointing needs an input that requires a gradient.
     return net, (torch.randn(12, 8, dtype=dtype, requires_grad=checkpointed is True), torch.randint(0, 10, (12,)))
 
 
@@ -84,7 +84,8 @@ def test_equals_a_backward_for_each_cluster(name: str, route: Route) -> None:
         assert (got is None) == (want is None)
         if want is not None:
             assert got.shape == want.shape
-            # float64; the slices are summed in another order: a few hundred roundings against the largest entry.
+            # float64. The slices are summed in another order, which gives a few hundred rounding errors relative to the
+            # largest entry.
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     assert jacobian.counts.tolist() == [CLUSTERS[name].count(i) for i in range(k)]
     assert jacobian.losses[jacobian.counts == 0].eq(0).all()

@@ -1,4 +1,4 @@
-"""The grouped route under torch.compile: the rules of eager mode, traced."""
+"""The grouped route under torch.compile, where the rules of eager mode are traced."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from antdiff import BalancedBackward, ClusterGradients, balancing
 from antdiff.gradients import GroupingError
 
-pytestmark = [  # Dynamo's own, where it looks at tensors between two graphs and at autograd Functions
+pytestmark = [  # Dynamo itself triggers these warnings for tensors between two graphs and for autograd Functions
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script"),  # imported by inductor
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),  # imported by Inductor
     pytest.mark.filterwarnings("ignore:.*should not be instantiated"),
 ]
 EXACT = 1e-11  # as in test_gradients_grouped
@@ -132,13 +132,13 @@ def loss_alone(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("compiled", [whole, a_part, loss_alone, in_place], ids=lambda f: f.__name__)
 def test_auto_traces_what_is_compiled(compiled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever part the user has compiled, with his own backend where it can be known."""
+    """Any part of the network may be compiled. The user's own backend is used where torch reveals it."""
     eager = double(Small)
     model, x, cluster = compiled(double(Small)), sequences(), cluster_ids()
     loss_fn = squares(model)
     if compiled is loss_alone:
         loss_fn = torch.compile(loss_fn, **TRACED)
-    if compiled in (loss_alone, in_place):  # torch tells nobody which backend that was, so the default would be taken
+    if compiled in (loss_alone, in_place):  # torch does not reveal the backend, so the default would be used
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     cg = ClusterGradients(model, K)
     for _ in range(2):
@@ -150,7 +150,7 @@ def test_auto_traces_what_is_compiled(compiled: Callable[..., Any], monkeypatch:
 
 
 def test_equal_counts_compile_once() -> None:
-    """Not the samples, not the values of the parameters, not a loss function made anew in every step."""
+    """Other samples, other values of the parameters or a new loss function in every step need no new program."""
     model = double(Small)
     cg = ClusterGradients(model, 2, compile=TRACED, route="grouped")
     compiled = cg._local.network.compiled
@@ -164,7 +164,7 @@ def test_equal_counts_compile_once() -> None:
             model.a.weight.add_(0.1)
     assert compiled.programs == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    cluster[0] = 1 - cluster[0]  # other sizes: the graph stays, a second program
+    cluster[0] = 1 - cluster[0]  # other sizes need a second program for the same graph
     J = cg(squares(model), (x,), cluster).rows
     assert worst(J, by_hand(model, squares(model)(x), cluster, 2)) < EXACT
     assert compiled.programs == 2
@@ -178,7 +178,7 @@ def test_equal_counts_compile_once() -> None:
     "make", [Tied, WeightNorm, Convolutions, Products, Tables, Attention], ids=lambda m: m.__name__
 )
 def test_counts_that_keep_changing_share_a_program(make: Callable[[], nn.Module]) -> None:
-    """After k exact programs one for any sizes, k = 2; "eager" runs the traced rules as they are."""
+    """After k = 2 exact programs, one program serves any sizes. The backend "eager" runs the traced rules unchanged."""
     model, x = double(make), sequences()
     cg = ClusterGradients(model, 2, "grouped", compile={"backend": "eager"})
     for size in (10, 9, 12, 10, 11, 8):
@@ -229,7 +229,7 @@ def test_autocast_and_a_scaler() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     cg = ClusterGradients(model, K, "grouped", compile=TRACED)
     eager = ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster, scaler=scaler).rows
-    # The same products of the same bfloat16 numbers; compilers may leave out a rounding between two ops.
+    # The products and their bfloat16 operands are the same. Compilers may omit the rounding between two ops.
     jacobian = cg(loss_fn, (x,), cluster, scaler=scaler)
     assert worst(jacobian.rows, eager) < 2.0**-7
     assert float(jacobian.loss_scale) == 8
@@ -238,7 +238,7 @@ def test_autocast_and_a_scaler() -> None:
 def test_balanced_backward() -> None:
     model, x, cluster = double(Small), sequences(), cluster_ids()
     got = BalancedBackward(whole(model), balancing.PCGrad(update_every=2), K)
-    for _ in range(2):  # solved and traced; then the user's own compiled model, and one plain backward
+    for _ in range(2):  # first a traced call that solves, then one plain backward of the user's compiled model
         losses = got(squares(got.gradients.model), (x,), cluster).losses
         grads = [p.grad for p in model.parameters()]
         want = BalancedBackward(model, balancing.PCGrad(), K, route="loop")
@@ -251,7 +251,7 @@ def test_balanced_backward() -> None:
 
 
 def test_graph_breaks_are_sound() -> None:
-    """Either right, or an error: a parameter used between two graphs is a leak."""
+    """The result is either correct or an error: a parameter that is used between two graphs is a leak."""
 
     def breaks(h: Tensor) -> Tensor:
         torch._dynamo.graph_break()
@@ -327,7 +327,7 @@ def test_gradients_inside_the_forward() -> None:
         return slope.flatten(1).square().mean(1)
 
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
-    # Dynamo breaks its graph at the gradient, and AOTAutograd has no second derivatives of the piece before it.
+    # Dynamo breaks the graph at the gradient, and AOTAutograd has no second derivatives of the part before it.
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         cg(penalty, (x,), cluster_ids())
 
@@ -339,7 +339,7 @@ def test_the_batch_form_is_refused() -> None:
 
 
 def test_dropout_and_another_network_in_the_loss() -> None:
-    """A frozen teacher's values are the batch's; a trained one beside the model keeps its plain gradient."""
+    """The values of a frozen teacher count as batch data. A trained teacher gets its plain gradient."""
     model, teacher, x, cluster = double(lambda: Small(nn.Dropout(0.5))), double(Small), sequences(), cluster_ids()
     loss_fn = lambda x: (model(x) - teacher(x)).flatten(1).square().mean(1)  # noqa: E731
     torch.manual_seed(3)

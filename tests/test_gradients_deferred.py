@@ -1,4 +1,4 @@
-"""G without J: the Gram matrix and the combined gradient against the definition; the memory."""
+"""The Gram matrix without J (``hold="gram"``): the results against the definition, and the memory."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.grouped.deferred import DeferredGradient, GramMode
 from antdiff.gradients.sinks import Sink
 
-# Relative to the largest: G and the combination are sums over all parameters of float64 products, each taken in another
-# order: some hundred roundings.
+# Relative to the norm. G and the combined gradient are sums of float64 products over all parameters, in another order
+# than in the reference, which gives some hundred rounding errors.
 EXACT = 1e-12
 WEIGHTS = torch.tensor([0.3, -1.2, 0.7, 5.0, 2.0], dtype=torch.float64)
 
@@ -120,7 +120,7 @@ def test_combine_works_once_and_says_so() -> None:
 
 
 def test_memory_is_that_of_a_plain_step_and_one_parameter() -> None:
-    """Six layers of 128 x 128 and 20 samples: K x P numbers are 6 K times a layer, activations next to nothing."""
+    """Six layers of 128 x 128 and 20 samples: J is 6 K times as large as a layer, and activations are negligible."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(6)])
     x, cluster = torch.randn(B, 128), cluster_ids()
@@ -167,7 +167,7 @@ def test_balanced_backward(dtype: torch.dtype | None) -> None:
         result = backward(loss_fn, batch, cluster)
         grads[hold] = torch.cat([p.grad.flatten() for p in model.parameters()]), result.gram, result.losses
     for a, b, exact in zip(*grads.values(), (1e-9, 1e-11, 1e-12), strict=True):
-        # In half precision the gradients of outputs are rounded once more, after they were weighted.
+        # In half precision the gradients of outputs are rounded once more, after they are multiplied by the weights.
         assert float((a - b).norm() / b.norm()) < (exact if dtype is None else 2.0**-7)
 
 
@@ -187,15 +187,15 @@ def test_what_it_cannot_do_is_said() -> None:
         BalancedBackward(model, balancing.PCGrad(), K, hold="gram", micro_batch=4)
     with pytest.raises(ValueError, match="hold must be 'jacobian' to accumulate"):
         ClusterGradients(model, K, "grouped", hold="gram").accumulate().__enter__()
-    engine = ClusterGradients(model, K, "grouped", hold="gram")
-    empty = engine(loss_fn, (batch[0][:0],), torch.zeros(0, dtype=torch.int64))
+    cg = ClusterGradients(model, K, "grouped", hold="gram")
+    empty = cg(loss_fn, (batch[0][:0],), torch.zeros(0, dtype=torch.int64))
     empty.combine(WEIGHTS)
     assert empty.gram().eq(0).all()
     assert all(p.grad.eq(0).all() for p in model.parameters())
 
 
 class FoldedEarly(nn.Module):
-    """In the backward the plain use of the weight comes first; what is computed from it follows in the checkpoint."""
+    """A weight whose plain use comes first in the backward. A tensor computed from it follows in the checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The grouped route against the definition, in float64: every way of applying parameters to a batch."""
+"""The grouped route against the definition, in float64, for every way of applying parameters to a batch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from antdiff.gradients import ClusterGradients
 
-# float64: the same products with the samples of a cluster summed in another order, at most a few hundred terms, through
-# a few layers; 1e-15 times the condition of a small network. The engine's contract is 1e-10.
+# float64. The products are the same, but the samples of a cluster, at most a few hundred terms, are summed in another
+# order, through a few layers. The error is 1e-15 times the condition number of a small network. The contract of
+# ClusterGradients is 1e-10.
 EXACT = 1e-11
 
 
@@ -72,7 +73,7 @@ def test_dit(route: str, reentrant: bool | None) -> None:
     torch.manual_seed(0)
     model = DiT(reentrant=reentrant).double()
     x, t, y, noise = diffusion_batch()
-    x.requires_grad_(reentrant is True)  # re-entrant checkpoints need it
+    x.requires_grad_(reentrant is True)  # re-entrant checkpoints need an input that requires a gradient
 
     def loss_fn(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         return (model(x, t, y) - noise).flatten(1).square().mean(1)

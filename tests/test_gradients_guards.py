@@ -1,4 +1,4 @@
-"""Every way in which cluster gradients could be wrong in silence fires a guard, and `auto` steers round it."""
+"""Every way in which cluster gradients could be silently wrong triggers a guard, and `auto` avoids it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXACT = 1e-11  # as in test_gradients_grouped
 
 
 class Net(nn.Module):
-    """Linear, something in the middle, Linear; B = 20 samples ``[B, N, 8]``."""
+    """Linear, ``middle``, Linear, for B = 20 samples ``[B, N, 8]``."""
 
     def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -163,10 +163,10 @@ def test_numbers_find_what_swallows_nan() -> None:
 
 
 def test_sequence_first_layout() -> None:
-    model, loss_fn, batch = case(SequenceFirst(6))  # 6 is no multiple of 20: found at once
+    model, loss_fn, batch = case(SequenceFirst(6))  # 6 is not a multiple of 20, which raises at once
     with pytest.raises(GroupingError, match="first dimension is no multiple of the batch size 20"):
         ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids())
-    model, loss_fn, batch = case(SequenceFirst(2 * B))  # a multiple: only the checks see it
+    model, loss_fn, batch = case(SequenceFirst(2 * B))  # a multiple of 20, which only the checks detect
     with pytest.raises(GroupingError, match="batch is not the first dimension"):
         ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster_ids())
     cg = ClusterGradients(model, K)
@@ -293,12 +293,12 @@ def test_the_batch_form() -> None:
         assert model.a.weight.grad.eq(1).all()
     with pytest.raises(KeyError), cg.record(cluster_ids()):
         raise KeyError
-    model(x)  # nothing of the mode is left
+    model(x)  # the mode is no longer active
     assert worst(cg(loss_fn, (x,), cluster).rows, by_hand(model, loss_fn(x), cluster)) < EXACT
 
 
 def test_a_wrapper_that_hides_the_gradients_is_refused() -> None:
-    """DistributedDataParallel and FSDP2 are served (tests/test_distributed.py); the first FSDP is not."""
+    """DistributedDataParallel and FSDP2 are supported (tests/test_distributed.py). The first FSDP is not."""
 
     class FullyShardedDataParallel(nn.Module):
         def __init__(self) -> None:
@@ -310,7 +310,7 @@ def test_a_wrapper_that_hides_the_gradients_is_refused() -> None:
 
 
 def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
-    """Recomputed forwards are recorded, and what the taps save goes through the checkpoint's own hooks."""
+    """Recomputed forwards are recorded, and the tensors that taps save pass through the hooks of the checkpoint."""
     torch.manual_seed(0)
     saved = []
     model = Checkpointed(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]), reentrant=False).double()
@@ -322,7 +322,7 @@ def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
     assert sum(shape == x.shape for shape in saved) < 6
 
 
-# ---- what changes between calls, or is no ordinary batch ---------------------------------------------------------
+# ---- changes between calls, and unusual batches ------------------------------------------------------------------
 
 
 def mean_square(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -352,7 +352,7 @@ def test_a_parameter_that_replaces_another_gets_its_gradient(route: Any) -> None
 
 
 class Spectral(nn.Module):
-    """Products of complex numbers, as of Fourier coefficients; weights are pairs of real ones."""
+    """Products of complex numbers, such as Fourier coefficients. The weights are pairs of real numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ def test_auto_is_not_misled_by_a_first_batch_of_one_cluster() -> None:
     torch.manual_seed(0)
     model, x = Net(torch.nn.Identity()).double(), torch.randn(B, 3, 8, dtype=torch.float64)
 
-    def both(x: Tensor) -> Tensor:  # row r is of sample r mod B, not of r // 2
+    def both(x: Tensor) -> Tensor:  # row r belongs to sample r mod B, not to sample r // 2
         first, second = mean_square(model)(torch.cat([x, 2 * x])).chunk(2)
         return first + second
 
@@ -385,7 +385,7 @@ def test_auto_is_not_misled_by_a_first_batch_of_one_cluster() -> None:
 
 
 class Listed(Net):
-    """A table of as many rows as tokens, which a list hides from torch."""
+    """A table with one row per token, which torch does not find because it is in a list."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__(torch.nn.Identity())

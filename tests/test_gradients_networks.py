@@ -1,4 +1,4 @@
-"""Cluster gradients where networks are unusual: few samples, odd layouts, ops of their own, parameters that move."""
+"""Cluster gradients of unusual cases: few samples, other memory layouts, custom ops, parameters modified in place."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_more_clusters_than_samples(ids: list[int], route: Route) -> None:
 
 @pytest.mark.parametrize("name", ["pcgrad", "nash", "mgda", "uw"])
 def test_three_lines_with_clusters_that_are_empty(name: str) -> None:
-    """A direction that decreases the losses there are, and nothing that is not finite."""
+    """The direction is finite and decreases the losses of the clusters that have samples."""
     model, batch, cluster = prepared(DiT), diffusion_batch(3), torch.tensor([2, 0, 2])
     make = balancing.get(name)
     backward = BalancedBackward(model, make(K) if name == "uw" else make(), K)
@@ -63,7 +63,7 @@ def test_three_lines_with_clusters_that_are_empty(name: str) -> None:
 
 
 class ChannelsLast(nn.Module):
-    """Weights and activations in channels_last, 1 x 1 and strided convolutions, GroupNorm."""
+    """1 x 1 and strided convolutions and GroupNorm, for weights and activations in channels_last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_channels_last(weights: bool, inputs: bool) -> None:
 
 
 class Magnitude(nn.Module):
-    """EDM2's layer: forward writes the weight back at unit norm, and normalises it once more with a graph."""
+    """EDM2's layer. Its forward normalises the weight in place, and then once more with a graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Custom(nn.Module):
 
 @pytest.mark.parametrize("name", ["op", "overload"])
 def test_operators_of_a_library(name: str) -> None:
-    """Unknown, an error that names it; declared, as the operator or as its overload, right."""
+    """An unknown operator raises an error that names it. Declared, as operator or as overload, it gives the right J."""
     model, x, cluster = prepared(Custom), images(), cluster_ids(shuffled=True)
     with pytest.raises(GroupingError, match=r"antdiff_tests.*scale.* applies w to the batch"):
         ClusterGradients(model, K, "grouped")(squares(model), (x,), cluster)
@@ -170,7 +170,7 @@ def test_operators_of_a_library(name: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_dropout_inside_a_checkpoint(reentrant: bool) -> None:
-    """The recomputation draws what the forward drew, and the gradients are of that."""
+    """The recomputation draws the same random numbers as the forward, and the gradients belong to them."""
 
     class Dropped(nn.Module):
         def __init__(self) -> None:
@@ -208,22 +208,22 @@ def test_j_is_made_once_and_written_in_place(route: Route) -> None:
 
 
 def test_memory_beyond_a_plain_step() -> None:
-    """``grouped``: K x P numbers, less those of p.grad; ``split``: less than a plain step, once J is there."""
+    """``grouped`` needs K x P numbers less those of p.grad. ``split`` needs less than a plain step beside J."""
     torch.manual_seed(0)
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())])
     x, cluster = torch.randn(5 * 400, 64), cluster_ids([400] * K)
     loss_fn = squares(model)
     J = 4 * K * sum(p.numel() for p in model.parameters())
 
-    def of(step: Callable[[], Any]) -> int:
+    def memory(step: Callable[[], Any]) -> int:
         step()
         for p in model.parameters():
             p.grad = None
         return peak(step)
 
-    plain = of(lambda: loss_fn(x).mean().backward())
+    plain = memory(lambda: loss_fn(x).mean().backward())
     routes = {route: ClusterGradients(model, K, route) for route in ("grouped", "split")}
-    grouped, split = (of(lambda cg=cg: cg(loss_fn, (x,), cluster).rows) for cg in routes.values())
-    assert grouped < 1.1 * plain  # J is there already: it was made in the first step
+    grouped, split = (memory(lambda cg=cg: cg(loss_fn, (x,), cluster).rows) for cg in routes.values())
+    assert grouped < 1.1 * plain  # J was already allocated in the first step
     assert split < plain / 2
-    assert of(lambda: ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster).rows) < 1.1 * plain + J
+    assert memory(lambda: ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster).rows) < 1.1 * plain + J

@@ -1,4 +1,4 @@
-"""Cluster gradients in training: library networks, mixed precision, micro-batches, the balanced backward."""
+"""Cluster gradients in training: networks of diffusers, mixed precision, micro-batches, the balanced backward."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dit(dtype: torch.dtype = torch.float64, **options: Any) -> DiT:
 def test_networks_of_diffusers(make: Callable[[], nn.Module]) -> None:
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = spread(make().double()).eval()  # eval: the transformer drops labels at random in training
+    model = spread(make().double()).eval()  # in training mode the transformer drops labels at random
     x, t, y, noise = diffusion_batch()
 
     def loss_fn(x: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> Tensor:
@@ -82,7 +82,10 @@ def test_dropped_labels_draw_what_a_plain_step_draws() -> None:
 @pytest.mark.parametrize("route", ["grouped", "split"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_no_worse_than_loop(dtype: torch.dtype, route: Route) -> None:
-    """Against float64. Both round the same activations; only sums over samples differ; 5 % is room for luck."""
+    """Compare the errors of both against float64.
+
+    Both round the same activations, and only the sums over samples differ. The limit leaves 5 % for chance.
+    """
     double = dit()
     want = by_hand(double, denoising(double)(*diffusion_batch()), cluster_ids())
     model, batch = dit(torch.float32), diffusion_batch(dtype=torch.float32)
@@ -101,7 +104,7 @@ def test_autocast_is_no_worse_than_loop(dtype: torch.dtype, route: Route) -> Non
         J = ClusterGradients(model, K, name)(loss_fn, batch, cluster_ids()).rows
         assert {x.dtype for x in J if x is not None} == {torch.float32}
         errors[name] = whole(J)
-    assert 1e-4 < errors["loop"] < 0.1  # half precision was at work
+    assert 1e-4 < errors["loop"] < 0.1  # half precision was used
     assert errors[route] < 1.05 * errors["loop"]
 
 
@@ -118,7 +121,7 @@ def test_autocast_around_everything() -> None:
             return denoising(model)(*batch)
 
     outside = ClusterGradients(model, K, "grouped")(loss_fn, batch, cluster_ids()).rows
-    # The same casts; the loss is in bfloat16 in one of them, and rounding differs from there: a few 2^-8.
+    # The casts are the same, but in one of the two the loss is in bfloat16, so its rounding differs: a few 2^-8.
     assert worst(inside, outside) < 0.05
 
 
@@ -131,7 +134,7 @@ def test_j_in_bfloat16_is_j_rounded(route: Route) -> None:
         assert a is not None
         assert b is not None
         assert b.dtype == torch.bfloat16
-        # Each number is rounded once: 2^-8 of it; products are taken in float32 and then rounded.
+        # Products are computed in float32, and each number is then rounded once, by a relative 2^-8.
         torch.testing.assert_close(b.float(), a, rtol=2.0**-8, atol=1e-6 * float(a.abs().max()))
 
 
@@ -143,7 +146,7 @@ def test_grouped_mm_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch
     plain = [J.clone() for J in ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster_ids()).rows]
     monkeypatch.setattr(products, "GROUPED_MM", {"cpu"})
     fused = ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster_ids()).rows
-    assert worst(fused, plain) < (1e-6 if dtype == torch.float32 else 2.0**-7)  # one rounding to the dtype, in each
+    assert worst(fused, plain) < (1e-6 if dtype == torch.float32 else 2.0**-7)  # one rounding to the dtype each
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def test_micro_batches_add_up_to_the_batch(route: Route) -> None:
     cg = ClusterGradients(model, K, route)
     for _ in range(2):
         with cg.accumulate() as total:
-            for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):  # clusters empty here and there
+            for piece in (slice(0, 3), slice(3, 15), slice(15, 20)):  # some clusters have no samples in a piece
                 total.add(loss_fn, [x[piece] for x in batch], cluster[piece])
         assert worst(total.jacobian.rows, want) < EXACT
     assert total.jacobian.counts.tolist() == SIZES
@@ -182,7 +185,7 @@ def test_a_jacobian_whose_buffers_were_reused_raises(route: Route, hold: Any) ->
     losses = first.losses.clone()
     with pytest.raises(ValueError, match="got id"):
         cg(denoising(model), batch, cluster + K)
-    first.combine(torch.ones(K))  # a call that was refused has reused nothing
+    first.combine(torch.ones(K))  # a call that was refused has not reused the buffers
     second = cg(denoising(model), batch, cluster)
     for use in (first.gram, lambda: first.combine(torch.ones(K))):
         with pytest.raises(RuntimeError, match="stale"):
@@ -302,7 +305,7 @@ def test_methods_of_losses_take_one_plain_backward() -> None:
 @pytest.mark.parametrize("route", ["auto", "split"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_an_ordinary_grad_scaler(dtype: torch.dtype, route: Route, update_every: int) -> None:
-    """The scaled run takes the steps of the unscaled one where nothing overflows, and skips the one where it does."""
+    """The scaled run takes the same steps as the unscaled one if nothing overflows, and skips a step that overflows."""
     batch, cluster = diffusion_batch(dtype=torch.float32), cluster_ids()
 
     def train(scaler: torch.amp.GradScaler | None, spoil: int | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -327,7 +330,7 @@ def test_an_ordinary_grad_scaler(dtype: torch.dtype, route: Route, update_every:
             history.append(torch.cat([p.detach().flatten() for p in model.parameters()]).clone())
         return history, seen
 
-    # A power of two: it moves exponents alone, so that bfloat16 takes the very same steps; float16 has subnormals.
+    # A power of two changes only exponents, so bfloat16 takes exactly the same steps. float16 has subnormal numbers.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     plain, plain_losses = train(None, None)
     scaled, losses = train(scaler, None)
@@ -345,7 +348,7 @@ def test_an_ordinary_grad_scaler(dtype: torch.dtype, route: Route, update_every:
 
 
 def test_copies_of_a_model_are_independent() -> None:
-    """Nothing is attached to the model: a deepcopy, as for an average of weights, needs no clean-up."""
+    """Nothing is attached to the model, so a deepcopy (for a weight average, for example) needs no clean-up."""
     torch.manual_seed(0)
     model = Tied()
     cg = ClusterGradients(model, K, "grouped")
