@@ -142,23 +142,29 @@ class GradientStore:
             a is not b for (_, a), (_, b) in zip(named, self.named, strict=True)
         )
         if replaced and not fresh:
-            raise ValueError("model's parameters were replaced between two micro-batches.")
+            raise ValueError(
+                "model must keep its parameters from the first to the last micro-batch; some were replaced between two "
+                "micro-batches. Replace them between steps."
+            )
         self.named = named
         if fresh and not self.reuse:
             self.tensors[:] = []
             return [
-                Sink(name, p, self.k, None if self._type(p) == p.dtype else self._empty(p))
+                Sink(name, p, self.k, None if self._dtype(p) == p.dtype else self._empty(p))
                 for name, p in self.named
                 if p.requires_grad
             ]
         stale = len(self.tensors) != len(self.named) or any(
             (J is None) == p.requires_grad
-            or (J is not None and (J.shape[1:] != p.shape or J.device != p.device or J.dtype != self._type(p)))
+            or (J is not None and (J.shape[1:] != p.shape or J.device != p.device or J.dtype != self._dtype(p)))
             for J, (_, p) in zip(self.tensors, self.named, strict=True)
         )
         if stale:
             if not fresh:
-                raise ValueError("model's parameters were frozen, moved or cast between two micro-batches.")
+                raise ValueError(
+                    "model must keep its parameters from the first to the last micro-batch; some were frozen, moved or "
+                    "cast between two micro-batches. Change them between steps."
+                )
             self.tensors[:] = [self._empty(p) if p.requires_grad else None for _, p in self.named]
         return [
             Sink(name, p, self.k, J, fresh=fresh)
@@ -185,11 +191,11 @@ class GradientStore:
         return out
 
     def _empty(self, p: Tensor) -> Tensor:
-        return torch.empty((self.k, *p.shape), dtype=self._type(p), device=p.device)
+        return torch.empty((self.k, *p.shape), dtype=self._dtype(p), device=p.device)
 
     def nbytes(self) -> int:
         """Return the memory of J in bytes."""
-        return sum(self.k * p.numel() * self._type(p).itemsize for _, p in self.named if p.requires_grad)
+        return sum(self.k * p.numel() * self._dtype(p).itemsize for _, p in self.named if p.requires_grad)
 
-    def _type(self, p: Tensor) -> torch.dtype:
+    def _dtype(self, p: Tensor) -> torch.dtype:
         return p.dtype if self.dtype is None else self.dtype

@@ -37,9 +37,9 @@ class CompiledLoss:
     padding makes its weight gradients more expensive.
 
     Args:
-        backend: of torch.compile.
-        fullgraph: of torch.compile. Graph breaks are safe: if an eager part applies a parameter, the parameter receives
-            a gradient past the rules, which raises.
+        backend: the backend of torch.compile that compiles the traced graphs.
+        fullgraph: the option of torch.compile. Graph breaks are safe: if an eager part applies a parameter, the
+            parameter receives a gradient past the rules, which raises.
 
     Attributes:
         programs: the number of programs that have been compiled.
@@ -72,7 +72,10 @@ class CompiledLoss:
 
         def run(*inputs: Any) -> Any:
             if self._now is None:
-                raise GroupingError("a graph compiled for cluster gradients was called outside of ClusterGradients.")
+                raise GroupingError(
+                    "a graph compiled for cluster gradients can only run inside ClusterGradients, and it was called "
+                    "outside. Compile the loss function again for other uses."
+                )
             clustered, leaves = self._now
             values = [*(leaves.get(id(x), x) for x in inputs), clustered.cluster]
             trained = tuple(id(x) in leaves for x in inputs)
