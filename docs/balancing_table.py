@@ -1,8 +1,10 @@
-"""Writes the table of docs/balancing.md from the registry and the costs that benchmarks/bench_balancing.py --costs has
-measured, and docs/balancing.png: each method on one conflict in 2-D.
+"""Write the table of docs/balancing.md, and docs/balancing.png, which shows each method on one conflict in 2-D.
 
-python docs/balancing_table.py            # both (the figure needs matplotlib)
-python docs/balancing_table.py --check    # exit 1 if the table is out of date
+The table is made from the registry of methods and from the costs that benchmarks/bench_balancing.py --costs has
+measured.
+
+python docs/balancing_table.py            # write both (the figure needs matplotlib)
+python docs/balancing_table.py --check    # write nothing; exit with status 1 if the table is out of date
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ NEEDS = {"gram": "G", "losses": "losses", "rows": "rows"}
 
 
 def costs() -> dict[str, str]:
-    """Microseconds of a call at K = 5, for each method but those whose work grows with P."""
+    """Return the microseconds per call at K = 5 for each method, except for those whose work grows with P."""
     with COSTS.open(newline="") as file:
         found = {row["method"]: f"{float(row['cpu_s']) * 1e6:.0f}" for row in csv.DictReader(file) if row["k"] == "5"}
     needed = {name for name in balancing.names() if balancing.get(name).needs != "rows"}
     if needed != set(found):
-        sys.exit(f"{COSTS} lacks or has too many of {needed ^ set(found)}: run benchmarks/bench_balancing.py --costs")
+        sys.exit(
+            f"{COSTS} must list the methods of the registry; it lacks or does not know {sorted(needed ^ set(found))}. "
+            "Run python benchmarks/bench_balancing.py --costs."
+        )
     return found
 
 
@@ -47,7 +52,7 @@ def table() -> str:
             "yes" if about.conflict_free else "-", cost.get(name, "with P"), about.paper, about.when,
         )  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    lines += ["", "Where the runs of the literature differ (`get(name)(**published(name))` has the options):", ""]
+    lines += ["", "The published runs differ as follows (`get(name)(**published(name))` uses their options):", ""]
     for name in balancing.names():
         about = balancing.get(name).about
         if about.published:
@@ -57,7 +62,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """The page with a fresh table."""
+    """Return the page with an up-to-date table."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
@@ -69,7 +74,7 @@ def figure(path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    J = torch.tensor([[1.4, 0.35], [-0.6, 0.45]], dtype=torch.float64)  # unlike lengths, 129 degrees apart
+    J = torch.tensor([[1.4, 0.35], [-0.6, 0.45]], dtype=torch.float64)  # different lengths, 129 degrees apart
     names = [name for name in balancing.names() if balancing.get(name).needs == "gram"]
     fig, axes = plt.subplots(3, 4, figsize=(10, 7), sharex=True, sharey=True)
     for ax, name in zip(axes.flat, ["", *names], strict=True):
@@ -97,7 +102,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     fresh, check = page(), parser.parse_args().check
     if check:
-        sys.exit(None if PAGE.read_text() == fresh else f"{PAGE} is out of date: run python docs/balancing_table.py")
+        sys.exit(None if PAGE.read_text() == fresh else f"{PAGE} is out of date. Run python docs/balancing_table.py.")
     PAGE.write_text(fresh)
     figure(PAGE.with_suffix(".png"))
 

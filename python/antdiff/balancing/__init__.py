@@ -1,7 +1,7 @@
-"""Balancing methods: from the K losses, or the Gram matrix of their K gradients, to K weights that are ready to use.
+"""Balancing methods: they turn K losses, or the Gram matrix of K gradients, into K weights that are ready to use.
 
-One file a method. A new one is its file and its line in ``_METHODS``; :func:`get`, the command line, the table of the
-documentation and the property tests find it there.
+There is one file per method. To add a method, write its file and add a line to ``_METHODS``; :func:`get`, the command
+line, the table of the documentation and the property tests read that table.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ __all__ = [
     "published",
 ]
 
-# Of each method its file and its class. The names are all that the command line's help needs: a file, and torch with
-# it, is imported when its class is asked for.
+# The file and the class of each method. A file, and torch with it, is imported only when its class is requested,
+# because the help of the command line needs only the names.
 _METHODS = {
     # from the Gram matrix
     "pcgrad": "pcgrad.PCGrad",
@@ -106,18 +106,18 @@ def __getattr__(name: str) -> Any:
 
 
 def names() -> list[str]:
-    """Names of all methods."""
+    """Return the names of all methods."""
     return list(_METHODS)
 
 
 def get(name: str) -> Any:
-    """The class of a method, to be called with its options.
+    """Return the class of a method, to be called with its options.
 
-    Methods with ``needs == "gram"`` take keyword options alone, ``get("nash")(max_norm=1.0)``, and so do those with
-    ``needs == "rows"``; those with ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
+    Methods with ``needs == "gram"`` or ``needs == "rows"`` take keyword options only, ``get("nash")(max_norm=1.0)``.
+    Methods with ``needs == "losses"`` take the number of clusters first, ``get("uw")(k)``.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: no method has this name.
     """
     if name not in _METHODS:
         raise ValueError(f"name must be one of {', '.join(_METHODS)}; got {name!r}.")
@@ -125,6 +125,8 @@ def get(name: str) -> Any:
 
 
 def published(name: str) -> dict[str, Any]:
-    """Options of a method with which the literature's numbers were made, where they are not the defaults:
-    ``get("nash")(**published("nash"))``. What else differed stands in ``get(name).about.published``."""
+    """Return the options with which the published results of a method were obtained, where they are not the defaults.
+
+    Use them as ``get("nash")(**published("nash"))``. ``get(name).about.published`` describes the other differences.
+    """
     return dict(get(name).about.options)

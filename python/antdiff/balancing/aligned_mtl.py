@@ -9,19 +9,20 @@ from antdiff.ops import gram_weights
 
 
 class AlignedMTL(GramBalancer):
-    """Weights of the mean of the rows of J with its non-zero singular values set to the smallest one.
+    """Weights of the mean of the rows of J after all its non-zero singular values are set to the smallest of them.
 
-    Which singular values count as zero is a jump: below ``k * 2.2e-16`` of the largest, squared.
+    A singular value counts as zero if its square is below ``k * 2.2e-16`` of the largest squared one. The weights are
+    discontinuous at this threshold.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "aligned_mtl"
     about = About(
         title="Aligned-MTL",
         paper="Senushkin et al., CVPR 2023",
-        solves="the mean after all singular values of J are made equal to the least",
-        when="gradients differ much in length and are nearly dependent",
+        solves="the mean of the gradients after all singular values of J are set to the smallest one",
+        when="gradients differ much in length and are nearly linearly dependent",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

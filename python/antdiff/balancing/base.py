@@ -1,4 +1,4 @@
-"""What a balancing method is to a training loop: the attributes it declares, and the state it keeps."""
+"""The interface between balancing methods and training loops: protocols, base classes and shared helpers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Needs = Literal["gram", "losses", "rows"]
 
 
 class About(NamedTuple):
-    """A method's line in the table of the documentation (``docs/balancing.md``)."""
+    """The entry of a method in the table of the documentation (``docs/balancing.md``)."""
 
     title: str
     paper: str
     solves: str
-    when: str  # it is worth a try
-    invariant: bool = False  # the direction stays when single losses are rescaled
+    when: str  # in which situations the method is worth trying
+    invariant: bool = False  # the direction does not change when a single loss is rescaled
     conflict_free: bool = False  # no cluster's loss rises to first order: <d, g_i> >= 0 for all i
-    published: str = ""  # how the runs of the literature differ
-    options: tuple[tuple[str, Any], ...] = ()  # and the options that give them
+    published: str = ""  # how the published runs differ from the defaults here
+    options: tuple[tuple[str, Any], ...] = ()  # the options that reproduce the published runs
 
 
 @runtime_checkable
 class Balancer(Protocol):
-    """A method that chooses K weights, from K losses or from their K x K Gram matrix: ``needs`` says which.
+    """A method that computes K weights, either from K losses or from the K x K Gram matrix of the cluster gradients.
 
-    The weights multiply the cluster gradients in the update as they are. Methods that are published as a sum over K
-    clusters divide by K themselves, so that without conflict the update is about the gradient of the mean loss and a
-    learning rate keeps its meaning.
+    ``needs`` says which of the two :meth:`weights` takes. The weights are ready to use: the update is the sum of
+    weights times cluster gradients. Methods that are published as a sum over K clusters divide by K themselves.
+    Without conflict the update is then about the gradient of the mean loss, and a learning rate keeps its meaning.
     """
 
     name: ClassVar[str]
@@ -47,9 +47,10 @@ class Balancer(Protocol):
 
 @runtime_checkable
 class DirectionBalancer(Protocol):
-    """A method that chooses per parameter and has no weights: it needs the K cluster gradients, ``needs == "rows"``.
+    """A method that chooses per parameter, and therefore has no weights. It needs the K cluster gradients themselves.
 
-    :meth:`direction` maps a list of ``[k, *shape]`` to the list of ``[*shape]`` that is the update, as it is.
+    :meth:`direction` takes a list of tensors ``[k, *shape]``, one per parameter (None where a parameter is frozen),
+    and returns the update as a list of tensors ``[*shape]``. The update is ready to use.
     """
 
     name: ClassVar[str]
@@ -63,12 +64,14 @@ class DirectionBalancer(Protocol):
 
 
 class GramBalancer:
-    """Base of the methods that need the Gram matrix: a subclass defines ``name``, ``about`` and :meth:`solve`.
+    """Base class of the methods that need the Gram matrix. A subclass defines ``name``, ``about`` and :meth:`solve`.
 
     Args:
-        update_every: solve on every ``update_every``-th call of :meth:`weights`, return the last solution in between.
-            Where :attr:`due` is False the Gram matrix, and with it the K gradients, need not be computed.
-        nonfinite: see :func:`antdiff.ops.pcgrad_weights`; ``"poison"`` under a ``GradScaler``.
+        update_every: Solve on every ``update_every``-th call of :meth:`weights`, and return the last solution on the
+            calls in between. While :attr:`due` is False, neither the Gram matrix nor the K gradients are needed.
+            Default 1: solve on every call.
+        nonfinite: ``"raise"`` (default) or ``"poison"``, see :func:`antdiff.ops.pcgrad_weights`. Use ``"poison"``
+            together with a ``GradScaler``.
     """
 
     name: ClassVar[str]
@@ -82,62 +85,72 @@ class GramBalancer:
         self._last: Tensor | None = None  # [..., k]
 
     def solve(self, gram: Tensor) -> Tensor:
-        """Weights [..., k] of a Gram matrix [..., k, k], without memory of earlier calls."""
+        """Return the weights [..., k] of a Gram matrix [..., k, k], independently of earlier solutions."""
         raise NotImplementedError
 
     @property
     def due(self) -> bool:
-        """Whether the next call of :meth:`weights` solves, and so needs a Gram matrix."""
+        """Whether the next call of :meth:`weights` solves, and therefore needs a Gram matrix."""
         return self._last is None or self._calls % self.update_every == 0
 
     def weights(self, gram: Tensor | None = None, /) -> Tensor:
-        """Weights float64 [..., k] of this step's update, from the Gram matrix float64 [..., k, k] of unscaled
-        gradients.
+        """Return the weights of this step.
+
+        Args:
+            gram: float64 ``[..., k, k]``, the Gram matrix of gradients that carry no loss scale. It may be None
+                while :attr:`due` is False.
+
+        Returns:
+            float64 ``[..., k]``, on the device of ``gram``.
 
         Raises:
-            ValueError: ``gram`` is None although a solution is :attr:`due`; what the op raises.
+            TypeError, ValueError: ``gram`` is not a valid Gram matrix, as the op says.
+            ValueError: ``gram`` is None although a solution is :attr:`due`.
         """
         if not self.due:
             assert self._last is not None
             self._calls += 1
             return self._last
         if gram is None:
-            raise ValueError(f"gram must be given on this call: weights are due every {self.update_every} calls.")
+            raise ValueError(
+                f"gram must be given when weights are due, every {self.update_every} calls; got None. "
+                "Pass the Gram matrix whenever .due is True."
+            )
         weights = self.solve(gram)
         self._calls += 1
         if self.update_every > 1:
-            self._last = self._worth_keeping(weights)
+            self._last = self._replace_poisoned(weights)
         return weights
 
-    def _worth_keeping(self, weights: Tensor) -> Tensor:
-        """``weights``, or the last ones where these are poisoned: one bad step must not spoil the next ones."""
+    def _replace_poisoned(self, weights: Tensor) -> Tensor:
+        """Replace poisoned weights by the last good ones, so that one bad step does not spoil the following steps."""
         if self._last is None or self._last.shape != weights.shape:
             return weights
         return torch.where(weights.isfinite().all(dim=-1, keepdim=True), weights, self._last)
 
     def reset(self) -> None:
-        """Forgets the last solution; the next call solves."""
+        """Discard the last solution, so that the next call solves."""
         self._calls = 0
         self._last = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if never interrupted."""
+        """Return the state that a resumed run needs to continue exactly like an uninterrupted one."""
         return {"calls": self._calls, "last": None if self._last is None else self._last.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restore a state that :meth:`state_dict` returned."""
         self._calls = int(state["calls"])
         self._last = None if state["last"] is None else state["last"].clone()
 
 
 class LossBalancer:
-    """Base of the methods that need the losses alone: a subclass defines ``name``, ``about`` and
-    :meth:`weights`; :meth:`observe` where it has a state.
+    """Base class of the methods that need only the losses.
 
-    A loss of exactly zero is an empty cluster's: it has weight 0 and takes no part in the weights of the others.
+    A subclass defines ``name``, ``about`` and :meth:`weights`; a subclass with state also defines :meth:`observe`.
+    A loss of exactly zero means that the cluster is empty. It gets weight 0 and does not influence the other weights.
 
     Args:
-        k: the number of clusters.
+        k: Number of clusters, at least 1.
     """
 
     name: ClassVar[str]
@@ -148,41 +161,50 @@ class LossBalancer:
         self.k = as_count("k", k)
 
     def weights(self, losses: Tensor, /) -> Tensor:
-        """Weights ``[K]`` of ``losses [K]``, detached, in their dtype and on their device. Takes no step."""
+        """Return weights ``[K]`` for ``losses [K]``, detached, in their dtype and on their device.
+
+        The call does not change the state.
+        """
         raise NotImplementedError
 
     def observe(self, losses: Tensor, /) -> None:
-        """Takes the losses of a step into the state. :meth:`loss` does it; call it where you use weights alone."""
+        """Update the state with the losses ``[K]`` of a step.
+
+        :meth:`loss` calls this method. Call it yourself in a loop that only uses :meth:`weights`.
+        """
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The scalar to back-propagate from ``losses [K]``: :meth:`observe`, then ``sum_i weights_i losses_i``."""
+        """Call :meth:`observe`, and return the scalar to back-propagate, ``sum_i weights_i losses_i``.
+
+        ``losses [K]`` are attached to the model's graph. ``counts`` is accepted for the common interface and unused.
+        """
         self._check(losses)
         self.observe(losses.detach())
         return (self.weights(losses) * losses).sum()
 
     def reset(self) -> None:
-        """Forgets all steps."""
+        """Reset the state to that of a new object."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if never interrupted."""
+        """Return the state that a resumed run needs to continue exactly like an uninterrupted one."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
+        """Restore a state that :meth:`state_dict` returned."""
 
     def _check(self, losses: Tensor) -> None:
         check_losses(losses, self.k)
 
 
 def check_losses(losses: Tensor, k: int | None) -> None:
-    """Raise unless ``losses`` has shape ``[k]``; any ``[K]`` where ``k`` is None."""
+    """Raise unless ``losses`` has shape ``[k]``, or any shape ``[K]`` if ``k`` is None."""
     if losses.dim() != 1 or (k is not None and len(losses) != k):
         rule = "[K]" if k is None else f"[K] with K={k}"
         raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
 
 
 class RunningMean:
-    """Mean loss of each cluster over the steps in which it had samples and all went well."""
+    """Mean loss of each cluster over the steps in which its loss was finite and positive (the cluster not empty)."""
 
     def __init__(self, k: int) -> None:
         self.steps = 0
@@ -196,7 +218,10 @@ class RunningMean:
         self.steps += 1
 
     def value(self, *, otherwise: Tensor) -> Tensor:
-        """Float64 ``[K]`` on the device of ``otherwise [K]``, whose entries stand for clusters that were never seen."""
+        """Return the means, float64 ``[K]`` on the device of ``otherwise``.
+
+        Clusters without any loss so far get their entry of ``otherwise [K]``.
+        """
         sums, counts = self.sums.to(otherwise.device), self.counts.to(otherwise.device)
         return torch.where(counts > 0, sums / counts, otherwise)
 
@@ -209,5 +234,8 @@ class RunningMean:
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the entries of ``mask``, 0 elsewhere; 0 everywhere for an empty mask. NaN stays NaN."""
+    """Compute the softmax over the entries selected by ``mask``; other entries are 0.
+
+    The result is 0 everywhere if the mask selects nothing. NaN stays NaN.
+    """
     return torch.where(mask, logits.masked_fill(~mask, -torch.inf).softmax(-1), 0.0)

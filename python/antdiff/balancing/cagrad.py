@@ -1,4 +1,4 @@
-"""CAGrad (Liu et al., "Conflict-Averse Gradient Descent", NeurIPS 2021): near the mean, best for the worst-off."""
+"""CAGrad (Liu et al., "Conflict-Averse Gradient Descent", NeurIPS 2021): near the mean, best for the worst cluster."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from antdiff.ops import gram_weights
 
 
 class CAGrad(GramBalancer):
-    """Weights of the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>``, g_0 the mean, exactly.
+    """Weights of the direction d that maximises ``min_i <d, g_i>`` subject to ``|d - g_0| <= c |g_0|``, exactly.
+
+    Here g_0 is the mean gradient.
 
     Args:
-        c: the radius relative to the mean gradient, >= 0; 0 is the mean, from 1 on no loss rises to first order.
-        update_every, nonfinite: see :class:`GramBalancer`.
+        c: Radius relative to the length of the mean gradient, at least 0. Default 0.5. With 0 the direction is the
+            mean; with 1 or more, no loss rises to first order.
+        update_every, nonfinite: See :class:`GramBalancer`.
     """
 
     name = "cagrad"
     about = About(
         title="CAGrad",
         paper="Liu et al., NeurIPS 2021",
-        solves="of all directions within c |mean| of the mean gradient, that which helps the worst-off cluster most",
-        when="the mean works, but one cluster lags",
-        published="Some code divides the direction by 1 + c^2; the paper does not.",
+        solves="among all directions within c |mean| of the mean gradient, the one that helps the worst cluster most",
+        when="the mean works, but one cluster lags behind",
+        published="Some implementations divide the direction by 1 + c^2; the paper does not.",
     )
 
     def __init__(
@@ -32,7 +35,7 @@ class CAGrad(GramBalancer):
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
         if not c >= 0:
-            raise ValueError(f"c must be at least 0; got {c}.")
+            raise ValueError(f"c must be at least 0; got {c}. The paper uses values between 0 and 1.")
         self.c = c
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ConFIG (Liu et al., "ConFIG: Towards Conflict-free Training", ICLR 2025): equal cosines to all gradients."""
+"""ConFIG (Liu et al., "ConFIG: Towards Conflict-free Training", ICLR 2025): equal cosines with all gradients."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from antdiff.ops import gram_weights
 
 
 class ConFIG(GramBalancer):
-    """Weights of the direction with equal cosines to all gradients, as long as the mean of its projections onto them.
+    """Weights of the direction that has equal cosines with all gradients.
 
-    The published length is the sum of the projections, K times that: without conflict about K gradients. The cosines
-    are equal where the rows are independent, and as nearly so as the rows allow (in the least-squares sense) elsewhere.
+    The length of the direction is the mean of its projections onto the gradients. The published length is the sum of
+    the projections, which is K times as long and without conflict about the length of K gradients together. The
+    cosines are equal if the gradients are linearly independent; otherwise they are equal in the least-squares sense.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "config"
     about = About(
         title="ConFIG",
         paper="Liu et al., ICLR 2025",
-        solves="equal cosines to all gradients, as long as the mean of its projections onto them",
-        when="losses of very different units that should all fall at one relative rate",
+        solves="equal cosines with all gradients; the length is the mean of the projections onto them",
+        when="losses of very different units that should all fall at the same relative rate",
         invariant=True,
         conflict_free=True,
-        published="The published length is the sum of the projections, K times the mean.",
+        published="The published length is the sum of the projections, which is K times their mean.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the mean gradient without its conflicts."""
+"""DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the mean gradient projected out of all conflicts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from antdiff.ops import gram_weights
 class DualProj(GramBalancer):
     """Weights of the projection of the mean gradient onto ``{d: <d, g_j> >= 0 for all j}``, exactly.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "dualproj"
     about = About(
         title="DualProj",
         paper="Lopez-Paz and Ranzato, NeurIPS 2017",
-        solves="the mean gradient, projected onto the directions that raise no loss",
+        solves="the mean gradient, projected onto the cone of directions in which no loss rises",
         when="the mean should change as little as possible",
         conflict_free=True,
     )

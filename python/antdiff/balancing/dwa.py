@@ -1,4 +1,4 @@
-"""DWA (Liu et al., "End-to-End Multi-Task Learning", CVPR 2019): more weight where losses fall slowly."""
+"""DWA (Liu et al., "End-to-End Multi-Task Learning", CVPR 2019): losses that fall slowly get more weight."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from antdiff.balancing.base import About, LossBalancer, RunningMean
 
 
 class DynamicWeightAverage(LossBalancer):
-    """Weights ``softmax(r / temperature)``, r_i the mean loss of the last epoch over that of the one before.
+    """Weights ``softmax(r / temperature)``, where r_i is the ratio of the mean losses of the last two epochs.
 
-    The paper's are K times these, for a loss that is divided by K. The first two epochs weigh all clusters alike.
+    r_i is the mean loss of cluster i over the last epoch, divided by its mean loss over the epoch before. The paper's
+    weights are K times these, for a loss that is divided by K. During the first two epochs all weights are equal.
 
     Args:
-        k: the number of clusters.
-        temperature: > 0; 2 is the paper's.
-        epoch: steps whose losses are averaged; the paper's epoch, or, since a diffusion loss is noisy, as many as its
-            mean needs to settle.
+        k: Number of clusters.
+        temperature: Positive; 2 (default) is the paper's.
+        epoch: Number of steps over which losses are averaged, 500 by default. The paper uses an epoch; since a
+            diffusion loss is noisy, use as many steps as its mean needs to settle.
     """
 
     name = "dwa"
     about = About(
         title="Dynamic weight average",
         paper="Liu et al., CVPR 2019",
-        solves="weighs each loss by the softmax of its rate of change from one epoch to the next",
+        solves="weights each loss by the softmax of its rate of change from one epoch to the next",
         when="some losses still fall and others have stalled",
     )
 
     _mean: RunningMean
-    _means: Tensor  # [2, K], of the last epoch and the one before; 0: none yet
+    _means: Tensor  # [2, K], means of the last epoch and of the epoch before; 0 means none yet
 
     def __init__(self, k: int, *, temperature: float = 2.0, epoch: int = 500) -> None:
         super().__init__(k)
         if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}.")
+            raise ValueError(f"temperature must be positive; got {temperature}. The paper uses 2.")
         self.temperature = temperature
         self.epoch = as_count("epoch", epoch)
         self.reset()

@@ -11,13 +11,15 @@ from antdiff.ops import gram_weights
 
 
 class FairGrad(GramBalancer):
-    """Weights w > 0 with ``(G w)_i = w_i^(-1/alpha)``, exactly; they scale as ``|J|^(-2 alpha / (1 + alpha))``.
+    """Weights w > 0 with ``(G w)_i = w_i^(-1/alpha)``, solved exactly.
+
+    The weights scale as ``|J|^(-2 alpha / (1 + alpha))``.
 
     Args:
-        alpha: > 0; 1 is NashMTL, larger ones favour the clusters that gain least. The weights span more decades the
-            larger it is: from 8 on, and with gradients whose lengths span more than 60 / alpha decades, the iteration
-            may end before the solution.
-        update_every, nonfinite: see :class:`GramBalancer`.
+        alpha: Positive, 2 by default. 1 is NashMTL; larger values favour the clusters that gain least, and spread the
+            weights over more orders of magnitude. For alpha of 8 or more, and for gradients whose lengths span more
+            than 60 / alpha orders of magnitude, the iteration may stop before it reaches the solution.
+        update_every, nonfinite: See :class:`GramBalancer`.
     """
 
     name = "fairgrad"
@@ -27,8 +29,8 @@ class FairGrad(GramBalancer):
         solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
         when="between NashMTL (alpha = 1) and MGDA (large alpha)",
         conflict_free=True,
-        published="alpha = 2 is that of the authors' scripts (their parser's default is 1). "
-        "Published code hands the equation to a least-squares solver, which may stop early.",
+        published="alpha = 2 is the value in the authors' scripts (the default of their parser is 1). "
+        "The published code passes the equation to a least-squares solver, which may stop early.",
     )
 
     def __init__(
@@ -36,7 +38,7 @@ class FairGrad(GramBalancer):
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
         if not alpha > 0:
-            raise ValueError(f"alpha must be greater than 0; got {alpha}.")
+            raise ValueError(f"alpha must be greater than 0; got {alpha}. Use 1 for NashMTL.")
         self.alpha = alpha
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FAMO (Liu et al., "Fast Adaptive Multitask Optimization", NeurIPS 2023): equal rates of improvement, from losses."""
+"""FAMO (Liu et al., "Fast Adaptive Multitask Optimization", NeurIPS 2023): equal improvement rates, from the losses."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from torch import Tensor
 
 from antdiff.balancing.base import About, LossBalancer, masked_softmax
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's, on logits, which have no unit
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's defaults; an absolute eps is fine because logits have no unit
 
 
 class FAMO(LossBalancer):
-    """Weights ``c z_i / losses_i`` of sum 1, z the softmax of logits that follow the improvement of each log loss.
+    """Weights ``c z_i / losses_i`` with sum 1, where z is the softmax of logits that follow the improvements.
 
-    After a step the logits descend (by Adam) along the improvement ``log losses_before - log losses_after``: a cluster
-    that improves more than the rest loses weight. The paper measures the losses anew, on the same batch: call
-    :meth:`update` with them after the optimizer's step. Without that call the next step's losses serve, which costs no
-    second forward pass and is noisier.
+    After each step, Adam moves the logits against the improvement ``log losses_before - log losses_after``, so that a
+    cluster that improves more than the others loses weight. The paper evaluates the losses a second time on the same
+    batch: call :meth:`update` with them after the optimizer's step. Without this call, the losses of the next step are
+    used, which saves the second forward pass and is noisier.
 
     Args:
-        k: the number of clusters.
-        lr: of the logits, 0.025 as in the paper.
-        weight_decay: of the logits (the paper's gamma), which forgets old improvements.
+        k: Number of clusters.
+        lr: Learning rate of the logits, 0.025 by default as in the paper.
+        weight_decay: Weight decay of the logits (the paper's gamma), 0.01 by default. It forgets old improvements.
     """
 
     name = "famo"
     about = About(
         title="FAMO",
         paper="Liu et al., NeurIPS 2023",
-        solves="keeps the relative rates of improvement of all losses equal, by following the losses alone",
+        solves="keeps the relative improvement rates of all losses equal, and needs only the losses for it",
         when="K gradients cost too much, and the losses are not too noisy",
         invariant=True,
-        published="Losses are measured again on the same batch after each step: call update(losses). The model's "
-        "gradient is clipped to norm 1; weight_decay is 0.001 for QM9.",
+        published="The losses are evaluated again on the same batch after each step: call update(losses). The gradient "
+        "of the model is clipped to norm 1, and weight_decay is 0.001 for QM9.",
     )
 
-    _logits: Tensor  # [K], as the two moments of Adam
-    _mean: Tensor
-    _square: Tensor
-    _before: Tensor | None  # losses [K] that wait for those after the step
+    _logits: Tensor  # [K]
+    _mean: Tensor  # [K], Adam's first moment
+    _square: Tensor  # [K], Adam's second moment
+    _before: Tensor | None  # losses [K] before the step, until the losses after the step are known
 
     def __init__(self, k: int, *, lr: float = 0.025, weight_decay: float = 0.01) -> None:
         super().__init__(k)
         if not lr > 0:
-            raise ValueError(f"lr must be positive; got {lr}.")
+            raise ValueError(f"lr must be positive; got {lr}. The paper uses 0.025.")
         self.lr = lr
         self.weight_decay = weight_decay
         self.reset()
@@ -55,7 +55,7 @@ class FAMO(LossBalancer):
         losses = losses.detach()
         present = losses != 0
         logits = self._logits.to(losses.device) - torch.where(present, losses, 1.0).double().log()
-        return masked_softmax(logits, present).to(losses.dtype)  # z / losses, normalised
+        return masked_softmax(logits, present).to(losses.dtype)  # z / losses, normalised to sum 1
 
     def observe(self, losses: Tensor, /) -> None:
         if self._before is not None:
@@ -63,16 +63,24 @@ class FAMO(LossBalancer):
         self._before = losses.detach().double()
 
     def update(self, losses: Tensor) -> None:
-        """Takes the losses ``[K]`` after the optimizer's step into the logits, once for each :meth:`loss`."""
+        """Update the logits with the losses ``[K]`` after the optimizer's step.
+
+        Call it at most once per :meth:`loss`.
+
+        Raises:
+            RuntimeError: there are no losses from before the step.
+        """
         self._check(losses)
         if self._before is None:
-            raise RuntimeError("update needs the losses before the step: call loss or observe first.")
+            raise RuntimeError(
+                "update needs the losses from before the step, and there are none. Call loss or observe first."
+            )
         before, after = self._before, losses.detach().double()
         self._before = None
         for name in ("_logits", "_mean", "_square"):
             setattr(self, name, getattr(self, name).to(after.device))
         improvement = before.log() - after.log()  # [K]
-        # A cluster that was empty before or after says nothing, nor does a step that failed.
+        # Ignore clusters that were empty before or after the step, and losses that are not finite.
         improvement = torch.where(improvement.isfinite(), improvement, 0.0)
         z = self._logits.softmax(0)
         gradient = z * (improvement - (z * improvement).sum()) + self.weight_decay * self._logits

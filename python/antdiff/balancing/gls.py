@@ -9,14 +9,14 @@ from antdiff.balancing.base import About, LossBalancer
 
 
 class GeometricLoss(LossBalancer):
-    """Weights ``M / (K losses_i)`` with M the geometric mean of the losses, which is also the value of :meth:`loss`."""
+    """Weights ``M / (K losses_i)``, where M is the geometric mean of the losses and the value of :meth:`loss`."""
 
     name = "gls"
     about = About(
         title="Geometric loss",
         paper="Chennupati et al., CVPR Workshops 2019",
-        solves="descends the geometric mean of the losses: all fall at one relative rate",
-        when="as uncertainty weighting, without anything to learn; no state at all",
+        solves="minimises the geometric mean of the losses, so that all fall at the same relative rate",
+        when="in place of uncertainty weighting; it has nothing to learn and no state",
         invariant=True,
     )
 
@@ -25,5 +25,5 @@ class GeometricLoss(LossBalancer):
         losses = losses.detach()
         present = losses != 0
         n = present.sum()
-        logs = torch.where(present, losses, 1.0).log()  # a negative loss has no geometric mean: NaN
+        logs = torch.where(present, losses, 1.0).log()  # NaN for a negative loss, which has no geometric mean
         return torch.where(present, (logs.sum() / n - logs).exp() / n, 0.0)

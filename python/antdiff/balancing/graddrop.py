@@ -1,4 +1,4 @@
-"""GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020): each parameter follows the clusters of one sign."""
+"""GradDrop (Chen et al., "Just Pick a Sign", NeurIPS 2020): each parameter uses the gradients of one sign only."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from antdiff._checks import describe
 from antdiff.balancing.base import About, Needs
 from antdiff.balancing.random import Draws
 
 
 class GradDrop:
-    """For each parameter, the sum of its positive gradients with probability ``positive / (positive + |negative|)``,
-    else of its negative ones; divided by k (the paper does not divide).
+    """For each parameter, the sum of its positive gradients or the sum of its negative ones, divided by k.
 
-    The only method that K weights cannot express. It is a :class:`DirectionBalancer`: ``direction(rows)`` takes the K
-    cluster gradients, and there are no weights.
+    The positive sum is taken with probability ``positive / (positive + |negative|)``. The paper does not divide by k.
+
+    This is the only method that K weights cannot express. It is a :class:`DirectionBalancer`: it has no weights, and
+    ``direction(rows)`` takes the K cluster gradients.
 
     Args:
-        generator, seed: draw the signs, as in :class:`PCGrad`.
+        generator, seed: Draw the signs, as in :class:`PCGrad`.
     """
 
     name: ClassVar[str] = "graddrop"
@@ -28,8 +30,9 @@ class GradDrop:
     about: ClassVar[About] = About(
         title="GradDrop",
         paper="Chen et al., NeurIPS 2020",
-        solves="for each parameter, draws a sign by the gradients' mass and sums the gradients of that sign, over K",
-        when="conflicts lie in single parameters; adds noise",
+        solves="for each parameter, draws a sign with a probability proportional to the sum of its gradients of that "
+        "sign, and takes this sum, divided by K",
+        when="conflicts are in single parameters; the method adds noise",
     )
 
     def __init__(self, *, generator: torch.Generator | None = None, seed: int = 0) -> None:
@@ -37,7 +40,7 @@ class GradDrop:
 
     @property
     def generator(self) -> torch.Generator | None:
-        """What draws the signs; None before the first draw of an own one."""
+        """The generator of the signs; None if the object creates its own and has not drawn yet."""
         return self._draws.generator
 
     @overload
@@ -45,8 +48,15 @@ class GradDrop:
     @overload
     def direction(self, rows: Sequence[Tensor | None], /) -> list[Tensor | None]: ...
     def direction(self, rows: Tensor | Sequence[Tensor | None], /) -> Tensor | list[Tensor | None]:
-        """The direction ``[*shape]`` of the gradients ``[k, *shape]``, in their dtype, or float32 for half precision;
-        of a list of such tensors the list, with None where it has None. NaN and Inf in a gradient give NaN."""
+        """Return the update direction.
+
+        Args:
+            rows: Gradients ``[k, *shape]``, or a list with one such tensor (or None) per parameter.
+
+        Returns:
+            A tensor ``[*shape]`` in the dtype of ``rows``, or float32 for half precision. For a list, a list of such
+            tensors, with None where ``rows`` has None. NaN or infinity in a gradient gives NaN.
+        """
         if isinstance(rows, Tensor):
             return self._one(rows)
         return [None if x is None else self._one(x) for x in rows]
@@ -54,17 +64,19 @@ class GradDrop:
     def _one(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             raise TypeError(
-                f"rows must be a floating-point tensor [k, *shape], or a list of such; got {type(x).__name__}."
+                f"rows must be a floating-point tensor [k, *shape] or a list of such tensors; got {describe(x)}. "
+                "Pass the cluster gradients."
             )
         x = x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         positive, negative = x.clamp(min=0).sum(0), x.clamp(max=0).sum(0)  # [*shape]
         draw = torch.rand(positive.shape, dtype=x.dtype, device=x.device, generator=self._draws.on(x.device))
         chosen = torch.where(draw * (positive - negative) < positive, positive, negative)
-        return (chosen + 0 * (positive + negative)) / len(x)  # an infinite sum that was not drawn must show too
+        # The zero term turns the result into NaN if the sum that was not drawn is infinite.
+        return (chosen + 0 * (positive + negative)) / len(x)
 
     def reset(self) -> None:
-        """Back to the seed."""
+        """Return to the seed. A caller's generator is not changed."""
         self._draws.reset()
 
     def state_dict(self) -> dict[str, Any]:

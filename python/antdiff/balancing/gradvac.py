@@ -1,4 +1,4 @@
-"""GradVac (Wang et al., "Gradient Vaccine", ICLR 2021): cosines are raised to their running means."""
+"""GradVac (Wang et al., "Gradient Vaccine", ICLR 2021): cosines of gradients are raised to their running means."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from antdiff.ops import gradvac_weights
 class GradVac(GramBalancer):
     """Weights of GradVac's direction; see :func:`antdiff.ops.gradvac_weights`. The first step is PCGrad's.
 
-    The direction is the mean of the raised gradients; the paper's is their sum.
+    The direction is the mean of the modified gradients; the paper's is their sum, which is K times as long.
 
     Args:
-        beta: how fast the targets follow the cosines, in [0, 1].
-        generator, seed: draw the visiting orders, as in :class:`PCGrad`.
-        update_every, nonfinite: see :class:`GramBalancer`.
+        beta: How fast the targets follow the cosines, in [0, 1]. Default 0.01.
+        generator, seed: Draw the visiting orders, as in :class:`PCGrad`.
+        update_every, nonfinite: See :class:`GramBalancer`.
     """
 
     name = "gradvac"
@@ -28,9 +28,9 @@ class GradVac(GramBalancer):
         title="GradVac",
         paper="Wang et al., ICLR 2021",
         solves="raises the cosine of each pair of gradients to its running mean, as PCGrad raises it to zero",
-        when="clusters agree most of the time, and a batch that says otherwise is noise",
-        published="beta = 0.01 is the paper's, with targets for each layer; later benchmarks use 0.5 and the whole "
-        "network, as here.",
+        when="clusters agree most of the time, and a conflict within one batch is noise",
+        published="beta = 0.01 is the paper's, with separate targets per layer. Later benchmarks use 0.5 and targets "
+        "for the whole network, as here.",
         options=(("beta", 0.5),),
     )
 
@@ -45,14 +45,14 @@ class GradVac(GramBalancer):
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
         if not 0 <= beta <= 1:
-            raise ValueError(f"beta must be in [0, 1]; got {beta}.")
+            raise ValueError(f"beta must be in [0, 1]; got {beta}. Use 0.01 as in the paper, or 0.5.")
         self.beta = beta
         self.targets: Tensor | None = None  # [..., k, k]
         self._draws = Draws(generator, seed)
 
     @property
     def generator(self) -> torch.Generator | None:
-        """What draws the orders; None before the first draw of an own one."""
+        """The generator of the orders; None if the object creates its own and has not drawn yet."""
         return self._draws.generator
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -9,16 +9,18 @@ from antdiff.ops import gram_weights
 
 
 class IMTLG(GramBalancer):
-    """Weights of sum 1, of either sign, with equal ``<d, g_i> / |g_i|``; 0 where exactly opposed gradients allow none.
+    """Weights with sum 1 and either sign whose direction d has equal projections ``<d, g_i> / |g_i|``.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    The weights are 0 if no such direction exists because gradients are exactly opposed.
+
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "imtl_g"
     about = About(
         title="IMTL-G",
         paper="Liu et al., ICLR 2021",
-        solves="weights of sum 1 whose combination has equal projections onto all gradients",
+        solves="weights with sum 1 whose combination has equal projections onto all gradients",
         when="losses of very different units; unstable near opposed gradients",
         invariant=True,
     )

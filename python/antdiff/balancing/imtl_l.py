@@ -7,17 +7,18 @@ from antdiff.balancing.uncertainty import UncertaintyWeighting
 
 
 class IMTLL(UncertaintyWeighting):
-    """``loss = sum_i (exp(s_i) losses_i / K - s_i)`` with learnable s, zero at the start.
+    """The loss ``sum_i (exp(s_i) losses_i / K - s_i)`` with learnable s, initialised to zero.
 
-    At the optimum ``exp(s_i) losses_i = K``: every scaled loss is the same. With -s for s it is twice the loss of
-    uncertainty weighting, and is kept so, as ``log_variance``; arguments and use are the same.
+    At the optimum ``exp(s_i) losses_i = K``, so all scaled losses are equal. With -s in place of s, this is twice the
+    loss of uncertainty weighting. The parameter is therefore stored as ``log_variance = -s``, and the arguments and
+    the usage are those of :class:`UncertaintyWeighting`.
     """
 
     name = "imtl_l"
     about = About(
         title="IMTL-L",
         paper="Liu et al., ICLR 2021",
-        solves="learns a scale for each loss that makes all of them equal",
-        when="as uncertainty weighting, of which it is twice the loss",
+        solves="learns a scale per loss that makes all scaled losses equal",
+        when="in place of uncertainty weighting; its loss is twice as large",
     )
     factor = 1.0

@@ -1,4 +1,4 @@
-"""The mean of the clusters' losses: no balancing, under the interface of the methods."""
+"""The mean of the cluster losses: no balancing, with the interface of a balancing method."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from antdiff.balancing.base import About, Needs, check_losses
 
 
 class Linear:
-    """Weight 1/K for every cluster: the gradient of the mean of the cluster losses.
+    """Weight 1/K for every cluster, so that the update is the gradient of the mean of the cluster losses.
 
     Args:
-        k: the number of clusters, checked against the losses; default any.
+        k: Number of clusters, checked against the losses. Default None: any number.
     """
 
     name: ClassVar[str] = "linear"
@@ -23,27 +23,27 @@ class Linear:
         title="Linear",
         paper="-",
         solves="the mean of the losses",
-        when="always: what the others must beat",
+        when="always, as the baseline that the other methods must beat",
     )
 
     def __init__(self, k: int | None = None) -> None:
         self.k = k
 
     def weights(self, losses: Tensor, /) -> Tensor:
-        """``1/K`` for each of ``losses [K]``, in their dtype and on their device."""
+        """Return ``1/K`` for each of ``losses [K]``, in their dtype and on their device."""
         check_losses(losses, self.k)
         return torch.full_like(losses, 1 / len(losses), requires_grad=False)
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The scalar to back-propagate: ``sum_i losses_i / K``. An empty cluster's loss is 0 already."""
+        """Return the scalar to back-propagate, ``sum_i losses_i / K``. The loss of an empty cluster is 0."""
         check_losses(losses, self.k)
         return losses.sum() / len(losses)
 
     def reset(self) -> None:
-        """There is no state."""
+        """Do nothing: the method has no state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is no state."""
+        """Do nothing: the method has no state."""

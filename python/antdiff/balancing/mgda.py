@@ -9,9 +9,11 @@ from antdiff.ops import gram_weights
 
 
 class MGDA(GramBalancer):
-    """Weights in the simplex with the least ``|w^T J|``, exactly and not by Frank-Wolfe. Zero rows are left out.
+    """Weights in the simplex that minimise ``|w^T J|``, solved exactly rather than by Frank-Wolfe.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    Zero rows are left out.
+
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "mgda"
@@ -19,7 +21,7 @@ class MGDA(GramBalancer):
         title="MGDA",
         paper="Sener and Koltun, NeurIPS 2018",
         solves="the shortest convex combination of the gradients",
-        when="a Pareto-stationary point is the goal; slow, since the cluster with the shortest gradient rules",
+        when="a Pareto-stationary point is the goal; slow, because the cluster with the shortest gradient dominates",
         conflict_free=True,
     )
 

@@ -1,4 +1,4 @@
-"""NashMTL (Navon et al., ICML 2022): the direction on which the tasks would agree in Nash bargaining."""
+"""NashMTL (Navon et al., ICML 2022): the direction on which the tasks agree in Nash bargaining."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from antdiff.ops import nash_weights
 class NashMTL(GramBalancer):
     """Weights of the exact bargaining solution; see :func:`antdiff.ops.nash_weights`.
 
-    The direction has length ``sqrt(number of non-zero rows)`` whatever the gradients, so ``max_norm=1`` (usual with
-    NashMTL) divides by that root at every step: with it or without it, the learning rate is a step length.
+    The direction has length ``sqrt(number of non-zero rows)`` for all gradients. ``max_norm=1``, which is usual with
+    NashMTL, therefore divides by that root in every step. With or without it, the learning rate is a step length.
 
     Args:
-        max_norm: scale the direction down to this length where it is longer. Default: leave it.
-        solver: ``"newton"`` or ``"cvxpy"``.
-        update_every: 1 by default; the published implementations solve every 1 or 25 steps, for the price of theirs.
-        nonfinite: see :class:`GramBalancer`.
+        max_norm: If the direction is longer than this, scale it down to this length. Default None: do not scale.
+        solver: ``"newton"`` (default) or ``"cvxpy"``.
+        update_every: Default 1. The published implementations solve every 1 or every 25 steps, because their solver
+            is slow.
+        nonfinite: See :class:`GramBalancer`.
     """
 
     name = "nash"
@@ -29,11 +30,11 @@ class NashMTL(GramBalancer):
         title="NashMTL",
         paper="Navon et al., ICML 2022",
         solves="the Nash bargaining solution: w > 0 with G w = 1/w, a direction of fixed length",
-        when="losses of very different units, and a step length of its own is welcome",
+        when="losses of very different units, and where a fixed step length is welcome",
         invariant=True,
         conflict_free=True,
-        published="Solved every 25 steps, clipped to norm 1; loss / K changes nothing then. "
-        "Published code iterates cvxpy with ECOS and often stops short of the solution.",
+        published="Solved every 25 steps and clipped to norm 1, so that loss / K changes nothing. "
+        "The published code iterates cvxpy with ECOS and often stops before the solution.",
         options=(("max_norm", 1.0), ("update_every", 25)),
     )
 
@@ -47,7 +48,7 @@ class NashMTL(GramBalancer):
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
         if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be positive, or None to leave the length; got {max_norm}.")
+            raise ValueError(f"max_norm must be positive; got {max_norm}. Pass None to leave the length unchanged.")
         self.max_norm = max_norm
         self.solver: Literal["newton", "cvxpy"] = solver
 
@@ -55,6 +56,6 @@ class NashMTL(GramBalancer):
         weights = nash_weights(gram, solver=self.solver, nonfinite=self.nonfinite)
         if self.max_norm is None:
             return weights
-        # |J^T a|^2 = a^T G a; rounding can bring a vanishing one below zero.
+        # |J^T a|^2 = a^T G a. Rounding can make it negative if the direction vanishes.
         square = torch.einsum("...i, ...ij, ...j -> ...", weights, gram, weights).clamp(min=0)[..., None]
         return torch.where(square > self.max_norm**2, weights * (self.max_norm * square.rsqrt()), weights)

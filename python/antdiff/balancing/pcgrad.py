@@ -1,4 +1,4 @@
-"""PCGrad (Yu et al., NeurIPS 2020): each gradient loses what conflicts with the others, in random order."""
+"""PCGrad (Yu et al., NeurIPS 2020): each gradient is projected away from the gradients it conflicts with."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from antdiff.ops import pcgrad_weights
 class PCGrad(GramBalancer):
     """Weights of PCGrad's direction, the mean of the projected gradients; see :func:`antdiff.ops.pcgrad_weights`.
 
-    The paper's direction is their sum, K times as long.
+    The paper's direction is the sum of the projected gradients, which is K times as long.
 
     Args:
-        generator: draws the visiting orders; on the device of the Gram matrix. Default: one of the object's own, on
-            that device, seeded with ``seed``. In data-parallel training every rank must draw the same orders, which the
-            default does and a rank-dependent global generator would not.
-        seed: of the default generator.
-        update_every, nonfinite: see :class:`GramBalancer`.
+        generator: Draws the visiting orders, and must be on the device of the Gram matrix. By default the object
+            creates its own generator on that device, seeded with ``seed``. In data-parallel training every rank must
+            draw the same orders. The default does so; a global generator that depends on the rank would not.
+        seed: Seed of the default generator, 0 by default.
+        update_every, nonfinite: See :class:`GramBalancer`.
     """
 
     name = "pcgrad"
     about = About(
         title="PCGrad",
         paper="Yu et al., NeurIPS 2020",
-        solves="removes from each gradient what conflicts with another, one after the other in random order",
-        when="conflicts are few and mild; without any it is the plain mean",
-        published="The same with loss / K, as here; most code visits j = i too, a defect.",
+        solves="removes from each gradient its component that conflicts with another gradient, one after the other in "
+        "random order",
+        when="conflicts are few and mild; without any conflict it is the plain mean",
+        published="The same with loss / K, as here. Most implementations also visit j = i, which is a defect.",
     )
 
     def __init__(
@@ -47,7 +48,7 @@ class PCGrad(GramBalancer):
 
     @property
     def generator(self) -> torch.Generator | None:
-        """What draws the orders; None before the first draw of an own one."""
+        """The generator of the orders; None if the object creates its own and has not drawn yet."""
         return self._draws.generator
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The generator of a method that draws: the caller's, or one of the method's own."""
+"""Random generators of the methods that draw: either the caller's generator, or one that the method creates."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from antdiff._checks import same_device
 
 
 class Draws:
-    """Where a method draws from, with the state that a resumed run needs.
+    """A random generator together with the state that a resumed run needs.
 
     Args:
-        generator: the caller's; on the device of what is balanced. Default: an own one on that device, seeded with
-            ``seed``. In data-parallel training every rank must draw the same, which the default does and a
-            rank-dependent global generator would not.
-        seed: of the default generator.
+        generator: The caller's generator, on the device of the balanced tensors. If None, a generator is created on
+            that device and seeded with ``seed``. In data-parallel training every rank must draw the same numbers. The
+            default does so; a global generator that depends on the rank would not.
+        seed: Seed of the default generator.
     """
 
     def __init__(self, generator: torch.Generator | None, seed: int) -> None:
-        self.generator = generator  # None until the first draw shows the device
+        self.generator = generator  # None until the first draw, which determines the device
         self.seed = seed
-        self._own = generator is None
-        self._pending: Tensor | None = None  # a loaded state that waits for the generator
+        self._creates = generator is None
+        self._pending: Tensor | None = None  # a loaded state, applied when the generator is created
 
     def on(self, device: torch.device) -> torch.Generator:
-        """The generator, made on ``device`` if it is the method's own."""
-        if self.generator is None or (self._own and not same_device(self.generator.device, device)):
+        """Return the generator. If it is not the caller's, create it on ``device`` when necessary."""
+        if self.generator is None or (self._creates and not same_device(self.generator.device, device)):
             self.generator = torch.Generator(device).manual_seed(self.seed)
         if self._pending is not None:
             self.generator.set_state(self._pending)
@@ -36,9 +36,9 @@ class Draws:
         return self.generator
 
     def reset(self) -> None:
-        """Back to the seed; a caller's generator is left alone."""
+        """Return to the seed. A caller's generator is not changed."""
         self._pending = None
-        if self._own:
+        if self._creates:
             self.generator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,5 +49,5 @@ class Draws:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._pending = state["generator"]
-        if self._pending is None and self._own:
-            self.generator = None  # saved before the first draw: start from the seed
+        if self._pending is None and self._creates:
+            self.generator = None  # the state was saved before the first draw

@@ -1,4 +1,4 @@
-"""RLW (Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022): new random weights at each step."""
+"""RLW (Lin et al., "Reasonable Effectiveness of Random Weighting", TMLR 2022): new random weights in each step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from antdiff.balancing.random import Draws
 
 
 class RandomLossWeighting(LossBalancer):
-    """The softmax of K standard normal numbers, drawn anew by each :meth:`observe`, so by each :meth:`loss`.
+    """Weights that are the softmax of K standard normal numbers.
+
+    Each call of :meth:`observe`, and so each call of :meth:`loss`, draws new numbers.
 
     Args:
-        k: the number of clusters.
-        generator, seed: as in :class:`PCGrad`.
+        k: Number of clusters.
+        generator, seed: As in :class:`PCGrad`.
     """
 
     name = "rlw"
     about = About(
         title="Random loss weighting",
         paper="Lin et al., TMLR 2022",
-        solves="draws the weights: the softmax of normal numbers",
-        when="as a control: what does not beat it does not balance",
+        solves="draws the weights as the softmax of normal numbers",
+        when="as a control: a method that does not beat it does not balance",
     )
 
     def __init__(self, k: int, *, generator: torch.Generator | None = None, seed: int = 0) -> None:
@@ -34,7 +36,7 @@ class RandomLossWeighting(LossBalancer):
 
     @property
     def generator(self) -> torch.Generator | None:
-        """What draws the weights; None before the first draw of an own one."""
+        """The generator of the weights; None if the object creates its own and has not drawn yet."""
         return self._draws.generator
 
     def weights(self, losses: Tensor, /) -> Tensor:

@@ -14,25 +14,28 @@ from antdiff.balancing.base import About, LossBalancer, RunningMean, masked_soft
 class SmoothTchebycheff(LossBalancer):
     """Weights of ``mu log sum_i exp(f_i / mu)``, the smooth maximum of ``f_i = log(losses_i / early mean)``.
 
-    Log losses relative to an early mean have no unit. Until there is one the mean of the log losses is descended: for
-    ``warmup`` epochs, and one more, over which the losses are averaged. The paper's formula has the losses themselves;
-    the logarithm, the warm-up and the defaults are those of its code for multi-task learning.
+    Log losses relative to an early mean have no unit. Until that mean is known, the mean of the log losses is
+    minimised: for ``warmup`` epochs, and for one more epoch over which the losses are averaged. The formula in the
+    paper uses the losses themselves; the logarithm, the warm-up and the defaults are those of the authors' code for
+    multi-task learning.
 
     Args:
-        k: the number of clusters.
-        mu: smoothing, > 0: towards 0 the maximum, for large values the mean of the log losses.
-        warmup: epochs before the one whose losses are averaged, >= 0.
-        epoch: its steps.
+        k: Number of clusters.
+        mu: Smoothing, positive, 1 by default. Towards 0 the objective becomes the maximum of the f_i; for large values
+            it becomes the mean of the log losses.
+        warmup: Number of epochs before the epoch whose losses are averaged, at least 0. Default 4.
+        epoch: Number of steps per epoch, 500 by default.
     """
 
     name = "stch"
     about = About(
         title="Smooth Tchebycheff",
         paper="Lin et al., ICML 2024",
-        solves="descends a smooth maximum of the losses relative to an early mean",
+        solves="minimises a smooth maximum of the losses relative to an early mean",
         when="the worst loss matters most",
         invariant=True,
-        published="K times this loss, and K times the mean log loss in the warm-up: the same to Adam.",
+        published="K times this loss, and K times the mean log loss during the warm-up. Adam is invariant to this "
+        "factor.",
     )
 
     _seen: int
@@ -41,7 +44,7 @@ class SmoothTchebycheff(LossBalancer):
     def __init__(self, k: int, *, mu: float = 1.0, warmup: int = 4, epoch: int = 500) -> None:
         super().__init__(k)
         if not mu > 0:
-            raise ValueError(f"mu must be positive; got {mu}.")
+            raise ValueError(f"mu must be positive; got {mu}. The default is 1.")
         self.mu = mu
         self.warmup = as_count("warmup", warmup, 0)
         self.epoch = as_count("epoch", epoch)

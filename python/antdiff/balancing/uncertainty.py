@@ -1,4 +1,4 @@
-"""Uncertainty weighting (Kendall et al., CVPR 2018): a learned log-variance for each cluster's loss."""
+"""Uncertainty weighting (Kendall et al., CVPR 2018): a learned log-variance per cluster loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from antdiff.balancing.base import About, Needs, check_losses
 
 
 class UncertaintyWeighting(nn.Module):
-    """``loss = sum_i 1/2 (exp(-s_i) losses_i / K + s_i)`` with learnable s, zero at the start.
+    """The loss ``sum_i 1/2 (exp(-s_i) losses_i / K + s_i)`` with learnable s, initialised to zero.
 
-    It needs the losses alone: back-propagate :meth:`loss` into the model and s at once, and give s its own optimizer
-    group through :meth:`param_groups`. At the optimum ``s_i = log(losses_i / K)``, so the model descends the sum of
-    ``1/2 log losses_i``. A new s halves the gradient of the mean loss; Adam does not notice.
+    The method needs only the losses. Back-propagate :meth:`loss` into the model and s together, and add s to the
+    optimizer as a group of its own through :meth:`param_groups`. At the optimum ``s_i = log(losses_i / K)``, so that
+    the model minimises the sum of ``1/2 log losses_i``. With the initial s, the gradient is half the gradient of the
+    mean loss; Adam is invariant to this factor.
 
     Args:
-        k: the number of clusters.
-        lr: learning rate of s, 0.025 as ANT trains it; without weight decay, which would pull the variances to one.
+        k: Number of clusters.
+        lr: Learning rate of s, 0.025 by default as in ANT. s has no weight decay, which would pull the variances to
+            one.
     """
 
     name: ClassVar[str] = "uw"
@@ -28,10 +30,10 @@ class UncertaintyWeighting(nn.Module):
     about: ClassVar[About] = About(
         title="Uncertainty weighting",
         paper="Kendall et al., CVPR 2018",
-        solves="learns a variance for each loss: in the end descends the mean log loss",
-        when="K gradients cost too much, or before anything else: it costs nothing",
-        published="ANT's loss, sum 1/2 (exp(-s) loss / K + s) with lr 0.025, is the default; without / K, s shifts by "
-        "log K and the model's gradient is the same at the optimum.",
+        solves="learns a variance per loss; at the optimum of the variances it minimises the mean log loss",
+        when="K gradients cost too much; or before any other method, because it costs nothing",
+        published="ANT's loss, sum 1/2 (exp(-s) loss / K + s) with lr 0.025, is the default. Without / K, s shifts by "
+        "log K, and the gradient of the model at the optimum is the same.",
     )
 
     factor: ClassVar[float] = 0.5
@@ -43,29 +45,32 @@ class UncertaintyWeighting(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(k))  # [K], s
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
-        """The scalar to back-propagate, from ``losses [K]``.
+        """Return the scalar to back-propagate.
 
         Args:
             losses: float ``[K]``, attached to the model's graph.
-            counts: samples of each cluster, int64 ``[K]``. A cluster without samples contributes nothing, neither a
-                loss nor a pull on its s. Default: no cluster is empty.
+            counts: Number of samples per cluster, int64 ``[K]``. A cluster without samples contributes nothing, and
+                its s gets no gradient. Default None: no cluster is empty.
         """
         check_losses(losses, self.k)
         terms = self.factor * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]
         return terms.sum() if counts is None else torch.where(counts > 0, terms, 0.0).sum()
 
     def weights(self, losses: Tensor, /) -> Tensor:
-        """``1/2 exp(-s) / K`` detached, ``[K]`` in the dtype of ``losses``: the gradient of :meth:`loss` in the model
-        is ``sum_i weights_i`` times the gradient of ``losses_i``."""
+        """Return ``1/2 exp(-s) / K``, detached, ``[K]`` in the dtype of ``losses``.
+
+        The gradient of :meth:`loss` with respect to the model is the sum of ``weights_i`` times the gradient of
+        ``losses_i``.
+        """
         check_losses(losses, self.k)
         return (self.factor * torch.exp(-self.log_variance.detach()) / self.k).to(losses)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups to append to the optimizer's."""
+        """Return the parameter groups to add to the optimizer."""
         return [{"params": [self.log_variance], "lr": self.lr, "weight_decay": 0.0}]
 
     def reset(self) -> None:
-        """Sets s to zero in place, so that an optimizer keeps it; the optimizer's own state of s is not touched."""
+        """Set s to zero in place, so that an optimizer keeps it. The optimizer's state of s is not changed."""
         with torch.no_grad():
             self.log_variance.zero_()
 

@@ -1,4 +1,4 @@
-"""UPGrad (Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024): the mean of projections."""
+"""UPGrad (Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024): a mean of projections."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from antdiff.ops import gram_weights
 class UPGrad(GramBalancer):
     """Weights of the mean over i of the projections of g_i onto ``{d: <d, g_j> >= 0 for all j}``, exactly.
 
-    See :func:`antdiff.ops.gram_weights`; the arguments are those of :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
     """
 
     name = "upgrad"
     about = About(
         title="UPGrad",
         paper="Quinton and Rey, 2024",
-        solves="each gradient is projected onto the directions that raise no loss; the mean of these projections",
-        when="the first to try: no loss may rise, and nothing is lost where there is no conflict",
+        solves="projects each gradient onto the cone of directions in which no loss rises, and takes the mean of these "
+        "projections",
+        when="as the first method to try: no loss rises, and without conflict nothing is lost",
         conflict_free=True,
     )
 

@@ -1,4 +1,4 @@
-"""The kernels, as functions on tensors. They need torch and NumPy alone, and know nothing of models or training."""
+"""The kernels as functions of tensors. They need only torch and NumPy, and do not depend on models or training."""
 
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors

@@ -1,8 +1,8 @@
 """Per-cluster losses in one pass over the data.
 
-For K clusters of timesteps, ``losses[i]`` is the mean over the samples of cluster i of weight x (mean error of the
-sample): the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All forms are deterministic,
-and differentiable once.
+For K clusters of timesteps, ``losses[i]`` is the mean, over the samples of cluster i, of the sample's weight times its
+mean error. These are the per-task losses of ANT (Go et al., NeurIPS 2023, section 4). All functions are deterministic
+and can be differentiated once.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ def cluster_loss(
     kind: Kind = "mse",
     delta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Mean error of each cluster's samples.
+    """Compute the mean error over the samples of each cluster.
 
     ``losses[i] = sum_{b in i} weight[b] * mean_n error(pred[b, n] - target[b, n]) / counts[i]``
 
     Args:
-        pred: ``[B, ...]`` float32, float64, float16 or bfloat16; differentiable. Contiguous or channels_last without a
-            copy; other strides cost one.
-        target: as ``pred`` in shape, dtype and device; not differentiable.
+        pred: ``[B, ...]``, float32, float64, float16 or bfloat16. Differentiable. Contiguous and channels_last tensors
+            are read in place; other strides cost one copy.
+        target: Same shape, dtype and device as ``pred``. Not differentiable.
         cluster: int64 ``[B]``, ids in ``[0, k)``, in any order.
-        k: the number of clusters, at least 1.
-        weight: ``[B]`` in the losses' dtype, default ones; differentiable.
-        kind: ``"mse"`` (d^2), ``"huber"`` (torch's ``huber_loss``) or ``"l1"`` (|d|).
-        delta: where Huber turns linear; positive.
+        k: Number of clusters, at least 1.
+        weight: ``[B]`` in the dtype of the losses. Differentiable. Default None: ones.
+        kind: With d = pred - target, ``"mse"`` (d^2, default), ``"huber"`` (torch's ``huber_loss``) or ``"l1"`` (|d|).
+        delta: Where the Huber loss becomes linear; positive. Default 1.
 
     Returns:
-        ``losses [k]``, float32 (float64 for float64 input), and ``counts [k]`` int64. An empty cluster has loss 0,
-        count 0 and sends no gradient.
+        ``losses [k]``, float32 (float64 for float64 input), and ``counts [k]``, int64. An empty cluster has loss 0 and
+        count 0, and contributes no gradient.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or layout; on the CPU also an id out of range. On CUDA an id
-            out of range makes the call's losses NaN and is reported by :func:`antdiff.ops.check_errors`.
+        TypeError, ValueError: a dtype, shape, device or layout is wrong; on the CPU also if an id is out of range. On
+            CUDA an id out of range makes all losses of the call NaN and is reported by
+            :func:`antdiff.ops.check_errors`.
     """
     k = as_count("k", k)
     if traced(pred, target, cluster, weight):
@@ -72,13 +73,20 @@ def cluster_loss_and_grad(
     kind: Kind = "mse",
     delta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and ``d(sum_i cluster_weight[i] losses[i]) / d pred`` in one pass, for ``pred.backward(grad)``.
+    """Compute the losses and ``d(sum_i cluster_weight[i] losses[i]) / d pred`` in one pass over the data.
 
-    The data is read once for both, and autograd records nothing. ``cluster_weight [k]`` is in the losses' dtype,
-    default ones; the other arguments are those of :func:`cluster_loss`.
+    Pass the gradient on with ``pred.backward(grad)``. Autograd records nothing in this call.
+
+    Args:
+        cluster_weight: ``[k]`` in the dtype of the losses. Default None: ones.
+        pred, target, cluster, k, weight, kind, delta: As in :func:`cluster_loss`.
 
     Returns:
-        ``losses [k]``, ``counts [k]`` int64, and ``grad`` like ``pred``. None of them carries a gradient.
+        ``losses [k]``, ``counts [k]`` int64, and ``grad`` with the shape and dtype of ``pred``. None of them requires
+        grad.
+
+    Raises:
+        TypeError, ValueError: as :func:`cluster_loss`.
     """
     k = as_count("k", k)
     if traced(pred, target, cluster, weight, cluster_weight):
@@ -89,14 +97,19 @@ def cluster_loss_and_grad(
 
 
 def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean of each cluster's samples, for losses that are already one number a sample (learned-variance terms, say).
+    """Compute the mean over the samples of each cluster, for losses that are already per-sample.
+
+    An example are the terms of a learned variance.
 
     Args:
-        per_sample: ``[B]`` float; differentiable. Half precision is accumulated and returned in float32.
-        cluster, k, weight: as in :func:`cluster_loss`.
+        per_sample: ``[B]``, floating point. Differentiable. Half precision is accumulated and returned in float32.
+        cluster, k, weight: As in :func:`cluster_loss`.
 
     Returns:
         ``losses [k]`` and ``counts [k]`` int64.
+
+    Raises:
+        TypeError, ValueError: as :func:`cluster_loss`.
     """
     k = as_count("k", k)
     if isinstance(per_sample, Tensor) and per_sample.dtype in (torch.float16, torch.bfloat16):
@@ -114,23 +127,26 @@ def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | N
 
 def _wants_grad(pred: object, target: object, weight: object) -> bool:
     if isinstance(target, Tensor) and target.requires_grad:
-        raise ValueError("target must not require grad (the loss is not differentiated in it). Pass target.detach().")
+        raise ValueError("target must not require grad, because the op has no gradient for it. Pass target.detach().")
     return getattr(pred, "requires_grad", False) or getattr(weight, "requires_grad", False)
 
 
-def _as_it_lies(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """pred and target as contiguous ``[B, ...]``. Channels_last pairs are viewed, not copied: the mean over a sample's
-    elements does not care for their order. Everything else that is not contiguous is copied once."""
+def _read_order(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pred and target as contiguous ``[B, ...]`` in the order in which the kernel reads them.
+
+    A pair in channels_last is viewed as [B, H, W, C] without a copy, since the mean over the elements of a sample does
+    not depend on their order. Any other non-contiguous tensor is copied once.
+    """
     if _channels_last(pred) and _channels_last(target):
         return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     pred, target = dense("pred", pred), dense("target", target)
     if pred.dim() == 0:
-        raise ValueError("pred must have a batch dimension, [B, ...]; got a single number.")
+        raise ValueError("pred must have a batch dimension, [B, ...]; got a 0-d tensor. Add one with pred[None].")
     return pred, target
 
 
 def _channels_last(x: Tensor) -> bool:
-    """In channels_last order and not contiguous as well (as with one channel)."""
+    """Whether x is in channels_last order and not contiguous too, as it is with one channel."""
     if getattr(x, "layout", None) is not torch.strided or x.dim() != 4 or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
@@ -141,7 +157,7 @@ def _optional(name: str, x: Tensor | None) -> Tensor | None:
 
 
 def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """losses [k], counts [k], per_sample [B], and on CUDA the scratch of partial sums."""
+    """Allocate losses [k], counts [k], per_sample [B], and on CUDA the scratch memory of the partial sums."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     device = pred.device
     scratch = None
@@ -160,7 +176,7 @@ def _forward(
     pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    pred, target = _as_it_lies(pred, target)
+    pred, target = _read_order(pred, target)
     losses, counts, per_sample, scratch = _outputs(pred, k)
     _C.cluster_loss_forward(
         pred,
@@ -188,7 +204,7 @@ def _backward(
     kind: str,
     delta: float,
 ) -> Tensor:
-    rows, target_rows = _as_it_lies(pred, target)
+    rows, target_rows = _read_order(pred, target)
     grad = torch.empty_like(rows)
     _C.cluster_loss_backward(
         grad_losses.contiguous(),
@@ -201,7 +217,7 @@ def _backward(
         delta,
         grad,
     )
-    return _like(grad, rows, pred)
+    return _restore_layout(grad, rows, pred)
 
 
 def _loss_and_grad(
@@ -215,7 +231,7 @@ def _loss_and_grad(
     delta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_delta(kind, delta)
-    rows, target_rows = _as_it_lies(pred, target)
+    rows, target_rows = _read_order(pred, target)
     losses, counts, per_sample, scratch = _outputs(rows, k)
     if cluster_weight is None:
         cluster_weight = torch.ones_like(losses)
@@ -235,12 +251,15 @@ def _loss_and_grad(
         scratch,
         grad,
     )
-    return checked(losses), counts, _like(grad, rows, pred)
+    return checked(losses), counts, _restore_layout(grad, rows, pred)
 
 
 def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     if not isinstance(per_sample, Tensor) or per_sample.dim() != 1 or not per_sample.is_floating_point():
-        raise TypeError(f"per_sample must be a float tensor [B]; got {describe(per_sample)}.")
+        raise TypeError(
+            f"per_sample must be a floating-point tensor [B]; got {describe(per_sample)}. "
+            "Average over its other dimensions."
+        )
     losses, counts, _, _ = _outputs(per_sample, k)
     _C.cluster_mean_forward(
         dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
@@ -248,31 +267,34 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
     return checked(losses), counts
 
 
-def _like(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
-    """A gradient in the layout the kernel read (``rows``), seen in the shape of pred."""
+def _restore_layout(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
+    """View ``grad``, which has the layout that the kernel read (``rows``), in the shape of pred."""
     viewed = rows is not pred and rows.data_ptr() == pred.data_ptr()
     return grad.permute(0, 3, 1, 2) if viewed else grad
 
 
 def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
-    """d losses[cluster[b]] / d (weight[b] * error[b]), times the incoming gradient: [B]."""
+    """Return d losses[cluster[b]] / d (weight[b] * error[b]), times the incoming gradient, [B]."""
     k = counts.shape[0]
     scale = (grad_losses / counts.clamp(min=1))[cluster.clamp(0, k - 1)]
-    return torch.where((cluster >= 0) & (cluster < k), scale, torch.nan)  # on CUDA a bad id has not raised yet
+    # On CUDA an id out of range has not raised yet. It was clamped above, so as not to be an address; poison it here.
+    return torch.where((cluster >= 0) & (cluster < k), scale, torch.nan)
 
 
 def _check_delta(kind: str, delta: float) -> None:
     if kind == "huber" and not delta > 0:
-        raise ValueError(f"delta must be positive; got {delta}.")
+        raise ValueError(f"delta must be positive; got {delta}. Use kind='l1' for the limit 0.")
 
 
 # ---- eager autograd --------------------------------------------------------------------------------------------------
 
 
 def refuse_double_backward(op: str) -> None:
-    """For use in ``backward``: cheaper than ``once_differentiable`` and says more."""
+    """Raise if a ``backward`` is being differentiated. This is cheaper than ``once_differentiable``, and clearer."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"antdiff.ops.{op} is differentiable once; use antdiff.ops.reference.{op} for create_graph.")
+        raise RuntimeError(
+            f"antdiff.ops.{op} can be differentiated only once; got create_graph=True. Use antdiff.ops.reference.{op}."
+        )
 
 
 class _ClusterLoss(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The combination of K cluster gradients: the second and last pass over J, straight into ``p.grad``."""
+"""The combination of K cluster gradients: the second and last pass over J, which writes directly into ``p.grad``."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ def combine(
 def combine(
     weights: Tensor, J: Jacobian, out: Tensor | Sequence[Tensor | None] | None = None
 ) -> Tensor | list[Tensor | None]:
-    """``weights^T J``: the update direction that a balancing method chose.
+    """Compute ``weights^T J``, the update direction of a balancing method.
 
     Args:
-        weights: float64 ``[k]`` (float32 is converted), on the device of J. They are read on the device: no host sync.
-        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Treated as data.
-        out: where to write: a tensor ``[P]`` for a matrix, a list of ``[*shape]`` for a list (None where J is None;
-            entries may be ``p.grad``). Overwritten, not added to. float32 or the dtype of J, contiguous, sharing no
-            memory with J or with one another, not requiring grad.
+        weights: float64 ``[k]``, on the device of J; float32 is converted. The kernel reads them on the device, so
+            there is no host-device sync.
+        J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`. Autograd records nothing, even if J
+            requires grad.
+        out: Tensors to overwrite: one ``[P]`` for a matrix J, or a list of ``[*shape]`` for a list J, with None where J
+            has None. Entries may be ``p.grad``. They must be contiguous, have dtype float32 or the dtype of J, not
+            require grad, and share no memory with J or with each other. Default None: allocate new tensors.
 
     Returns:
-        ``out``, or new tensors like it in J's dtype (float32 for half-precision J): ``[P]`` for a matrix, a list for a
-        list. Sums run in float32 (float64 for float64 J), in row order, rounded once: the same bits on every run.
-        All rows are read, so an infinity or NaN in a row of weight 0 gives NaN, never a silently wrong update.
+        ``out``, or new tensors in the dtype of J (float32 for half-precision J): ``[P]`` for a matrix, a list for a
+        list. Sums are accumulated in float32 (float64 for float64 J), in row order, and rounded once, so every run
+        returns the same bits. All rows are read: an infinity or NaN in a row with weight 0 gives NaN, never a silently
+        wrong update.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or layout of any of the three.
+        TypeError, ValueError: the dtype, shape, device or layout of an argument is wrong.
     """
     tensors = as_tensors(J)
     k = first_tensor(tensors).shape[0]
@@ -76,22 +79,27 @@ def _outputs(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _checked_outputs(out: object, J: object, tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """``out`` as a list with None exactly where J has None; the extension checks each tensor."""
+    """Return ``out`` as a list that has None exactly where J has None. The extension checks the tensors themselves."""
     if isinstance(J, Tensor) != isinstance(out, Tensor) or not isinstance(out, (Tensor, list, tuple)):
         raise TypeError(
             f"out must be a torch.Tensor for a matrix J and a list for a list; got {type(out).__name__} for "
-            f"{type(J).__name__}."
+            f"{type(J).__name__}. Leave it out to allocate the result."
         )
     outs: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
     if len(outs) != len(tensors):
-        raise ValueError(f"out must be as long as J; got {len(outs)} entries for {len(tensors)}.")
+        raise ValueError(
+            f"out must be as long as J; got {len(outs)} entries for {len(tensors)}. Pass one per parameter."
+        )
     for i, (o, x) in enumerate(zip(outs, tensors, strict=True)):
         if (o is None) != (x is None):
             raise ValueError(
-                f"out[{i}] must be None exactly where J[{i}] is None; got {describe(o)} for {describe(x)}."
+                f"out[{i}] must be None exactly where J[{i}] is None; got {describe(o)} for {describe(x)}. "
+                "Pass p.grad of trainable parameters and None for frozen ones."
             )
         if o is not None and getattr(o, "requires_grad", False):
-            raise ValueError(f"out[{i}] must not require grad (it is overwritten). Pass p.grad, or .detach().")
+            raise ValueError(
+                f"out[{i}] must not require grad, because it is overwritten. Pass p.grad, or .detach() it."
+            )
     return outs
 
 

@@ -1,7 +1,7 @@
-"""The Gram matrix of K cluster gradients: everything a gradient-balancing method needs to know of them.
+"""The Gram matrix of K cluster gradients, which is all that a gradient-balancing method needs to know of them.
 
-One read of J. The result is float64: products are summed in float32 over short chains only, and in float64 from there,
-since a plain float32 matrix product is off by 2e-3 in the squared norms at P = 1e7, enough to change PCGrad's result.
+It takes one read of J. Products are summed in float32 over short chains and in float64 beyond, because a plain float32
+matrix product has an error of 2e-3 in the squared norms at P = 1e7, which is enough to change PCGrad's result.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from antdiff.ops._extension import _C, define, dense, traced
 
-# K gradients as the ops take them: one matrix [k, P], or a list of [k, *shape], one tensor (or None) per parameter.
+# The gradients of k losses: one matrix [k, P], or a list with one tensor [k, *shape] (or None) per parameter.
 Jacobian = Tensor | Sequence[Tensor | None]
 
 
 def gram(J: Jacobian) -> Tensor:
-    """``G = J J^T``, the inner products of K gradients.
+    """Compute ``G = J J^T``, the inner products of k gradients.
 
     Args:
-        J: ``[k, P]``, or one tensor ``[k, *shape]`` a parameter, in a list (None entries are skipped; P is the sum of
-            their sizes, and nothing is concatenated). float32, float64, float16 or bfloat16, all of one k, dtype and
-            device. Contiguous tensors are read as they lie; other strides cost one copy of that tensor. Treated as
-            data: nothing is recorded for autograd, also where J requires grad.
+        J: A matrix ``[k, P]``, or a list with one tensor ``[k, *shape]`` per parameter. None entries of a list are
+            skipped; P is then the total size per row, and nothing is concatenated. The dtype is float32, float64,
+            float16 or bfloat16. All tensors have the same k, dtype and device. Contiguous tensors are read in place;
+            a tensor with other strides costs one copy of it. Autograd records nothing, even if J requires grad.
 
     Returns:
-        G float64 ``[k, k]``, exactly symmetric, on the device of J. The same bits from run to run on one device, and on
-        the CPU for any number of threads. NaN and infinity in J show up in G, and so does
-        what float32 products cannot hold: for other dtypes than float64, entries should lie between 1e-18 and 1e18 in
-        size. A loss scale moves them there.
+        G, float64 ``[k, k]``, exactly symmetric, on the device of J. Every run on the same device returns the same
+        bits, on the CPU for any number of threads. NaN and infinity in J appear in G. So does overflow and underflow
+        of float32 products: for dtypes other than float64, the magnitudes of entries should lie between 1e-18 and
+        1e18. A loss scale moves them into this range.
 
     Raises:
-        TypeError, ValueError: no tensor in the list, or a wrong dtype, shape, device or layout.
+        TypeError, ValueError: the list holds no tensor, or a dtype, shape, device or layout is wrong.
     """
     tensors = as_tensors(J)
     if traced(*tensors):
@@ -43,17 +43,23 @@ def gram(J: Jacobian) -> Tensor:
 
 
 def gram_(out: Tensor, J: Jacobian) -> Tensor:
-    """Adds the Gram matrix of J to ``out`` float64 ``[k, k]``, and returns ``out``.
+    """Add the Gram matrix of J to ``out`` in place, and return ``out``.
 
-    For gradients that come in chunks of columns or live in shards: G is the sum over chunks, whatever their dtypes, and
-    for sharded parameters one all-reduce of k x k numbers finishes it. J is as in :func:`gram`; ``out`` must be
-    contiguous and must not require grad.
+    Use it for gradients that arrive in chunks of columns or that are sharded. G is the sum over the chunks, which may
+    have different dtypes. For sharded parameters, one all-reduce of k x k numbers completes it.
+
+    Args:
+        out: float64 ``[k, k]``, contiguous, on the device of J. It must not require grad.
+        J: As in :func:`gram`.
+
+    Raises:
+        TypeError, ValueError: as :func:`gram`, or ``out`` breaks a rule above.
     """
     tensors = as_tensors(J)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}. Start from torch.zeros(k, k, ...).")
     if out.requires_grad:
-        raise ValueError("out must not require grad (it is written in place). Pass out.detach().")
+        raise ValueError("out must not require grad, because it is written in place. Pass out.detach().")
     if traced(out, *tensors):
         torch.ops.antdiff.gram_(out, [x.detach() for x in tensors if x is not None])
     else:
@@ -65,8 +71,10 @@ def gram_(out: Tensor, J: Jacobian) -> Tensor:
 
 
 def as_tensors(J: object) -> list[Tensor | None]:
-    """J as a list of contiguous tensors and None. Metadata only, but for the one copy of a non-contiguous tensor; the
-    extension checks the rest."""
+    """Return J as a list of contiguous tensors and None.
+
+    Only metadata is read, and a non-contiguous tensor is copied once. The extension checks everything else.
+    """
     if isinstance(J, Tensor):
         if J.dim() < 2:
             raise ValueError(
@@ -77,10 +85,10 @@ def as_tensors(J: object) -> list[Tensor | None]:
         tensors = list(J)
     else:
         raise TypeError(f"J must be a torch.Tensor [k, P] or a list of [k, *shape]; got {type(J).__name__}.")
-    try:  # the whole list in one sweep of C calls; a model has hundreds of parameters
+    try:  # check the whole list with one map over a C function, since a model has hundreds of parameters
         if not torch.compiler.is_compiling() and all(map(Tensor.is_contiguous, tensors)):  # type: ignore[arg-type]
             return tensors
-    except (TypeError, RuntimeError):  # None, sparse, or no tensor at all
+    except (TypeError, RuntimeError):  # an entry is None, sparse or not a tensor
         pass
     return [None if x is None else dense(f"J[{i}]" if len(tensors) > 1 else "J", x) for i, x in enumerate(tensors)]
 

@@ -1,6 +1,7 @@
-"""Balancing methods that are one function of the Gram matrix: small convex programs and eigenproblems, solved exactly.
+"""Balancing methods that are a function of the Gram matrix: small convex programs and eigenproblems, solved exactly.
 
-They share one kernel a device, which runs the whole solver there: float64, one problem a thread, no synchronisation.
+They share one kernel per device. It runs the whole solver on the device, in float64, with one problem per thread and
+without a host-device sync.
 """
 
 from __future__ import annotations
@@ -30,38 +31,40 @@ def gram_weights(
     reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
-    """Weights w with ``w^T J`` the direction of ``method`` for the gradients J whose Gram matrix is ``gram``.
+    """Compute weights w such that ``w^T J`` is the direction of ``method`` for gradients J with Gram matrix ``gram``.
 
     ========== ============================================================================================
     method     direction, of gradients g_i with mean g_0
     ========== ============================================================================================
     upgrad     mean of the projections of the g_i onto the dual cone ``{d: <d, g_j> >= 0}`` (Quinton 2024)
     dualproj   projection of g_0 onto the dual cone (GEM, Lopez-Paz 2017)
-    aligned_mtl  g_0 after all non-zero singular values of J are set to the least one (Senushkin 2023)
+    aligned_mtl  g_0 after all non-zero singular values of J are set to the smallest one (Senushkin 2023)
     mgda       the shortest convex combination of the g_i (Desideri 2012, Sener 2018)
-    cagrad     of all d with ``|d - g_0| <= c |g_0|``, that with the greatest ``min_i <d, g_i>`` (Liu 2021)
-    imtl_g     equal projections onto all g_i, weights of sum 1 (Liu 2021)
-    config     equal cosines to all g_i, as long as the mean of its projections onto them (Liu 2025: their sum)
+    cagrad     the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>`` (Liu 2021)
+    imtl_g     equal projections onto all g_i, weights with sum 1 (Liu 2021)
+    config     equal cosines with all g_i; its length is the mean of its projections onto them (Liu 2025: the sum)
     fairgrad   ``(G w)_i = w_i^(-1/alpha)``, alpha-fair utilities (Ban 2024); alpha = 1 is NashMTL
     ========== ============================================================================================
 
-    No method sees a unit: J times any positive number gives the same weights bit for bit where the number is a power of
-    two (those of fairgrad scale as ``|J|^(-2 alpha / (1 + alpha))``). Zero rows are left out and get weight 0: exact
-    MGDA, for one, would stop at the first empty cluster. The direction does not depend on the order of the rows; where
-    rows are dependent, several weights give it, and which are returned does.
+    No method depends on the unit of J: multiplying J by a positive number gives the same weights, bit for bit if the
+    number is a power of two. The weights of fairgrad are the exception; they scale as
+    ``|J|^(-2 alpha / (1 + alpha))``. Zero rows are left out and get weight 0; exact MGDA, for example, would otherwise
+    return zero as soon as one cluster is empty. The direction does not depend on the order of the rows. If rows are
+    linearly dependent, several weights give the same direction, and the order decides which of them is returned.
 
     Args:
-        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price
-            of a copy. Taken as a constant: no gradient flows through the weights.
-        method: see above.
-        parameter: c >= 0 of cagrad (default 0.5), alpha > 0 of fairgrad (default 2); the others have none.
-        reduction: ``"mean"``, ready for the update; or, for config alone, ``"sum"``: the published length, k times it.
-        nonfinite: as in :func:`antdiff.ops.pcgrad_weights`.
+        gram: float64 ``[..., k, k]``, symmetric up to rounding; its symmetric part is used. A non-contiguous input
+            costs a copy. It is treated as a constant: no gradient flows through the weights.
+        method: One of the names above.
+        parameter: c >= 0 of cagrad (default 0.5) or alpha > 0 of fairgrad (default 2). The other methods have none.
+        reduction: ``"mean"`` (default) is ready for the update. ``"sum"``, for config only, is the published length,
+            k times the mean.
+        nonfinite: As in :func:`antdiff.ops.pcgrad_weights`.
 
     Returns:
-        float64 ``[..., k]`` on the device of ``gram``, without host synchronisation. Where the direction is not defined
-        (imtl_g and config with gradients that oppose each other exactly) the weights are 0; where it would be infinite
-        (fairgrad at a Pareto-stationary point) they are finite and their direction near zero.
+        float64 ``[..., k]`` on the device of ``gram``, without a host-device sync. If the direction is not defined
+        (imtl_g and config with gradients that are exactly opposed), the weights are 0. If it would be infinite
+        (fairgrad at a Pareto-stationary point), the weights are finite and their direction is near zero.
 
     Raises:
         TypeError, ValueError: as :func:`antdiff.ops.pcgrad_weights`.
@@ -71,7 +74,10 @@ def gram_weights(
     option = _parameter(method, parameter)
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
     if not mean and method != "config":
-        raise ValueError(f"reduction must be 'mean' for method {method!r}: only config is published as a sum.")
+        raise ValueError(
+            f"reduction must be 'mean' for method {method!r}, because only config is published as a sum; got 'sum'. "
+            "Leave it out."
+        )
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if traced(gram):
         return torch.ops.antdiff.gram_weights(gram, method, option, mean, poison)  # type: ignore[no-any-return]
@@ -87,26 +93,27 @@ def gradvac_weights(
     reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor, Tensor]:
-    """Weights of GradVac's direction, and the targets for its next step.
+    """Compute the weights of GradVac's direction, and the targets for its next step.
 
     Wang et al., "Gradient Vaccine", ICLR 2021, algorithm 1: p_i starts from g_i and visits the other g_j in random
-    order; where their cosine is below ``targets[i, j]`` it is raised to it by adding a multiple of g_j, and the target
-    moves to ``(1 - beta) target + beta cosine``. The direction is the mean of the p_i (the paper: their sum).
-    With targets of zero this is PCGrad.
+    order. If their cosine is below ``targets[i, j]``, a multiple of g_j is added to p_i to raise the cosine to the
+    target. The target then moves to ``(1 - beta) target + beta cosine``. The direction is the mean of the p_i (in the
+    paper, their sum). With targets of zero this is PCGrad.
 
     Args:
-        gram: as in :func:`gram_weights`.
-        targets: float64 of the shape of ``gram``; zero at first. Not written to.
-        beta: in [0, 1]; 0.01 is the paper's, 0 keeps the targets.
-        generator: draws the orders, as in :func:`antdiff.ops.pcgrad_weights`.
-        reduction, nonfinite: as in :func:`antdiff.ops.pcgrad_weights`.
+        gram: As in :func:`gram_weights`.
+        targets: float64 with the shape and the device of ``gram``; zero in the first step. Not written to.
+        beta: In [0, 1]. Default 0.01 as in the paper; 0 keeps the targets.
+        generator: Draws the orders, as in :func:`antdiff.ops.pcgrad_weights`.
+        reduction, nonfinite: As in :func:`antdiff.ops.pcgrad_weights`.
 
     Returns:
-        weights float64 ``[..., k]``, a zero row's being 1/k (1 with ``"sum"``), and new targets like ``targets``:
-        where the weights are NaN for a bad ``gram``, the old ones.
+        The weights, float64 ``[..., k]``, and new targets with the shape of ``targets``. The weight of a zero row is
+        1/k (1 with ``reduction="sum"``). Where the weights are NaN because of an invalid ``gram``, the targets are the
+        old ones.
 
     Raises:
-        TypeError, ValueError: as :func:`antdiff.ops.pcgrad_weights`; a beta outside [0, 1].
+        TypeError, ValueError: as :func:`antdiff.ops.pcgrad_weights`, or beta is outside [0, 1].
     """
     gram = as_gram(gram)
     targets = dense("targets", targets)
@@ -118,7 +125,7 @@ def gradvac_weights(
             f"{list(targets.shape)} on {targets.device}. Start from torch.zeros_like(gram)."
         )
     if not 0 <= _number("beta", beta) <= 1:
-        raise ValueError(f"beta must be in [0, 1]; got {beta}.")
+        raise ValueError(f"beta must be in [0, 1]; got {beta}. The paper uses 0.01.")
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if generator is not None:
@@ -132,7 +139,9 @@ def gradvac_weights(
 def _parameter(method: str, value: float | None) -> float:
     if method not in _PARAMETERS:
         if value is not None:
-            raise ValueError(f"parameter must be None for method {method!r}, which has none; got {value!r}.")
+            raise ValueError(
+                f"parameter must be None for method {method!r}, which has none; got {value!r}. Leave it out."
+            )
         return 0.0
     name, default = _PARAMETERS[method]
     if value is None:
@@ -140,12 +149,14 @@ def _parameter(method: str, value: float | None) -> float:
     value = _number(f"parameter of {method}, {name},", value)
     if not math.isfinite(value) or value < 0 or (value == 0 and name == "alpha"):
         rule = "> 0" if name == "alpha" else ">= 0"
-        raise ValueError(f"parameter of {method}, {name}, must be finite and {rule}; got {value!r}.")
+        raise ValueError(
+            f"parameter of {method}, {name}, must be finite and {rule}; got {value!r}. The default is {default}."
+        )
     return value
 
 
 def _number(name: str, value: float) -> float:
-    """``value`` as a float; a tensor is none, for reading it would wait for its device."""
+    """Return ``value`` as a float. A tensor is refused, because reading it would wait for its device."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}. Pass a Python float.")
     return float(value)

@@ -1,9 +1,10 @@
-"""Exact partition of T ordered points into k contiguous, non-empty intervals at the least total cost.
+"""Exact partition of T ordered points into k contiguous, non-empty intervals with the lowest total cost.
 
-The interval clustering of ANT (Go et al., NeurIPS 2023, equation 1). Every function here returns ``starts`` int64
-``[k]`` on the CPU, 0-based and ascending from 0 (interval i is ``[starts[i], starts[i+1])``, the last one ends at T),
-and the total cost. Ties go to the smallest start in each cell of the dynamic program: the same input gives the same
-starts on every machine. Runs on the CPU without the GIL; Ctrl-C stops it.
+This is the interval clustering of ANT (Go et al., NeurIPS 2023, equation 1). Every function returns the total cost and
+``starts``, int64 ``[k]`` on the CPU, 0-based and ascending from 0: interval i is ``[starts[i], starts[i+1])``, and the
+last interval ends at T. Ties are resolved in favour of the smallest start in each cell of the dynamic program, so the
+same input gives the same starts on every machine. The functions run on the CPU, release the GIL, and can be interrupted
+with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from antdiff.ops._extension import _C, dense
 
 Array = Tensor | np.ndarray[Any, np.dtype[np.float64]]
 
-_LARGEST = 2.0**960  # keeps prefix sums, and the constant that rounds to a grid, far from overflow
+_LARGEST = 2.0**960  # keeps the prefix sums and the constant that rounds to a grid far from overflow
 
 
 def interval_partition(cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> tuple[Tensor, float]:
-    """The optimum for any cost of an interval, in O(k T^2).
+    """Find the optimal partition for an arbitrary cost per interval, in O(k T^2).
 
     Args:
-        cost: float64 ``[T, T]`` on the CPU (tensor or array); ``cost[l, r]`` of the inclusive interval l..r. May be
-            negative; +inf forbids the interval; entries with r < l are ignored. Non-contiguous input is copied.
-        k: number of intervals, ``1 <= k <= T``.
-        min_size, max_size: least and most points in an interval; default 1 and T, which bound nothing.
+        cost: float64 ``[T, T]`` on the CPU, a tensor or a NumPy array. ``cost[l, r]`` is the cost of the interval l..r,
+            both ends included. It may be negative; +inf forbids the interval. Entries with r < l are ignored.
+            Non-contiguous input is copied.
+        k: Number of intervals, ``1 <= k <= T``.
+        min_size, max_size: Smallest and largest number of points per interval. The defaults 1 and T are no
+            restriction.
 
     Returns:
-        ``starts`` int64 ``[k]`` and the total cost.
+        ``starts``, int64 ``[k]``, and the total cost.
 
     Raises:
-        TypeError: cost is not a float64 tensor or array, or a size is no int.
-        ValueError: a wrong shape or device, NaN or -inf at some r >= l, ``k`` or sizes that no partition of T points
-            meets, or +inf entries that forbid every partition.
+        TypeError: cost is not a float64 tensor or array, or a size is not an int.
+        ValueError: the shape or the device is wrong; an entry with r >= l is NaN or -inf; no partition of T points
+            satisfies ``k`` and the sizes; or +inf entries forbid every partition.
     """
     cost = _square("cost", cost)
     sizes = _sizes(cost.shape[0], k, min_size, max_size)
@@ -47,13 +50,14 @@ def interval_partition(cost: Array, k: int, *, min_size: int = 1, max_size: int 
 def interval_partition_all(
     cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None
 ) -> list[tuple[Tensor, float]]:
-    """The optimum for every number of intervals from 1 to k, for the time of one.
+    """Find the optimal partition for every number of intervals from 1 to k, in the time of one.
 
-    Arguments and errors are those of :func:`interval_partition`, with one difference: a number of intervals that the
-    sizes or +inf entries make impossible raises nothing.
+    Arguments and errors are those of :func:`interval_partition`, with one exception: a number of intervals that the
+    sizes or +inf entries make impossible does not raise.
 
     Returns:
-        k pairs; pair ``i - 1`` is ``interval_partition(cost, i)``, or an empty ``starts`` and +inf where there is none.
+        A list of k pairs. Pair ``i - 1`` is ``interval_partition(cost, i)``, or an empty ``starts`` and +inf if there
+        is no such partition.
     """
     cost = _square("cost", cost)
     T = cost.shape[0]
@@ -69,34 +73,35 @@ def interval_partition_all(
 def interval_partition_values(
     x: Array, k: int, *, p: int = 1, weight: Array | None = None, min_size: int = 1, max_size: int | None = None
 ) -> tuple[Tensor, float]:
-    """The optimum where the cost of an interval is the distance of its values to their centre.
+    """Find the optimal partition if the cost of an interval is the distance of its values to their centre.
 
-    ``p=1``: sum of ``weight |x - m|``, m the (weighted) median: k-medians. Without weights m is
-    ``x[(l + r + 1) // 2]``, as in ANT's log-SNR cost. ``p=2``: sum of ``weight (x - m)^2``, m the (weighted) mean:
-    k-means. For monotone x, rising or falling, either costs O(k T log T) time and O(k T) memory.
+    With ``p=1`` the cost is the sum of ``weight |x - m|``, where m is the (weighted) median: k-medians. Without weights
+    m is ``x[(l + r + 1) // 2]``, as in ANT's log-SNR cost. With ``p=2`` the cost is the sum of ``weight (x - m)^2``,
+    where m is the (weighted) mean: k-means. For monotone x, ascending or descending, both take O(k T log T) time and
+    O(k T) memory.
 
-    Values (and weights) for ``p=1`` are rounded to a grid of about 2^-51 T max|x|, on which all sums are exact: the
-    result is the exact optimum of the rounded values, ties included. For ``p=2`` it is optimal to rounding.
+    For ``p=1``, values and weights are rounded to a grid of about 2^-51 T max|x| on which all sums are exact. The
+    result is the exact optimum for the rounded values, including ties. For ``p=2`` it is optimal up to rounding.
 
-    x that is not monotone: ``p=2`` takes O(k T^2); ``p=1`` keeps ANT's centre ``x[(l + r + 1) // 2]`` (then no median)
-    and takes O(k T^2) time and T^2 memory; ``p=1`` with weights raises.
+    If x is not monotone, ``p=2`` takes O(k T^2) time. ``p=1`` keeps ANT's centre ``x[(l + r + 1) // 2]``, which is then
+    not a median, and takes O(k T^2) time and T^2 memory; with weights it raises.
 
     Args:
-        x: float64 ``[T]`` on the CPU, finite (tensor or array).
-        k, min_size, max_size: as in :func:`interval_partition`.
-        p: 1 or 2.
-        weight: float64 ``[T]`` on the CPU, finite, >= 0, with a positive sum; default ones.
+        x: float64 ``[T]`` on the CPU, finite, a tensor or a NumPy array.
+        k, min_size, max_size: As in :func:`interval_partition`.
+        p: 1 (default) or 2.
+        weight: float64 ``[T]`` on the CPU, finite, non-negative, with a positive sum. Default None: ones.
 
     Returns:
-        ``starts`` int64 ``[k]`` and the total cost.
+        ``starts``, int64 ``[k]``, and the total cost.
 
     Raises:
-        TypeError, ValueError: as :func:`interval_partition`, and where a rule above does not hold.
+        TypeError, ValueError: as :func:`interval_partition`, and if an argument breaks a rule above.
     """
     x = _finite("x", _float64("x", x, 1, "[T]"))
     p = as_count("p", p)
     if p > 2:
-        raise ValueError(f"p must be 1 (absolute distance) or 2 (squared distance); got {p}.")
+        raise ValueError(f"p must be 1 or 2; got {p}. Use 1 for the absolute and 2 for the squared distance.")
     if weight is not None:
         weight = _weight(weight, x.shape[0])
     sizes = _sizes(x.shape[0], k, min_size, max_size)
@@ -109,8 +114,8 @@ def interval_partition_values(
             return _solve(_C.interval_affinity, (-(x[:, None] - x).abs(),), sizes)  # [T, T]
         up, down = int((step > 0).nonzero()[0]), int((step < 0).nonzero()[0])
         raise ValueError(
-            f"x must be monotone for p=1 with weights; it rises after index {up} and falls after index {down}. "
-            "Leave out the weights, use p=2, or pass the cost matrix that you mean to interval_partition."
+            f"x must be monotone for p=1 with weights; got x that rises after index {up} and falls after index {down}. "
+            "Leave out the weights, use p=2, or pass a cost matrix to interval_partition."
         )
     return _solve(_C.interval_values, (x if rises else -x, weight, p, False), sizes)
 
@@ -118,17 +123,17 @@ def interval_partition_values(
 def interval_partition_affinity(
     affinity: Array, k: int, *, min_size: int = 1, max_size: int | None = None
 ) -> tuple[Tensor, float]:
-    """The optimum for ANT's gradient cost, ``-sum_{t=l..r} affinity[c, t]`` with ``c = (l + r + 1) // 2``.
+    """Find the optimal partition for ANT's gradient cost, ``-sum_{t=l..r} affinity[c, t]``, ``c = (l + r + 1) // 2``.
 
-    Rows of costs are made as they are needed, in O(k T^2) time and O(k T) memory. Affinities are rounded to a grid of
-    2^-51 T max|affinity|, on which all sums are exact.
+    Rows of costs are computed when they are needed, in O(k T^2) time and O(k T) memory. Affinities are rounded to a
+    grid of 2^-51 T max|affinity| on which all sums are exact.
 
     Args:
-        affinity: float64 ``[T, T]`` on the CPU, finite; task affinity scores, for instance.
-        k, min_size, max_size: as in :func:`interval_partition`.
+        affinity: float64 ``[T, T]`` on the CPU, finite; for example task affinity scores.
+        k, min_size, max_size: As in :func:`interval_partition`.
 
     Returns:
-        ``starts`` int64 ``[k]`` and the total cost.
+        ``starts``, int64 ``[k]``, and the total cost.
 
     Raises:
         TypeError, ValueError: as :func:`interval_partition`.
@@ -148,59 +153,70 @@ def _solve(solver: Any, data: tuple[Any, ...], sizes: tuple[int, int, int]) -> t
 
 
 def _float64(name: str, x: object, ndim: int, shape: str) -> Tensor:
-    """``x`` as a contiguous CPU tensor; a copy only where its strides ask for one."""
+    """Return ``x`` as a contiguous float64 CPU tensor. It is copied only if its strides require it."""
     if isinstance(x, np.ndarray):
         if x.dtype != np.float64:
             raise TypeError(f"{name} must be float64; got a {x.dtype} array. Convert it with .astype(numpy.float64).")
         x = torch.from_numpy(x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy())
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a float64 tensor or NumPy array {shape}; got {type(x).__name__}.")
+        raise TypeError(
+            f"{name} must be a float64 tensor or NumPy array {shape}; got {type(x).__name__}. "
+            "Convert it with numpy.asarray(..., dtype=numpy.float64)."
+        )
     if x.dtype != torch.float64:
         raise TypeError(f"{name} must be float64; got {x.dtype}. Convert it with .double().")
     if x.requires_grad:
-        raise ValueError(f"{name} must not require grad: a partition has no gradient. Pass {name}.detach().")
+        raise ValueError(f"{name} must not require grad, because a partition has no gradient. Pass {name}.detach().")
     if x.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU, where the partition runs; got {x.device}. Call .cpu().")
     if x.dim() != ndim or x.numel() == 0:
-        raise ValueError(f"{name} must have shape {shape} with T >= 1; got {list(x.shape)}.")
+        raise ValueError(f"{name} must have shape {shape} with T >= 1; got {list(x.shape)}. Drop or add dimensions.")
     return dense(name, x)
 
 
 def _square(name: str, x: object) -> Tensor:
     x = _float64(name, x, 2, "[T, T]")
     if x.shape[0] != x.shape[1]:
-        raise ValueError(f"{name} must have shape [T, T], one row and one column a point; got {list(x.shape)}.")
+        raise ValueError(
+            f"{name} must have shape [T, T]; got {list(x.shape)}. It needs one row and one column per point."
+        )
     return x
 
 
 def _finite(name: str, x: Tensor) -> Tensor:
-    least, most = x.aminmax()  # one pass and no copy: x may be [T, T]
-    if not (least >= -_LARGEST and most <= _LARGEST):  # NaN fails both
+    least, most = x.aminmax()  # one pass without a copy, because x may be [T, T]
+    if not (least >= -_LARGEST and most <= _LARGEST):  # NaN fails both comparisons
         at = (~(x.abs() <= _LARGEST)).nonzero()[0].tolist()
-        raise ValueError(f"{name} must be finite (and at most 2^960 in size); got {x[tuple(at)].item()} at {at}.")
+        raise ValueError(
+            f"{name} must be finite, and at most 2^960 in magnitude; got {x[tuple(at)].item()} at {at}. "
+            "Rescale it or remove the entry."
+        )
     return x
 
 
 def _weight(weight: object, T: int) -> Tensor:
     weight = _finite("weight", _float64("weight", weight, 1, "[T]"))
     if weight.shape[0] != T:
-        raise ValueError(f"weight must have shape [T], one number a point of x; got {weight.shape[0]} with T={T}.")
+        raise ValueError(
+            f"weight must have shape [T] with T={T}; got {weight.shape[0]} numbers. Pass one number per point of x."
+        )
     if (weight < 0).any():
         at = int((weight < 0).nonzero()[0])
-        raise ValueError(f"weight must not be negative; got {weight[at].item()} at {at}.")
+        raise ValueError(f"weight must not be negative; got {weight[at].item()} at {at}. Use 0 to ignore a point.")
     if not weight.any():
-        raise ValueError("weight must have a positive sum; all entries are 0.")
+        raise ValueError("weight must have a positive sum; got only zeros. Leave it out to weight all points equally.")
     return weight
 
 
 def _counts(T: int, k: int, min_size: int, max_size: int | None) -> tuple[int, int, int]:
     k, min_size = as_count("k", k), as_count("min_size", min_size)
     if k > T:
-        raise ValueError(f"k must be at most T, since no interval is empty; got k={k} with T={T}.")
+        raise ValueError(f"k must be at most T, because no interval may be empty; got k={k} with T={T}. Lower k.")
     max_size = T if max_size is None else min(T, as_count("max_size", max_size))
     if max_size < min_size:
         raise ValueError(
-            f"min_size must be at most max_size and T; got min_size={min_size}, max_size={max_size}, T={T}."
+            f"min_size must be at most max_size and T; got min_size={min_size}, max_size={max_size}, T={T}. "
+            "Lower min_size."
         )
     return k, min_size, max_size
 

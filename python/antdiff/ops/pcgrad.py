@@ -1,7 +1,7 @@
 """PCGrad on the Gram matrix: the weights of the projected gradients, with the visiting orders as an argument.
 
-Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. Everything the algorithm needs from
-the P-long gradients is their Gram matrix, so the projections run on K x K numbers in float64.
+Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, algorithm 1. The algorithm depends on the gradients
+of length P only through their Gram matrix, so the projections run on K x K numbers in float64.
 """
 
 from __future__ import annotations
@@ -30,34 +30,35 @@ def pcgrad_weights(
     reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
-    """Weights w with ``w^T J`` the PCGrad direction of the gradients J whose Gram matrix is ``gram``.
+    """Compute weights w such that ``w^T J`` is PCGrad's direction for gradients J with the Gram matrix ``gram``.
 
-    Row i starts from ``p_i = g_i`` and visits the other rows j in its order; where ``<p_i, g_j> < 0`` it subtracts
-    ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is the mean of the
-    p_i (the paper: their sum), so that without conflict it is the gradient of the mean loss. Nothing is added to the
-    denominator: rows scaled by powers of two give the same direction bit for bit, and zero rows are skipped (their own
-    weight is 1/k, or 1 with ``"sum"``).
+    Row i starts from ``p_i = g_i`` and visits the other rows j in its order. If ``<p_i, g_j> < 0``, it subtracts
+    ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is the mean of the p_i (in the paper,
+    their sum), so that without conflict it is the gradient of the mean loss. Nothing is added to the denominator:
+    scaling rows by powers of two gives the same direction bit for bit. Zero rows are skipped; their own weight is 1/k,
+    or 1 with ``reduction="sum"``.
 
     Args:
-        gram: float64 ``[..., k, k]``, symmetric to rounding (its symmetric part is used); contiguous, or at the price
-            of a copy. Taken as a constant: no gradient flows through the weights.
-        perms: int64 ``[..., k, k-1]``, in row i the order in which i visits the other rows. Default: row i visits by
-            ascending ``keys[..., i, j]`` of ``keys = torch.rand(gram.shape, dtype=torch.float64)``.
-        generator: draws the keys; on the device of ``gram``, default the global generator of that device. Register it
-            with a CUDA graph to capture the call.
-        reduction: ``"mean"``, ready for the update, or ``"sum"``, the paper's, k times it.
-        nonfinite: what a bad ``gram`` does on the CPU: ``"raise"``, or ``"poison"`` for NaN weights of that problem
-            alone (so that a ``GradScaler`` skips the step). On CUDA it always poisons; ``"poison"`` keeps it out of
-            :func:`antdiff.ops.check_errors` too.
+        gram: float64 ``[..., k, k]``, symmetric up to rounding; its symmetric part is used. A non-contiguous input
+            costs a copy. It is treated as a constant: no gradient flows through the weights.
+        perms: int64 ``[..., k, k-1]``; row i is the order in which row i visits the other rows. Default None: draw
+            ``keys = torch.rand(gram.shape, dtype=torch.float64)``; row i visits by ascending ``keys[..., i, j]``.
+        generator: Draws the keys. It must be on the device of ``gram``; default None is the global generator of that
+            device. To capture the call in a CUDA graph, register the generator with the graph.
+        reduction: ``"mean"`` (default) is ready for the update. ``"sum"`` is the paper's, k times the mean.
+        nonfinite: What an invalid ``gram`` does on the CPU. ``"raise"`` (default) raises. ``"poison"`` gives NaN
+            weights for that problem only, so that a ``GradScaler`` skips the step. On CUDA the weights are always
+            poisoned; ``"poison"`` then also keeps the error out of :func:`antdiff.ops.check_errors`.
 
     Returns:
-        float64 ``[..., k]`` on the device of ``gram``, without host synchronisation.
+        float64 ``[..., k]`` on the device of ``gram``, without a host-device sync.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or option; on the CPU also a ``gram`` that is not finite,
-            not symmetric, has a negative diagonal or ``|G_ij| > |g_i| |g_j|`` (each by more than 1/16, which is above
-            the rounding of half precision), and orders that are none. On CUDA these give NaN weights, and are reported
-            by :func:`antdiff.ops.check_errors`; ``ANTDIFF_CHECK=1`` in the environment raises at once.
+        TypeError, ValueError: a dtype, shape, device or option is wrong. On the CPU also if ``gram`` is not finite, is
+            not symmetric, has a negative diagonal, or has ``|G_ij| > |g_i| |g_j|`` (each by more than 1/16, which is
+            above the rounding error of half precision), or if ``perms`` are not permutations of the other rows. On
+            CUDA these cases give NaN weights and are reported by :func:`antdiff.ops.check_errors`; with
+            ``ANTDIFF_CHECK=1`` in the environment they raise immediately.
     """
     gram = as_gram(gram)
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
@@ -66,7 +67,7 @@ def pcgrad_weights(
     if perms is None:
         keys = _draw_keys(gram, generator)
     elif generator is not None:
-        raise ValueError("generator draws the orders, so it must be None where perms are given. Drop one of the two.")
+        raise ValueError("generator draws the orders, so it must be None if perms are given. Pass only one of the two.")
     else:
         perms = dense("perms", perms)
     if traced(gram, perms):
@@ -103,23 +104,23 @@ def pcgrad(
     reduction: Reduction = "mean",
     nonfinite: NonFinite = "raise",
 ) -> tuple[Tensor | list[Tensor | None], Tensor]:
-    """PCGrad's direction of the gradients J: :func:`gram`, :func:`pcgrad_weights` and :func:`combine` in one call.
+    """Compute PCGrad's direction for the gradients J: :func:`gram`, :func:`pcgrad_weights`, :func:`combine` in one.
 
     Args:
         J: ``[k, P]`` or a list of ``[k, *shape]``, as in :func:`antdiff.ops.gram`.
-        out: where to write the direction, as in :func:`antdiff.ops.combine`.
-        perms, generator, reduction, nonfinite: as in :func:`pcgrad_weights`.
+        out: Tensors to overwrite with the direction, as in :func:`antdiff.ops.combine`.
+        perms, generator, reduction, nonfinite: As in :func:`pcgrad_weights`.
 
     Returns:
-        The direction as :func:`combine` returns it, and the weights float64 ``[k]``.
+        The direction, as :func:`combine` returns it, and the weights, float64 ``[k]``.
     """
     weights = pcgrad_weights(gram_of(J), perms, generator=generator, reduction=reduction, nonfinite=nonfinite)
     return combine(weights, J, out), weights  # type: ignore[arg-type]
 
 
 def _draw_keys(gram: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[..., k, k] uniform numbers."""
-    if generator is None:  # not passed on as None, which torch.compile cannot trace with dynamic shapes
+    """Draw uniform numbers [..., k, k]."""
+    if generator is None:  # torch.compile cannot trace generator=None with dynamic shapes
         return torch.rand(gram.shape, dtype=torch.float64, device=gram.device)
     check_generator(generator, gram.device)
     return torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator)

@@ -1,7 +1,7 @@
-"""Plain PyTorch twins of every op: same names, same signatures, any device, differentiable by autograd.
+"""Plain PyTorch twins of all ops: same names and signatures, any device, differentiable by autograd.
 
-They are the documentation of what a kernel computes, the oracle of its tests (in float64) and the baseline of its
-benchmark. They import torch alone and are written to be read, not to be fast.
+They document what a kernel computes, and serve as the expected values of its tests (in float64) and as the baseline of
+its benchmark. They import only torch and are written for readability rather than speed.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def pcgrad_weights(
     """Twin of :func:`antdiff.ops.pcgrad_weights`."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     if perms is None:
-        # A generator of None fails to trace with dynamic shapes.
-        drawn_by: dict[str, Any] = {} if generator is None else {"generator": generator}
-        perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, **drawn_by))
+        # generator=None cannot be traced with dynamic shapes.
+        options: dict[str, Any] = {} if generator is None else {"generator": generator}
+        perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, **options))
     k = gram.shape[-1]
     c = torch.eye(k, dtype=gram.dtype, device=gram.device).expand(gram.shape)  # [..., k, k]: p_i = sum_j c_ij g_j
-    for s in range(k - 1):  # every row i makes its visit number s
+    for s in range(k - 1):  # visit number s of every row i
         j = perms[..., s]  # [..., k]
         rows = gram.gather(-2, j[..., None].expand(gram.shape))  # [..., k, k]: G_j for each i
         norms = gram.diagonal(dim1=-2, dim2=-1).gather(-1, j)  # [..., k]: |g_j|^2
@@ -139,16 +139,16 @@ def pcgrad(
 
 
 def pcgrad_perms(keys: Tensor) -> Tensor:
-    """The orders [..., k, k-1] that :func:`pcgrad_weights` draws from keys [..., k, k]: the other rows, ascending."""
+    """Return the orders [..., k, k-1] that :func:`pcgrad_weights` draws: other rows by ascending keys [..., k, k]."""
     k = keys.shape[-1]
     self_last = keys.masked_fill(torch.eye(k, dtype=torch.bool, device=keys.device), torch.inf)
     return self_last.argsort(dim=-1, stable=True)[..., : k - 1]
 
 
 def nash_weights(gram: Tensor, *, solver: str = "newton", nonfinite: str = "raise") -> Tensor:
-    """Twin of :func:`antdiff.ops.nash_weights`, for ``solver="newton"``: damped Newton as textbooks have it."""
+    """Twin of :func:`antdiff.ops.nash_weights` for ``solver="newton"``: the damped Newton method of textbooks."""
     if solver != "newton":
-        raise ValueError(f"the reference knows solver='newton' only; got {solver!r}.")
+        raise ValueError(f"solver must be 'newton' in the reference; got {solver!r}. Use antdiff.ops.nash_weights.")
     bad = _bad_gram(gram, nonfinite)  # [...]
     k = gram.shape[-1]
     weights = gram.new_full(gram.shape[:-1], torch.nan)
@@ -159,7 +159,7 @@ def nash_weights(gram: Tensor, *, solver: str = "newton", nonfinite: str = "rais
         scale = G.diagonal()[rows].rsqrt()  # D: 1 / |g_i|
         C = G[rows][:, rows] * scale * scale[:, None]  # correlation matrix
         b = _nash_newton(C)
-        if b is None:  # no solution: some convex combination of the rows vanishes
+        if b is None:  # no solution, because a convex combination of the rows vanishes
             b = _nash_newton(C + 1e-9 * torch.eye(len(C)).to(C))
         w.zero_()
         w[rows] = torch.nan if b is None else scale * b
@@ -185,7 +185,7 @@ def nash_residual(gram: Tensor, weights: Tensor) -> Tensor:
 
 
 def _nash_newton(C: Tensor) -> Tensor | None:
-    """b > 0 with C b = 1/b, or None where Newton's method does not converge."""
+    """Return b > 0 with C b = 1/b, or None if Newton's method does not converge."""
     b, last = C.new_ones(len(C)), torch.inf
     for _ in range(64):
         gradient = C @ b - 1 / b
@@ -206,7 +206,7 @@ def gram_weights(
     reduction: str = "mean",
     nonfinite: str = "raise",
 ) -> Tensor:
-    """Twin of :func:`antdiff.ops.gram_weights`: quadratic programs by trying every set of rows, 2^k of them."""
+    """Twin of :func:`antdiff.ops.gram_weights`. Quadratic programs are solved by trying all 2^k sets of rows."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     k = gram.shape[-1]
     solve = _GRAM_METHODS[method]
@@ -216,7 +216,7 @@ def gram_weights(
         if skip:
             w.fill_(torch.nan)
         elif rows.any():
-            unit = G.diagonal().max()  # no method sees one, but fairgrad's weights have one
+            unit = G.diagonal().max()  # only the weights of fairgrad depend on the unit; see below
             w[rows] = solve(G[rows][:, rows] / unit, k, parameter)
             if method == "fairgrad":
                 alpha = 2.0 if parameter is None else parameter
@@ -225,7 +225,7 @@ def gram_weights(
 
 
 def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
-    """argmin over x >= 0 of ``1/2 x^T H x + c^T x``: the best of the stationary points on each set of rows."""
+    """Return argmin over x >= 0 of ``1/2 x^T H x + c^T x``, the best of the stationary points on all sets of rows."""
     m = len(c)
     used = ((torch.arange(2**m)[:, None] >> torch.arange(m)) & 1).to(H)  # [2^m, m]
     blocks = H * used[:, :, None] * used[:, None, :] + torch.diag_embed(1 - used)  # [2^m, m, m]
@@ -238,13 +238,13 @@ def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
 
 
 def _onto_dual_cone(G: Tensor, e: Tensor) -> Tensor:
-    """Coefficients of the projection of ``e^T J`` onto ``{d: J d >= 0}``."""
+    """Return the coefficients of the projection of ``e^T J`` onto ``{d: J d >= 0}``."""
     scale = G.diagonal().rsqrt()
     return e + scale * _nonnegative_qp(G * scale * scale[:, None], scale * (G @ e))
 
 
 def _min_norm(G: Tensor) -> Tensor:
-    """The point of the simplex with the least ``a^T G a``, from the optimum without the simplex' constraint."""
+    """Return the point of the simplex with the least ``a^T G a``, by scaling the optimum of a problem over a >= 0."""
     scale = G.diagonal().rsqrt()
     sigma = scale / scale.max()
     a = sigma * _nonnegative_qp(G * scale * scale[:, None] + sigma * sigma[:, None], -sigma)
@@ -272,7 +272,7 @@ def _mgda(G: Tensor, k: int, _parameter: float | None) -> Tensor:
 
 
 def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
-    """Bisection for the nu with ``|J^T x| = c |g_0|``, x / nu the least-norm weights of the rows ``nu g_i + g_0``."""
+    """Bisect for nu with ``|J^T x| = c |g_0|``; x / nu are the least-norm weights of the rows ``nu g_i + g_0``."""
     c = 0.5 if c is None else c
     b = G.sum(1) / k  # <g_i, g_0>
     square = b.sum() / k  # |g_0|^2
@@ -285,8 +285,11 @@ def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
 
 
 def _equalise(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients with equal inner products with all unit rows, 0 where gradients oppose each other exactly; and what
-    is rounding in a sum of them, relative to its terms."""
+    """Return coefficients whose combination has equal inner products with all unit rows, and a rounding threshold.
+
+    The coefficients are 0 if gradients are exactly opposed. The threshold is the rounding error of a sum of them,
+    relative to its terms.
+    """
     scale, m = G.diagonal().rsqrt(), len(G)
     values, V = torch.linalg.eigh(G * scale * scale[:, None])  # correlations
     zero = 64 * torch.finfo(G.dtype).eps * m
@@ -309,7 +312,7 @@ def _config(G: Tensor, k: int, _parameter: float | None) -> Tensor:
 
 
 def _fairgrad(G: Tensor, k: int, alpha: float | None) -> Tensor:
-    """Newton's method with halved steps for the convex ``1/2 w^T G w - sum_i w_i^p / p``, p = 1 - 1 / alpha."""
+    """Minimise the convex ``1/2 w^T G w - sum_i w_i^p / p``, p = 1 - 1 / alpha, by Newton's method, halving steps."""
     alpha = 2.0 if alpha is None else alpha
     p = 1 - 1 / alpha
 
@@ -321,7 +324,7 @@ def _fairgrad(G: Tensor, k: int, alpha: float | None) -> Tensor:
         gradient = G @ w - w ** (-1 / alpha)
         step = torch.linalg.solve(G + torch.diag(w ** (-1 / alpha - 1) / alpha), -gradient)
         change, size = (step / w).abs().max(), 1.0
-        # Where a full step is as good as Newton's method gets, the objective would only show its rounding.
+        # Near the optimum, differences of the objective are only rounding errors, so the full step is taken there.
         while change * size > 1e-3 and (
             (w + size * step).min() <= 0 or objective(w + size * step) > objective(w) + 1e-4 * size * gradient @ step
         ):
@@ -353,7 +356,7 @@ def gradvac_weights(
     reduction: str = "mean",
     nonfinite: str = "raise",
 ) -> tuple[Tensor, Tensor]:
-    """Twin of :func:`antdiff.ops.gradvac_weights`: the algorithm, one pair of rows after the other."""
+    """Twin of :func:`antdiff.ops.gradvac_weights`: the algorithm, pair of rows by pair of rows."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     k = gram.shape[-1]
     perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, generator=generator))
@@ -383,10 +386,10 @@ def gradvac_weights(
 
 
 def _bad_gram(gram: Tensor, nonfinite: str) -> Tensor:
-    """Which problems [...] have no Gram matrix: not finite, or a negative diagonal."""
+    """Return which problems [...] are not a Gram matrix: an entry is not finite, or a diagonal entry is negative."""
     bad = ~gram.isfinite().all(-1).all(-1) | (gram.diagonal(dim1=-2, dim2=-1) < 0).any(-1)
     if nonfinite == "raise" and gram.device.type == "cpu" and bad.any():
-        raise ValueError("gram must be finite with a non-negative diagonal.")
+        raise ValueError("gram must be finite with a non-negative diagonal; got one that is not. Pass J @ J.T.")
     return bad
 
 
@@ -394,7 +397,10 @@ def interval_partition(cost: Tensor, k: int, *, min_size: int = 1, max_size: int
     """Twin of :func:`antdiff.ops.interval_partition`."""
     starts, total = interval_partition_all(cost, k, min_size=min_size, max_size=max_size)[k - 1]
     if not starts.numel():
-        raise ValueError(f"cost must allow a partition into k={k} intervals of {min_size} to {max_size} points.")
+        raise ValueError(
+            f"cost must allow a partition into k={k} intervals of {min_size} to {max_size} points; got one that "
+            "forbids every partition. Lower k, or replace +inf entries."
+        )
     return starts, total
 
 
@@ -403,14 +409,14 @@ def interval_partition_all(
 ) -> list[tuple[Tensor, float]]:
     """Twin of :func:`antdiff.ops.interval_partition_all`."""
     T = cost.shape[0]
-    size = torch.arange(T)[None, :] - torch.arange(T)[:, None] + 1  # [T, T], of the interval l..r
+    size = torch.arange(T)[None, :] - torch.arange(T)[:, None] + 1  # [T, T], size of the interval l..r
     allowed = (size >= min_size) & (size <= (max_size or T))
     cost = torch.where(allowed, cost, torch.inf)  # [l, r]
-    best, first = [cost[0]], [torch.zeros(T, dtype=torch.int64)]  # a layer: [T] over r, with j + 1 intervals
+    best, first = [cost[0]], [torch.zeros(T, dtype=torch.int64)]  # per layer j: [T] over r, for j + 1 intervals
     for _ in range(1, k):
-        before = torch.cat([cost.new_full((1,), torch.inf), best[-1][:-1]])  # [T], best cost of points 0..l-1
+        before = torch.cat([cost.new_full((1,), torch.inf), best[-1][:-1]])  # [T], lowest cost of points 0..l-1
         candidates = before[:, None] + cost  # [l, r]
-        first.append(candidates.argmin(dim=0))  # the smallest l among equals
+        first.append(candidates.argmin(dim=0))  # the smallest l among ties
         best.append(candidates.amin(dim=0))
     results = []
     for j in range(k):
@@ -454,5 +460,5 @@ def interval_partition_affinity(
 
 
 def _prefix(x: Tensor) -> Tensor:
-    """Sums of the first 0..T entries, [T + 1]."""
+    """Return the sums of the first 0..T entries, [T + 1]."""
     return torch.nn.functional.pad(x.cumsum(dim=0), (1, 0))
