@@ -21,6 +21,7 @@ from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.experiments import evaluate as run_module
 from antdiff.experiments.evaluate import closing_table, execute
+from antdiff.gradients.jacobian import write_grads
 from antdiff.train.checkpoint import (
     CheckpointError,
     DivergenceError,
@@ -35,7 +36,6 @@ from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
-from antdiff.train.methods import write_direction
 from antdiff.train.models import build_model, draw_samples, noise_schedule
 from antdiff.train.run import load_model, make_clusters, start_run
 from antdiff.train.signals import stop_requests
@@ -162,7 +162,7 @@ def test_the_direction_of_a_method_without_weights_reaches_the_parameters() -> N
     model = torch.nn.Module()
     model.a, model.frozen = (torch.nn.Parameter(torch.zeros(2), requires_grad=on) for on in (True, False))
     model.b = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    write_direction([torch.tensor([1.0, 2.0]), None, torch.full((3,), 0.25)], model)
+    write_grads(list(model.parameters()), [torch.tensor([1.0, 2.0]), None, torch.full((3,), 0.25)])
     assert model.a.grad is not None
     assert model.b.grad is not None
     assert model.frozen.grad is None
