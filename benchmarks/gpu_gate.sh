@@ -18,8 +18,8 @@ export PYTHONPATH=$GATE/site ANTDIFF_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
 build() {
   arch=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') &&
     rm -rf "$GATE/site" &&
-    python3 -m pip install --no-index --no-build-isolation --no-deps --target "$GATE/site" \
-      -C cmake.define.ANTDIFF_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$arch" -C build-dir="$GATE/build" . &&
+    ANTDIFF_CUDA=ON CMAKE_CUDA_ARCHITECTURES="$arch" python3 -m pip install --no-index --no-build-isolation --no-deps \
+      --target "$GATE/site" -C build-dir="$GATE/build" . &&
     python3 -m antdiff.info
 }
 # The op families; the training job needs packages that such a machine may lack, and no kernel of its own.

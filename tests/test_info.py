@@ -1,4 +1,4 @@
-"""``antdiff info``: true where everything is there, helpful where something is not."""
+"""``antdiff info`` reports what is installed, and names a remedy for what is missing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 from antdiff import _C, info
 
+HOW = "To use the GPU, install the CUDA toolkit and run this in the source tree"
+
 
 def test_report_says_what_is_there() -> None:
     text = info.report()
@@ -18,18 +20,20 @@ def test_report_says_what_is_there() -> None:
     for part in (torch.__version__, build["version"], build["compiler"], build["isa"], "diffusers", "will be used"):
         assert part in text
     if not torch.cuda.is_available():
-        assert "to use a GPU" in text
+        assert "To use a GPU" in text
 
 
 def test_every_missing_thing_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "version", lambda package: None if package in ("diffusers", "tyro") else "1.0")
     text = info.report()
-    assert 'pip install "antdiff[train]" (missing: diffusers, tyro)' in text
+    assert 'need diffusers, tyro. Install the extra: pip install "antdiff[train]"' in text
     monkeypatch.setitem(sys.modules, "antdiff._C", None)  # import now raises ImportError
     monkeypatch.delattr("antdiff._C")
     facts, remedies = info.collect()
     assert facts["will be used"] == "nothing: the extension does not load"
-    assert any("build the extension" in remedy for remedy in remedies)
+    assert any(remedy.endswith(info.COMMANDS["extension"]) for remedy in remedies)
+    monkeypatch.setattr(info, "version", lambda package: None)  # nothing is installed, antdiff included
+    assert any(remedy.endswith('in the source tree: pip install ".[train]"') for remedy in info.collect()[1])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,11 @@ def test_which_gpus_a_build_serves(archs: Any, capability: tuple[int, int], expe
 
 
 @pytest.mark.parametrize(
-    ("archs", "remedy"), [("80-real", "do not serve sm_90"), (None, "this build has no CUDA kernels")]
+    ("archs", "remedy"),
+    [
+        ("80-real", f"do not serve sm_90. {HOW}: {info.COMMANDS['architecture'].format(architecture='90')}\n"),
+        (None, f"This build has no CUDA kernels. {HOW}: {info.COMMANDS['cuda']}\n"),
+    ],
 )
 def test_a_gpu_the_build_cannot_use_is_reported(
     archs: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch
@@ -67,11 +75,13 @@ def test_a_gpu_the_build_cannot_use_is_reported(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     text = info.report()
     assert "cuda:0 H200 (sm_90)" in text
-    assert remedy in text
+    assert remedy in text + "\n"
     assert "will be used" in text
     assert "CUDA kernels for tensors" not in text
     build |= {"cuda": True, "cuda_archs": "90-real"}
     assert "CUDA kernels for tensors on cuda" in info.report()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 1))
+    assert "need a GPU of compute capability 7.0 or later, and this one is sm_61" in info.report()
 
 
 def test_module_runs_without_the_optional_packages() -> None:

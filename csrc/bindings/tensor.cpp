@@ -180,10 +180,10 @@ void check(const Status& status, const std::string& id_name, int64_t k) {
 #if !defined(ANTDIFF_WITH_CUDA)
 void throw_without_cuda(const Tensor& tensor) {
   throw std::runtime_error(tensor.name() +
-                           " is on a CUDA device, but antdiff was built without CUDA. Rebuild where nvcc "
-                           "is present: pip install --force-reinstall --no-deps --no-binary antdiff -C "
-                           "cmake.define.ANTDIFF_CUDA=ON antdiff (or '.' in a checkout). antdiff.ops.reference holds "
-                           "plain PyTorch versions.");
+                           " is on a CUDA device, but antdiff was built without CUDA kernels. Install the CUDA "
+                           "toolkit and run this in the source tree: "
+                           "ANTDIFF_CUDA=ON pip install --force-reinstall --no-deps . "
+                           "The functions of antdiff.ops.reference are plain PyTorch and run on any device.");
 }
 #endif
 

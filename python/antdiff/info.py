@@ -1,5 +1,7 @@
-"""``antdiff info`` and ``python -m antdiff.info``: what is installed, how it was built, what will be used, what is
-missing and how to mend it. For a newcomer to read, and to paste into a bug report. Needs no optional package.
+"""``antdiff info`` and ``python -m antdiff.info``: report what is installed, how it was built and what will be used.
+
+For each thing that is missing the report has one line with the remedy. It is meant to be pasted into a bug report, and
+it needs no optional package: it also works where torch is missing or the extension does not load.
 """
 
 from __future__ import annotations
@@ -10,15 +12,24 @@ from collections.abc import Mapping
 from typing import Any
 
 TORCH_NEEDED = (2, 10)
+CAPABILITY_NEEDED = (7, 0)  # the kernels take tables as __grid_constant__ parameters
 TRAIN_PACKAGES = ("diffusers", "matplotlib", "mlxtend", "pillow", "safetensors", "scikit-learn", "tensorboard",
                   "torchmetrics", "tqdm", "tyro")  # fmt: skip
-REBUILD_CUDA = "install the CUDA toolkit and run: ANTDIFF_CUDA=ON pip install --force-reinstall --no-deps ."
+# Every command that a report can contain. The tests run each of them. {target} is `antdiff`, or `.` for a source tree.
+COMMANDS = {
+    "extension": "pip install .",
+    "cuda": "ANTDIFF_CUDA=ON pip install --force-reinstall --no-deps .",
+    "architecture": "ANTDIFF_CUDA=ON CMAKE_CUDA_ARCHITECTURES={architecture} pip install --force-reinstall --no-deps .",
+    "torch": 'pip install "torch>=2.10"',
+    "train": 'pip install "{target}[train]"',
+}
 
 
 def collect() -> tuple[dict[str, str], list[str]]:
-    """What there is, label to text in the order to print, and one line of remedy for each thing missing."""
+    """Return the facts, label to text in the order of the report, and one remedy for each thing that is missing."""
+    installed = version("antdiff")
     facts = {
-        "antdiff": version("antdiff") or "not installed (imported from a source tree)",
+        "antdiff": installed or "not installed (imported from a source tree)",
         "python": f"{platform.python_version()} on {platform.platform()}",
     }
     remedies: list[str] = []
@@ -28,8 +39,10 @@ def collect() -> tuple[dict[str, str], list[str]]:
     missing = [name for name in TRAIN_PACKAGES if version(name) is None]
     facts["train extra"] = ", ".join(f"{name} {version(name)}" for name in TRAIN_PACKAGES if version(name)) or "none"
     if missing:
+        command = COMMANDS["train"].format(target="antdiff" if installed else ".")
+        where = "" if installed else " in the source tree"
         remedies.append(
-            f'for antdiff train, compare and sample: pip install "antdiff[train]" (missing: {", ".join(missing)})'
+            f"antdiff train, compare and sample need {', '.join(missing)}. Install the extra{where}: {command}"
         )
     if build is None:
         facts["will be used"] = "nothing: the extension does not load"
@@ -41,12 +54,14 @@ def collect() -> tuple[dict[str, str], list[str]]:
 
 
 def _extension(facts: dict[str, str], remedies: list[str]) -> dict[str, Any] | None:
-    """The build_info of antdiff._C, or None if it does not load."""
+    """Describe the extension; return its build_info, or None if it does not load."""
     try:
         from antdiff import _C
     except ImportError as error:
         facts["extension"] = f"does not load: {error}"
-        remedies.append("build the extension: pip install . in the source tree (a C++17 compiler is enough)")
+        remedies.append(
+            f"The extension does not load. Build it in the source tree, with a C++17 compiler: {COMMANDS['extension']}"
+        )
         return None
     build: dict[str, Any] = dict(_C.build_info())
     cuda = (
@@ -60,51 +75,67 @@ def _extension(facts: dict[str, str], remedies: list[str]) -> dict[str, Any] | N
 
 
 def _torch(facts: dict[str, str], remedies: list[str], build: Mapping[str, Any] | None) -> str | None:
-    """Describe torch and the GPU; the device's name if its tensors will go through our kernels, else None."""
+    """Describe torch and the GPUs; return "cuda" if the CUDA kernels serve the current GPU, else None."""
     try:
         import torch
     except ImportError as error:
         facts["torch"] = f"does not load: {error}"
-        remedies.append('install torch: pip install "torch>=2.10"')
+        remedies.append(f"torch does not load. Install it: {COMMANDS['torch']}")
         return None
     facts["torch"] = f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
     facts["threads"] = str(torch.get_num_threads())
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < TORCH_NEEDED:
         remedies.append(
-            'this torch lacks the DLPack exchange API antdiff reads tensors with: pip install "torch>=2.10"'
+            "This torch lacks the DLPack exchange API through which antdiff reads tensors. Install a later one: "
+            f"{COMMANDS['torch']}"
         )
     if not torch.cuda.is_available():
         facts["gpu"] = "none that torch can use"
         if torch.version.cuda is None:
-            remedies.append("to use a GPU: this torch is built for CPUs; install a CUDA build of it (pytorch.org)")
+            remedies.append(
+                "This torch is built for CPUs only. To use a GPU, install a CUDA build of torch: https://pytorch.org"
+            )
         return None
     facts["gpu"] = "; ".join(
         f"cuda:{i} {torch.cuda.get_device_name(i)} (sm_{major}{minor})"
         for i in range(torch.cuda.device_count())
         for major, minor in [torch.cuda.get_device_capability(i)]
     )
-    if build is None or not build.get("cuda"):
-        remedies.append(f"to use the GPU: this build has no CUDA kernels; {REBUILD_CUDA}")
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    if not serves(build["cuda_archs"], major, minor):
+    capability = torch.cuda.get_device_capability()
+    sm = f"sm_{capability[0]}{capability[1]}"
+    if capability < CAPABILITY_NEEDED:
         remedies.append(
-            f"the kernels do not serve sm_{major}{minor}: CMAKE_CUDA_ARCHITECTURES={major}{minor}, then {REBUILD_CUDA}"
+            f"The CUDA kernels need a GPU of compute capability 7.0 or later, and this one is {sm}. "
+            "Keep the tensors on the CPU."
+        )
+        return None
+    if build is None or not build.get("cuda"):
+        remedies.append(
+            "This build has no CUDA kernels. To use the GPU, install the CUDA toolkit and run this in the source tree: "
+            f"{COMMANDS['cuda']}"
+        )
+        return None
+    if not serves(build["cuda_archs"], *capability):
+        command = COMMANDS["architecture"].format(architecture=sm.removeprefix("sm_"))
+        remedies.append(
+            f"The CUDA kernels of this build do not serve {sm}. To use the GPU, install the CUDA toolkit and run this "
+            f"in the source tree: {command}"
         )
         return None
     return "cuda"
 
 
 def archs_text(archs: str | list[str]) -> str:
-    """The architectures as one line, from a list or from CMake's comma-separated text."""
+    """Return the architectures as one line, from a list or from the comma-separated text that CMake wrote."""
     return archs if isinstance(archs, str) else ", ".join(str(arch) for arch in archs)
 
 
 def serves(archs: str | list[str], major: int, minor: int) -> bool:
-    """Whether kernels built for `archs` (CMake's spelling: 80, 90-real, 90a-real, all-major) run on this GPU.
+    """Tell whether kernels built for `archs` (CMake's spelling: 80, 90-real, 90a-real, all-major) run on this GPU.
 
-    Machine code runs on its own major version from its minor on; PTX (no ``-real``) on everything newer. Code for
-    features of one architecture (90a) runs on exactly that one.
+    Machine code runs on GPUs of the same major version and the same or a later minor version. PTX, which an
+    architecture without ``-real`` includes, runs on every later GPU. Code for one architecture's own features (90a)
+    runs on exactly that architecture.
     """
     for arch in archs_text(archs).replace(";", ",").split(","):
         number, _, kind = arch.strip().partition("-")
@@ -123,7 +154,7 @@ def serves(archs: str | list[str], major: int, minor: int) -> bool:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, or None. Reads metadata only, so it imports nothing."""
+    """Return the installed version of a package, or None. This reads metadata and imports nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -131,7 +162,7 @@ def version(package: str) -> str | None:
 
 
 def report() -> str:
-    """The text of ``antdiff info``."""
+    """Return the text of ``antdiff info``."""
     facts, remedies = collect()
     width = max(len(label) for label in facts)
     lines = [f"{label:<{width}}  {text}" for label, text in facts.items()]

@@ -21,8 +21,8 @@ try:
     from antdiff import _C
 except ImportError as error:  # pragma: no cover - needs a broken installation
     raise ImportError(
-        f"antdiff's compiled extension could not be loaded ({error}). In a source checkout, build it with "
-        "`pip install .`; `python -m antdiff.info` shows what is present."
+        f"antdiff's compiled extension could not be loaded ({error}). Run `pip install .` in the source tree to build "
+        "it. `python -m antdiff.info` reports what is installed."
     ) from error
 
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
