@@ -345,6 +345,16 @@ def test_whole_numbers_may_come_as_floats_and_as_one_for_all() -> None:
     assert torch.equal(net(x, timestep=torch.tensor(700), return_dict=False)[0], want)
 
 
+def test_the_remedy_for_a_routed_model_works_as_printed() -> None:
+    for model in (network("dit"), nn.ModuleList([network("dit")])):
+        ChannelRouting(model)
+        with pytest.raises(ValueError, match="must not be routed already") as caught:
+            ChannelRouting(model)
+        command = str(caught.value).partition("Call ")[2].partition(" first.")[0]
+        eval(command, {"model": model})
+        ChannelRouting(model)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,4 +1,4 @@
-"""Groups of timesteps that are trained as one task each, and the samplers that draw timesteps from them."""
+"""Clusters of timesteps, each trained as one task, and the samplers that draw timesteps from them."""
 
 from antdiff.clustering.clusters import TimestepClusters
 from antdiff.clustering.timesteps import StratifiedTimesteps, UniformTimesteps

@@ -1,4 +1,4 @@
-"""The clusters of timesteps: K contiguous intervals of 0..T-1, each trained as one task."""
+"""Clusters of timesteps: K contiguous intervals of 0..T-1, each trained as one task."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _FORMAT, _VERSION = "antdiff.TimestepClusters", 1
 class TimestepClusters:
     """K contiguous, non-empty, half-open intervals ``[starts[i], starts[i+1])`` that cover timesteps 0..T-1.
 
-    Timestep 0 is the least noise, so cluster 0 holds the least noise. Immutable; equal by value; can be pickled.
+    Timestep 0 has the least noise, so cluster 0 does too. Objects are immutable, compare by value and can be pickled.
 
-    Clusters of continuous noise levels (EDM's sigma, flow matching's tau) carry ``edges`` as well: the k-1 noise levels
-    between neighbouring clusters. :meth:`cluster_of` then takes timesteps (integers) and noise levels (floats).
+    Clusters of continuous noise levels (EDM's sigma, flow matching's tau) also have ``edges``: the k-1 noise levels
+    between neighbouring clusters. Then :meth:`cluster_of` accepts timesteps (integers) and noise levels (floats).
 
     Args:
         T: number of timesteps.
-        starts: first timestep of each cluster, ascending from 0.
-        edges: noise levels between the clusters, ``[k-1]``, positive and ascending; default none.
+        starts: first timestep of each cluster, strictly ascending from 0.
+        edges: noise levels between the clusters, ``[k-1]``, positive and strictly ascending. None: discrete timesteps.
 
     Raises:
-        TypeError, ValueError: starts or edges that do not fit.
+        TypeError, ValueError: ``starts`` or ``edges`` break these rules.
     """
 
     __slots__ = ("_boundaries", "_bounds", "_edges")
@@ -66,14 +66,14 @@ class TimestepClusters:
 
     @classmethod
     def uniform(cls, T: int, k: int) -> TimestepClusters:
-        """Equal sizes: ANT's timestep cost, the sum of distances to the centre, in closed form.
+        """Return clusters of equal size, the optimum of ANT's timestep cost (the sum of distances to the centre).
 
-        Cluster i starts at ``i * T // k``; where k does not divide T, sizes differ by one. (The dynamic program would
-        do no better: sizes m and m+1 often cost the same, so its optimum is only one of many.)
+        Cluster i starts at ``i * T // k``. Sizes differ by at most one, if k does not divide T. The dynamic program
+        cannot do better: sizes m and m+1 often cost the same, so that its optimum is one of many.
         """
         T, k = as_count("T", T), as_count("k", k)
         if k > T:
-            raise ValueError(f"k must be at most T, since no cluster is empty; got k={k} with T={T}.")
+            raise ValueError(f"k must be at most T, since no cluster may be empty; got k={k} with T={T}.")
         return cls(T, [i * T // k for i in range(k)])
 
     @classmethod
@@ -87,18 +87,20 @@ class TimestepClusters:
         min_size: int = 1,
         max_size: int | None = None,
     ) -> TimestepClusters:
-        """Clusters of nearly constant log-SNR: ANT's SNR cost, ``sum_t |log_snr[t] - log_snr[centre]|``, exactly.
+        """Return clusters of nearly constant log-SNR, the exact optimum of ANT's SNR cost.
+
+        The cost of a cluster is ``sum_t |log_snr[t] - log_snr[centre]|``.
 
         Args:
-            log_snr: float ``[T]``, tensor or array, finite; falls with t (see :mod:`antdiff.diffusion.schedules`). Give
-                the logarithm: raw SNR puts nearly all timesteps into one cluster.
+            log_snr: float ``[T]``, tensor or array, finite, falling with t (see :mod:`antdiff.diffusion.schedules`).
+                Pass the logarithm: raw SNR would put nearly all timesteps into one cluster.
             k: number of clusters.
-            p: 1 for absolute distance to the median (ANT), 2 for squared distance to the mean.
-            weight: float ``[T]`` >= 0: how much a timestep counts; with ``p=1`` the centre is the weighted median.
-            min_size, max_size: bounds on the number of timesteps of a cluster; default none.
+            p: 1 for the absolute distance to the median (ANT), 2 for the squared distance to the mean.
+            weight: float ``[T]`` >= 0, how much each timestep counts. With ``p=1`` the centre is the weighted median.
+            min_size, max_size: bounds on the number of timesteps per cluster. Default: no bounds.
 
         Raises:
-            TypeError, ValueError: as :func:`antdiff.ops.interval_partition_values`, or values that are not finite.
+            TypeError, ValueError: as :func:`antdiff.ops.interval_partition_values`; also if a value is not finite.
         """
         x = _as_float64("log_snr", log_snr, 1)
         bad = (~x.isfinite()).nonzero()
@@ -107,10 +109,10 @@ class TimestepClusters:
             raise ValueError(
                 f"log_snr must be finite; got {value} at t={t}."
                 + (
-                    " The schedule has zero SNR there, as is usual at the last timestep: cluster with that timestep's "
-                    "log-SNR set to its neighbour's (log_snr[-1] = log_snr[-2])."
+                    " The schedule has zero SNR at that timestep, as many have at the last one. Set its log-SNR to "
+                    "that of its neighbour (log_snr[-1] = log_snr[-2])."
                     if value == -math.inf
-                    else " Give the natural logarithm of a positive, finite SNR."
+                    else " Pass the natural logarithm of a positive, finite SNR."
                 )
             )
         weight = None if weight is None else _as_float64("weight", weight, 1)
@@ -119,12 +121,14 @@ class TimestepClusters:
 
     @classmethod
     def from_affinity(cls, tas: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
-        """Clusters of timesteps with aligned gradients: ANT's gradient cost, ``-sum_t tas[centre, t]``, exactly.
+        """Return clusters of timesteps with aligned gradients, the exact optimum of ANT's gradient cost.
+
+        The cost of a cluster is ``-sum_t tas[centre, t]``.
 
         Args:
-            tas: float ``[T, T]``, tensor or array: task affinity scores of all pairs of timesteps.
-            k, min_size, max_size: as in :meth:`from_log_snr`. Noisy affinities may want bounds; half and one and a half
-                times T/k are usual.
+            tas: float ``[T, T]``, tensor or array, the task affinity scores of all pairs of timesteps.
+            k, min_size, max_size: as in :meth:`from_log_snr`. For noisy affinities, set bounds; 0.5 and 1.5 times T/k
+                are common.
         """
         affinity = _as_float64("tas", tas, 2)
         starts, _ = ops.interval_partition_affinity(affinity, k, min_size=min_size, max_size=max_size)
@@ -132,7 +136,7 @@ class TimestepClusters:
 
     @classmethod
     def from_cost(cls, cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
-        """The optimum for any cost ``[T, T]`` of an interval: see :func:`antdiff.ops.interval_partition`."""
+        """Return the optimal clusters for any interval cost ``[T, T]``; see :func:`antdiff.ops.interval_partition`."""
         starts, _ = ops.interval_partition(cost, k, min_size=min_size, max_size=max_size)
         return cls(cost.shape[0], starts)
 
@@ -147,18 +151,27 @@ class TimestepClusters:
         min_size: int = 1,
         max_size: int | None = None,
     ) -> TimestepClusters:
-        """Clusters of EDM noise levels by log-SNR = -2 log(sigma); edges are geometric means of neighbouring levels.
+        """Return clusters of EDM noise levels, by log-SNR = -2 log(sigma).
+
+        The edges are the geometric means of neighbouring levels.
 
         Args:
-            sigmas: float ``[T]``, positive and strictly ascending (a sampler's levels run the other way: flip them and
-                leave out its final 0). Space them as training draws them, or pass their density as ``weight``.
+            sigmas: float ``[T]``, positive and strictly ascending. The levels of a sampler descend: flip them and leave
+                out the final 0. Space them as training draws them, or pass their density as ``weight``.
             k, p, weight, min_size, max_size: as in :meth:`from_log_snr`.
         """
         sigma = _as_float64("sigmas", sigmas, 1)
         if not (sigma > 0).all() or not (sigma < math.inf).all():
-            raise ValueError("sigmas must be positive and finite; leave out the final 0 of a sampler's levels.")
+            raise ValueError(
+                f"sigmas must be positive and finite; got values from {sigma.min():.6g} to {sigma.max():.6g}. If they "
+                "come from a sampler, leave out the final 0."
+            )
         if not (sigma.diff() > 0).all():
-            raise ValueError("sigmas must ascend strictly (t=0 is the least noise); flip those of a sampler: .flip(0).")
+            t = int((sigma.diff() <= 0).nonzero()[0, 0])
+            raise ValueError(
+                f"sigmas must ascend strictly, since t=0 has the least noise; got {sigma[t]:.6g} before "
+                f"{sigma[t + 1]:.6g} at t={t}. If they come from a sampler, flip them: sigmas.flip(0)."
+            )
         log_sigma = sigma.log()
         clusters = cls.from_log_snr(-2 * log_sigma, k, p=p, weight=weight, min_size=min_size, max_size=max_size)
         inner = clusters.starts[1:]
@@ -168,16 +181,16 @@ class TimestepClusters:
     def from_quantiles(
         cls, k: int, *, distribution: str = "lognormal", mean: float = -1.2, std: float = 1.2, T: int = 1000
     ) -> TimestepClusters:
-        """Clusters of equal probability under the distribution that training draws noise levels from.
+        """Return clusters of equal probability under the distribution from which training draws noise levels.
 
-        The T timesteps are bins of equal probability, so the clusters are uniform in t, and edge i is the quantile
-        ``starts[i] / T`` (``i / k`` where k divides T).
+        The T timesteps are bins of equal probability. The clusters are therefore uniform in t, and the edge below
+        cluster i is the quantile ``starts[i] / T`` (``i / k`` if k divides T).
 
         Args:
             k: number of clusters.
             distribution: ``"lognormal"`` (EDM: log sigma ~ N(mean, std^2)), ``"logit-normal"`` (flow matching: noise
-                fraction tau = sigmoid of N(mean, std^2)) or ``"uniform"`` (tau ~ U(0, 1); mean and std unused).
-            mean, std: of the normal distribution; EDM's P_mean and P_std by default. std > 0.
+                fraction tau = sigmoid of N(mean, std^2)) or ``"uniform"`` (tau ~ U(0, 1); mean and std are not used).
+            mean, std: parameters of the normal distribution, with std > 0. Default: EDM's P_mean and P_std.
             T: number of bins.
         """
         as_choice("distribution", distribution, ("lognormal", "logit-normal", "uniform"))
@@ -186,13 +199,13 @@ class TimestepClusters:
         if distribution == "uniform":
             return cls(T, clusters.starts, edges=quantiles)
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(f"mean must be finite, and std finite and positive; got mean={mean}, std={std}.")
+            raise ValueError(f"mean must be finite, and std finite and positive; got mean={mean} and std={std}.")
         normal = [NormalDist(mean, std).inv_cdf(q) for q in quantiles]
         if distribution == "lognormal":
             return cls(T, clusters.starts, edges=[math.exp(z) for z in normal])
         return cls(T, clusters.starts, edges=[1 / (1 + math.exp(-z)) for z in normal])
 
-    # ---- what they are -----------------------------------------------------------------------------------------------
+    # ---- properties --------------------------------------------------------------------------------------------------
 
     @property
     def T(self) -> int:  # noqa: N802
@@ -206,7 +219,7 @@ class TimestepClusters:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """The k + 1 boundaries: the starts, and T."""
+        """The k + 1 boundaries: the starts of the clusters, then T."""
         return self._bounds
 
     @property
@@ -216,12 +229,12 @@ class TimestepClusters:
 
     @property
     def sizes(self) -> Tensor:
-        """Timesteps in each cluster: int64 ``[k]`` on the CPU, a fresh copy."""
+        """Number of timesteps of each cluster: int64 ``[k]`` on the CPU, a fresh copy."""
         return torch.tensor(self._bounds, dtype=torch.int64).diff()
 
     @property
     def edges(self) -> tuple[float, ...] | None:
-        """Noise levels between neighbouring clusters, k-1 of them, or None for discrete timesteps."""
+        """The k-1 noise levels between neighbouring clusters, or None for discrete timesteps."""
         return self._edges
 
     @overload
@@ -231,19 +244,20 @@ class TimestepClusters:
     @overload
     def cluster_of(self, t: int | float) -> int: ...
     def cluster_of(self, t: Any) -> Any:
-        """The cluster of each timestep, or of each noise level.
+        """Return the cluster of each timestep or noise level.
 
         Args:
-            t: integers are timesteps in ``[0, T)``; floats are noise levels >= 0, for clusters that have edges. A
-                tensor of any shape and device, a NumPy array, or one number.
+            t: a tensor of any shape on any device, a NumPy array, or one number. Integers are timesteps in ``[0, T)``.
+                Floats are noise levels >= 0 and need clusters with edges.
 
         Returns:
             Cluster ids of the same kind and shape: an int64 tensor on the device of t, an int64 array, or an int.
 
         Raises:
-            TypeError: floats where there are no edges, or another dtype.
-            ValueError: t out of range. On CUDA this would cost a synchronisation: there the id is -1 or k, which
-                :func:`antdiff.ops.cluster_loss` turns into NaN and reports through :func:`antdiff.ops.check_errors`.
+            TypeError: t holds floats but the clusters have no edges, or t has another dtype.
+            ValueError: t is out of range. On CUDA this check would cost a host-device sync and is left out: the id is
+                then -1 or k, which :func:`antdiff.ops.cluster_loss` turns into NaN and reports through
+                :func:`antdiff.ops.check_errors`.
         """
         if isinstance(t, Tensor):
             return self._cluster_of_tensor(t)
@@ -269,7 +283,7 @@ class TimestepClusters:
         key = (t.device, t.dtype)
         if key not in self._boundaries:
             self._boundaries[key] = torch.tensor(self._levels(is_level), dtype=t.dtype, device=t.device)  # [k + 1]
-        # Both ends are boundaries too, so what lies outside gets -1 or k, and NaN gets k.
+        # Both ends are boundaries too: a value outside the range gets id -1 or k, and NaN gets k.
         ids = torch.bucketize(t.contiguous(), self._boundaries[key], right=True) - 1
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check(bool(((ids >= 0) & (ids < self.k)).all()), is_level, t)
@@ -281,7 +295,7 @@ class TimestepClusters:
         if is_float and self._edges is None:
             raise TypeError(
                 f"t must be integers, since these clusters have no edges between noise levels; got {dtype}. Convert "
-                "timesteps with .long(); for noise levels make the clusters with from_sigmas or from_quantiles."
+                "timesteps with .long(). For noise levels, make the clusters with from_sigmas or from_quantiles."
             )
         return is_float
 
@@ -294,9 +308,13 @@ class TimestepClusters:
     def _check(self, ok: bool, is_level: bool, t: Any) -> None:
         if ok:
             return
-        rule = "be noise levels, finite and >= 0" if is_level else f"lie in [0, T) with T={self.T}"
-        came = f"values from {t.min()} to {t.max()}" if isinstance(t, (Tensor, np.ndarray)) else t
-        raise ValueError(f"t must {rule}; got {came}.")
+        received = f"values from {t.min()} to {t.max()}" if isinstance(t, (Tensor, np.ndarray)) else t
+        if is_level:
+            raise ValueError(f"t must be noise levels, finite and >= 0; got {received}. Pass integers for timesteps.")
+        raise ValueError(
+            f"t must lie in [0, T) with T={self.T}; got {received}. Timesteps are counted from 0: subtract 1 if yours "
+            "start at 1."
+        )
 
     # ---- equality, text, pickles -------------------------------------------------------------------------------------
 
@@ -314,12 +332,12 @@ class TimestepClusters:
         return f"TimestepClusters(T={self.T}, k={self.k}: {intervals}{edges})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.T, self._bounds[:-1], self._edges)  # without the cached boundaries
+        return _restore, (self.T, self._bounds[:-1], self._edges)  # leaves out the cached boundaries
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the clusters as JSON: whole or, on an error, not at all."""
+        """Write the clusters to a JSON file, atomically."""
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -331,16 +349,18 @@ class TimestepClusters:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepClusters:
-        """Reads what :meth:`save` wrote.
+        """Read clusters that :meth:`save` has written.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not JSON, not clusters, of a later version, or its content is not valid.
+            ValueError: the file is not JSON, does not contain clusters, has another version, or is damaged.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # also a file that is not text
-            raise ValueError(f"{path} must be JSON written by TimestepClusters.save; {error}.") from error
+        except ValueError as error:  # includes UnicodeDecodeError, for files that are not text
+            raise ValueError(
+                f"{path} must be JSON written by TimestepClusters.save; reading it failed: {error}."
+            ) from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{path} must hold timestep clusters (format {_FORMAT!r}); it holds something else.")
         if content.get("version") != _VERSION:
@@ -363,12 +383,12 @@ def _restore(T: int, starts: Sequence[int], edges: Sequence[float] | None) -> Ti
 
 
 def _as_float64(name: str, x: object, ndim: int) -> Tensor:
-    """Log-SNR and affinities come in float32, from GPUs and with a gradient too: none of it matters to a partition."""
+    """Convert float tensors of any precision and device, with or without a gradient, to float64 on the CPU."""
     if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
         x = torch.tensor(x, dtype=torch.float64)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        came = f"{x.dtype} {list(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
-        raise TypeError(f"{name} must be a float tensor or NumPy array; got {came}.")
+        received = f"{x.dtype} {list(x.shape)}" if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
+        raise TypeError(f"{name} must be a float tensor or NumPy array; got {received}.")
     if x.dim() != ndim or x.numel() == 0:
         raise ValueError(f"{name} must have shape [{', '.join('T' * ndim)}] with T >= 1; got {list(x.shape)}.")
     return x.detach().to("cpu", torch.float64)

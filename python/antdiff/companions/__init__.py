@@ -1,4 +1,4 @@
-"""Four more methods that treat timesteps as tasks; each drops into an existing model or loop on its own."""
+"""Four more methods that treat timesteps as tasks. Each can be added to an existing model or loop by itself."""
 
 from antdiff.companions.curriculum import Curriculum, RestrictedTimesteps, SigmaCurriculum
 from antdiff.companions.experts import (

@@ -1,16 +1,16 @@
-"""Denoising-task-difficulty curriculum: high noise first, lower noise level by level, nothing dropped on the way.
+"""Curriculum by difficulty of the denoising task: training starts with high noise and adds lower noise in stages.
 
 Source: Kim, Go, Kwon, Kim, "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025
-(arXiv 2403.10348), sections 5.1 (clusters, order) and 5.2 (pacing). The noise levels are cut into N clusters C_1 ..
-C_N, C_1 the hardest (least noise). Stage n trains on the union of the n easiest,
+(arXiv 2403.10348), sections 5.1 (clusters, order) and 5.2 (pacing). The noise levels are divided into N clusters C_1 ..
+C_N, where C_1 is the hardest (least noise). Stage n trains on the union of the n easiest clusters,
 
     U_n = C_{N-n+1} + ... + C_N,      p_n(t) = p(t) 1[t in U_n] / p(U_n),
 
-and ends when the training loss has not improved for more than ``patience`` steps. From stage N on it is ordinary
-training. Weights, optimizer and average are untouched throughout.
+and ends when the training loss has not improved for more than ``patience`` steps. No cluster is ever dropped, and from
+stage N on training is ordinary training. Model weights, optimizer state and weight average are never touched.
 
-The paper leaves open how p(t) is restricted (here: cut off and renormalised) and whether the compared loss is smoothed
-(here: it is not, unless asked).
+The paper leaves open how p(t) is restricted (here it is cut off and renormalised) and whether the loss is smoothed
+before it is compared (here it is not, unless ``smoothing`` is set).
 """
 
 from __future__ import annotations
@@ -28,27 +28,29 @@ from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTim
 from antdiff.clustering.timesteps import TimestepBatch
 
 Order = Literal["easy-first", "hard-first"]
-STAGES = 20  # N and tau of the best cell of the paper's ablation (DiT-B, ImageNet)
+STAGES = 20  # N, and below it tau, of the best cell of the paper's ablation (DiT-B, ImageNet)
 PATIENCE = 200
 
 
 class Pacing:
-    """The stage of a curriculum over N clusters, and when it ends. State lives on ``device``; no call waits for it.
+    """Stage of a curriculum over N clusters, and the rule that ends a stage.
+
+    The state lives on ``device``, and no method waits for that device.
 
     Args:
-        edges: ``[N+1]`` ascending ends of the clusters in the units of the noise level (timesteps or quantiles).
+        edges: ``[N+1]`` ascending ends of the clusters, in the units of the noise level (timesteps or quantiles).
         patience: tau. A stage ends after more than ``patience`` consecutive updates without a new lowest loss.
-        steps_per_stage: end every stage after this many updates instead, whatever the loss does (the paper's NaiveCL).
-        order: ``"easy-first"`` grows the range downwards from the most noise; ``"hard-first"`` (the paper's
-            anti-curriculum) upwards from the least.
-        smoothing: in [0, 1), decay of an exponential average of the loss, restarted each stage, that is compared in
-            place of the loss.
-        group: the process group over which the loss is averaged before it is compared, so that every rank changes stage
-            at the same step. None: the default group where ``torch.distributed`` is initialised, else nothing.
-        device: of the state; the losses given to :meth:`update` and the noise levels drawn live there too.
+        steps_per_stage: end every stage after this many updates instead, regardless of the loss (the paper's NaiveCL).
+        order: ``"easy-first"`` extends the range downwards from the most noise. ``"hard-first"`` (the paper's
+            anti-curriculum) extends it upwards from the least noise.
+        smoothing: decay in [0, 1) of an exponential average of the loss. The average restarts with each stage and is
+            compared in place of the loss. 0: no smoothing.
+        group: process group over which the loss is averaged before it is compared, so that every rank changes stage at
+            the same step. None: the default group if ``torch.distributed`` is initialised, otherwise no averaging.
+        device: device of the state, of the losses passed to :meth:`update`, and of the noise levels drawn.
 
     Raises:
-        ValueError: ``patience``, ``steps_per_stage``, ``order`` or ``smoothing`` out of range.
+        TypeError, ValueError: ``patience``, ``steps_per_stage``, ``order`` or ``smoothing`` is out of range.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class Pacing:
             as_count("steps_per_stage", steps_per_stage)
         as_choice("order", order, ("easy-first", "hard-first"))
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1); got {smoothing}.")
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as tensors say it
+            raise ValueError(f"smoothing must be in [0, 1); got {smoothing}. Use 0 for no smoothing.")
+        self.device = torch.empty(0, device=device).device  # turns "cuda" into "cuda:0", like the device of a tensor
         self.edges = edges.to(self.device)  # [N+1]
         self.stages = len(edges) - 1
         self.patience = patience
@@ -84,36 +86,38 @@ class Pacing:
 
     @property
     def stage(self) -> Tensor:
-        """int64 [] on the device, 1..N."""
+        """The current stage, 1..N: int64 [] on the device."""
         return self._stage
 
     @property
     def done(self) -> Tensor:
-        """bool [] on the device: all N clusters are in the range."""
+        """Whether the range includes all N clusters: bool [] on the device."""
         return self._stage == self.stages
 
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The half-open range [low, high) of the current stage, two 0-d tensors in the units of ``edges``."""
-        # take, not []: indexing by a 0-d tensor reads it on the host.
+        # take instead of []: indexing with a 0-d tensor would read it on the host.
         if self.order == "easy-first":
             return torch.take(self.edges, self.stages - self._stage), self.edges[-1]
         return self.edges[0], torch.take(self.edges, self._stage)
 
     @property
     def host_stage(self) -> int:
-        """The stage before the latest :meth:`update`, as a Python int. What that update did is not waited for."""
+        """The stage before the latest :meth:`update`, as a Python int. Reading it does not wait for that update."""
         return self._mirror.read()
 
     @torch.no_grad()
     def update(self, loss: Tensor | float) -> None:
-        """Take in the training loss of one step. Nothing is returned: the decision stays on the device.
+        """Record the training loss of one step, and go to the next stage if this one ends.
+
+        The decision is made on the device, so nothing is returned.
 
         Args:
-            loss: the step's mean loss, one number. NaN counts as no improvement.
+            loss: mean loss of the step, one number. NaN counts as no improvement.
 
         Raises:
-            TypeError, ValueError: not one number, or a tensor on another device than the curriculum's.
+            TypeError, ValueError: ``loss`` is not one number, or is a tensor on another device than the curriculum's.
         """
         x = self._mean_over_ranks(loss)
         if self.smoothing:
@@ -134,7 +138,7 @@ class Pacing:
         self._mirror.write(self._stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage, lowest loss, smoothed loss and updates without improvement."""
+        """Return the stage, the lowest loss, the smoothed loss and the number of updates without improvement."""
         return {
             "stage": self._stage.clone(),
             "best": self._best.clone(),
@@ -143,10 +147,18 @@ class Pacing:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a curriculum with as many clusters (KeyError, ValueError otherwise)."""
+        """Restore :meth:`state_dict` of a curriculum with the same number of clusters.
+
+        Raises:
+            KeyError: an entry of ``state`` is missing.
+            ValueError: the stage is not one of 1..N.
+        """
         stage = int(state["stage"])
         if not 1 <= stage <= self.stages:
-            raise ValueError(f"state must be of a curriculum of N={self.stages} clusters; got stage {stage}.")
+            raise ValueError(
+                f"state must be of a curriculum of N={self.stages} clusters; got stage {stage}. Use the "
+                "number of clusters that the saved curriculum had."
+            )
         for name, value in (("best", self._best), ("smoothed", self._smoothed), ("waited", self._waited)):
             value.copy_(torch.as_tensor(state[name]))
         self._stage.fill_(stage)
@@ -155,7 +167,9 @@ class Pacing:
     def _mean_over_ranks(self, loss: Tensor | float) -> Tensor:
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
-                raise ValueError(f"loss must be one number, the mean over the batch; got shape {list(loss.shape)}.")
+                raise ValueError(
+                    f"loss must be one number, the mean over the batch; got shape {list(loss.shape)}. Call .mean()."
+                )
             if loss.device != self.device:
                 raise ValueError(
                     f"loss must be on the curriculum's device {self.device}; got {loss.device}. Make the curriculum "
@@ -172,7 +186,7 @@ class Pacing:
         return x
 
     def check_device(self, device: torch.device | str | None) -> None:
-        """A ValueError if ``device`` is given and is not the curriculum's own."""
+        """Raise a ValueError if ``device`` is given and differs from the curriculum's device."""
         if device is not None and torch.empty(0, device=device).device != self.device:
             raise ValueError(
                 f"device must be the curriculum's own, {self.device}; got {device}. Make the curriculum with "
@@ -181,7 +195,7 @@ class Pacing:
 
 
 class Curriculum(Pacing):
-    """The curriculum over integer timesteps 0 .. T-1 (0 = least noise).
+    """Curriculum over integer timesteps 0 .. T-1 (0 = least noise).
 
     Example::
 
@@ -193,8 +207,9 @@ class Curriculum(Pacing):
         curriculum.update(loss)
 
     Args:
-        clusters: the N clusters, cluster 0 the least noise. Independent of the K clusters that balancing uses.
-        pacing: the keywords of :class:`Pacing`.
+        clusters: the N clusters; cluster 0 has the least noise. They are independent of the K clusters of the balancing
+            method.
+        pacing: keyword arguments of :class:`Pacing`.
     """
 
     def __init__(self, clusters: TimestepClusters, **pacing: Any) -> None:
@@ -205,101 +220,106 @@ class Curriculum(Pacing):
 
     @classmethod
     def from_log_snr(cls, log_snr: Tensor, n: int = STAGES, **pacing: Any) -> Curriculum:
-        """Clusters of similar log-SNR, the paper's default. ``log_snr``: float [T], falling with t."""
+        """Make a curriculum with clusters of similar log-SNR, the paper's default, from float [T] falling with t."""
         return cls(TimestepClusters.from_log_snr(log_snr, n), **pacing)
 
     @classmethod
     def uniform(cls, T: int, n: int = STAGES, **pacing: Any) -> Curriculum:
-        """Clusters of equal length, the paper's ablation."""
+        """Make a curriculum with clusters of equal length, the paper's ablation."""
         return cls(TimestepClusters.uniform(T, n), **pacing)
 
     @staticmethod
     def edm(p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> SigmaCurriculum:
-        """The curriculum over EDM's noise levels: :class:`SigmaCurriculum`."""
+        """Make a curriculum over EDM's noise levels, a :class:`SigmaCurriculum`."""
         return SigmaCurriculum(p_mean, p_std, n, **pacing)
 
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Timesteps int64 [B], uniform over the current range. ``device`` has to be the curriculum's."""
+        """Draw timesteps int64 [B], uniform over the current range. ``device`` must be the curriculum's, or None."""
         self.check_device(device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
-        # u < 1 and low + u (high - low) can still round up to high: keep it out.
+        # Although u < 1, low + u (high - low) can round up to high, which is outside the range.
         return torch.minimum((low + u * (high - low)).long(), high - 1)
 
     def restrict(self, sampler: StratifiedTimesteps | UniformTimesteps) -> RestrictedTimesteps:
-        """``sampler`` held to the current range: see :class:`RestrictedTimesteps`."""
+        """Restrict ``sampler`` to the current range; see :class:`RestrictedTimesteps`."""
         return RestrictedTimesteps(self, sampler)
 
 
 class SigmaCurriculum(Pacing):
-    """The curriculum over EDM's log-normal noise levels, ln sigma ~ N(p_mean, p_std^2), in N equally probable clusters.
+    """Curriculum over EDM's log-normal noise levels, ln sigma ~ N(p_mean, p_std^2), in N equally probable clusters.
 
-    The ends of the clusters are quantiles, C_i = [Phi^-1((i-1)/N), Phi^-1(i/N)] of that normal distribution (section
-    5.1), so stage n draws u ~ U((N-n)/N, 1) and ln sigma = p_mean + p_std Phi^-1(u). ``range`` is in quantiles u.
+    The ends of the clusters are quantiles of that normal distribution, C_i = [Phi^-1((i-1)/N), Phi^-1(i/N)] (section
+    5.1). Stage n therefore draws u ~ U((N-n)/N, 1) and ln sigma = p_mean + p_std Phi^-1(u). ``range`` is in units of
+    the quantile u.
     """
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> None:
         n = as_count("n", n)
         if not p_std > 0:
-            raise ValueError(f"p_std must be positive; got {p_std}.")
+            raise ValueError(f"p_std must be positive; got {p_std}. EDM uses 1.2.")
         self.p_mean = p_mean
         self.p_std = p_std
         super().__init__(torch.arange(n + 1, dtype=torch.float64) / n, **pacing)
 
     @property
     def sigma_bounds(self) -> Tensor:
-        """float64 [N-1]: the noise levels between neighbouring clusters, ascending."""
+        """The noise levels between neighbouring clusters, ascending: float64 [N-1]."""
         return self._sigma(self.edges[1:-1])
 
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Noise levels sigma, float32 [B], of the current range. ``device`` has to be the curriculum's."""
+        """Draw noise levels sigma, float32 [B], in the current range. ``device`` must be the curriculum's, or None."""
         self.check_device(device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
-        # The outermost millionths are 4.75 standard deviations out: sigma stays within a factor exp(4.75 p_std).
+        # Clamping cuts off one millionth at each end, 4.75 standard deviations from the mean: sigma stays within a
+        # factor exp(4.75 p_std) of the median.
         return self._sigma((low + u * (high - low)).clamp(1e-6, 1 - 1e-6)).float()
 
     def _sigma(self, u: Tensor) -> Tensor:
         return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))
 
 
-# ---- composing with a sampler of clustered timesteps -------------------------------------------------------------
+# ---- composition with a sampler of clustered timesteps -----------------------------------------------------------
 
 
 class RestrictedTimesteps:
-    """A sampler of timesteps whose density p(t) is cut to the curriculum's range and renormalised.
+    """Sampler of timesteps whose density p(t) is cut to the range of a curriculum and renormalised.
 
-    Each t of ``sampler`` is carried to the same quantile of the restricted density: with F the distribution function of
-    p and v uniform, u = F(t) + v p(t) is uniform on [0, 1) and t' = F^-1(F(low) + u (F(high) - F(low))). Quantiles keep
-    their order, so a stratified batch stays stratified; once the range is everything, t' = t. Clusters outside the
-    range get no rows: methods that are told the counts, as ``UncertaintyWeighting.loss(losses, counts)`` is, leave
-    them be.
+    Each t of ``sampler`` is mapped to the same quantile of the restricted density. With F the distribution function of
+    p and v uniform, u = F(t) + v p(t) is uniform on [0, 1), and t' = F^-1(F(low) + u (F(high) - F(low))). The map keeps
+    the order of quantiles, so a stratified batch stays stratified. Once the range covers everything, t' = t. Clusters
+    outside the range get no samples. Methods that receive the counts, such as
+    ``UncertaintyWeighting.loss(losses, counts)``, do not update the weights of these clusters.
 
-    Weights are 1, or, where ``sampler`` undoes its change of density, K |I_c in range| / |range| for a row of cluster
-    c: the mean over K clusters of their weighted mean losses is then the mean loss over uniform t in the range.
+    Weights are 1. If ``sampler`` has ``importance=True``, samples of cluster c have weight K |I_c in range| / |range|:
+    the mean over K clusters of their weighted mean losses is then the mean loss over uniform t in the range.
 
     Args:
-        curriculum: whose range holds. Its owner updates it; :meth:`state_dict` saves it along.
+        curriculum: the curriculum that sets the range. The training loop updates it; :meth:`state_dict` includes it.
         sampler: :class:`antdiff.StratifiedTimesteps` or :class:`antdiff.UniformTimesteps`.
 
     Raises:
-        TypeError: another sampler, whose density is not known.
-        ValueError: the sampler's T is not the curriculum's.
+        TypeError: ``sampler`` is of another class, so that its density is not known.
+        ValueError: the sampler and the curriculum differ in T.
     """
 
     def __init__(self, curriculum: Curriculum, sampler: StratifiedTimesteps | UniformTimesteps) -> None:
         if not isinstance(sampler, (StratifiedTimesteps, UniformTimesteps)):
             raise TypeError(
-                f"sampler must be StratifiedTimesteps or UniformTimesteps; got {type(sampler).__name__}, of unknown "
-                "density. Draw from your own density inside curriculum.range instead."
+                f"sampler must be StratifiedTimesteps or UniformTimesteps; got {type(sampler).__name__}, whose density "
+                "is not known. Draw timesteps inside curriculum.range from your own density instead."
             )
         clusters, T = sampler.clusters, curriculum.T
         if clusters.T != T:
-            raise ValueError(f"sampler must have the curriculum's T={T} timesteps; got T={clusters.T}.")
+            raise ValueError(
+                f"sampler must have the curriculum's T={T} timesteps; got T={clusters.T}. Make both from the same "
+                "schedule."
+            )
         self.curriculum = curriculum
         self.sampler = sampler
         self.clusters = clusters
@@ -315,7 +335,10 @@ class RestrictedTimesteps:
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> TimestepBatch:
-        """t int64 [B] in the current range, cluster int64 [B], weight float32 [B], on the curriculum's device."""
+        """Draw t int64 [B] in the current range, with cluster int64 [B] and weight float32 [B].
+
+        All are on the curriculum's device.
+        """
         self.curriculum.check_device(device)
         t = self.sampler.sample(B, device=self.curriculum.device, generator=generator).t
         low, high = self.curriculum.range
@@ -323,14 +346,14 @@ class RestrictedTimesteps:
         v = torch.rand(B, dtype=torch.float64, device=t.device, generator=generator)
         u = self._F[t] + v * self._p[t]
         moved = torch.searchsorted(self._F, below + u * inside, right=True) - 1
-        moved = torch.minimum(torch.maximum(moved, low), high - 1)  # rounding at the ends
+        moved = torch.minimum(torch.maximum(moved, low), high - 1)  # rounding can leave the range at its ends
         t = torch.where(high - low == self.curriculum.T, t, moved)
         cluster = torch.bucketize(t, self._bounds, right=True) - 1
         return TimestepBatch(t, cluster, self.cluster_weights[cluster])
 
     @property
     def cluster_weights(self) -> Tensor:
-        """float32 [K]: the weight of a row of each cluster at the current stage (1 for a cluster that gets none)."""
+        """Weight of a sample of each cluster at the current stage: float32 [K], 1 for clusters outside the range."""
         if not self.importance:
             return torch.ones(self.clusters.k, device=self._bounds.device)
         low, high = self.curriculum.range
@@ -338,20 +361,20 @@ class RestrictedTimesteps:
         return torch.where(inside > 0, self.clusters.k * inside / (high - low), 1.0).float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the sampler and of the curriculum."""
+        """Return the states of the sampler and of the curriculum."""
         return {"sampler": self.sampler.state_dict(), "curriculum": self.curriculum.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self.sampler.load_state_dict(state["sampler"])
         self.curriculum.load_state_dict(state["curriculum"])
 
 
 class _Mirror:
-    """A device integer on the host, one write late.
+    """Copy of a device integer on the host, one write behind.
 
-    A copy is queued behind everything the step has queued, so reading the latest would wait for the step. Reading the
-    one before it waits at most for the step before.
+    A copy is queued after everything that the step has queued, so reading the latest copy would wait for the step.
+    Reading the copy before it waits at most for the previous step.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -369,7 +392,7 @@ class _Mirror:
             event.record()
 
     def read(self) -> int:
-        before = 1 - self._latest
-        if (event := self._events[before]) is not None:
+        previous = 1 - self._latest
+        if (event := self._events[previous]) is not None:
             event.synchronize()
-        return int(self._copies[before])
+        return int(self._copies[previous])

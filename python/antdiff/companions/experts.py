@@ -1,14 +1,14 @@
-"""Interval experts: N small networks, each for one interval of timesteps, one of them a sampling step.
+"""Interval experts: N small networks, one per interval of timesteps. Each sampling step runs one of them.
 
 Source: Lee, Kim, Go, Jeong, Oh, Choi, "Multi-Architecture Multi-Expert Diffusion Models", AAAI 2024 (arXiv 2306.04990).
-Expert n (0 = least noise) denoises I_n = [n T // N, (n+1) T // N), and while training sees
+Expert n (0 = least noise) denoises I_n = [n T // N, (n+1) T // N). In training, it sees timesteps from
 
-    q_n(t) = p_n 1[t in I_n] / |I_n| + (1 - p_n) / T,    p = (0.8, 0.4, 0.2, 0.1) for N = 4:
+    q_n(t) = p_n 1[t in I_n] / |I_n| + (1 - p_n) / T,    p = (0.8, 0.4, 0.2, 0.1) for N = 4.
 
-the noisier its interval, the more it learns from images elsewhere, since nearly pure noise teaches little. Denoising
-little noise takes high frequencies, which convolutions pass; much noise low ones, which attention passes: so the share
-of convolution in the encoder's mixers falls with the noise level (and with depth). No official code exists; what the
-available descriptions leave open is marked where it is chosen.
+The noisier its interval, the more an expert learns from other timesteps, since nearly pure noise teaches little.
+Removing little noise needs high frequencies, which convolutions pass; removing much noise needs low frequencies, which
+attention passes. The share of convolution in the encoder's mixers therefore falls with the noise level (and with
+depth). No official code exists. Comments mark the choices that the available descriptions leave open.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ P_OWN = (0.8, 0.4, 0.2, 0.1)
 
 
 class SoftIntervalSampler:
-    """Timesteps for each expert: from its own interval with probability p_n, else from all of them.
+    """Sampler of timesteps per expert: from the expert's own interval with probability p_n, otherwise from all T.
 
     Example::
 
@@ -35,13 +35,13 @@ class SoftIntervalSampler:
         t = sampler.sample(0, B, device=device)         # for the expert of the least noise
 
     Args:
-        n_experts: N.
-        p: p_n for each expert, in [0, 1]. 1: experts that never leave their interval; 0: N plain models.
+        n_experts: N, the number of experts.
+        p: p_n for each expert, in [0, 1]. With 1, experts never leave their interval; with 0, they are N plain models.
         T: number of timesteps.
-        clusters: intervals other than N equal ones, such as ANT's; its k and T then have to be N and T.
+        clusters: intervals such as ANT's, with k = N and the same T. None: N intervals of equal length.
 
     Raises:
-        ValueError: sizes that do not agree, p outside [0, 1], n_experts outside [1, T].
+        ValueError: sizes do not agree, some p lies outside [0, 1], or n_experts lies outside [1, T].
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SoftIntervalSampler:
         if not 1 <= n_experts <= T:
             raise ValueError(f"n_experts must be in [1, T={T}]; got {n_experts}.")
         if len(p) != n_experts or not all(0 <= q <= 1 for q in p):
-            raise ValueError(f"p must be n_experts={n_experts} probabilities, one an expert; got {tuple(p)}.")
+            raise ValueError(f"p must be n_experts={n_experts} probabilities, one per expert; got {tuple(p)}.")
         self.bounds = list(_intervals(n_experts, T, clusters).bounds)
         self.p = tuple(float(q) for q in p)
         self.T = T
@@ -68,7 +68,7 @@ class SoftIntervalSampler:
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Timesteps int64 [B] drawn from q_expert."""
+        """Draw timesteps int64 [B] from q_expert."""
         low, high = self._interval(expert)
         own = torch.rand(B, device=device, generator=generator) < self.p[expert]  # [B]
         inside = torch.randint(low, high, (B,), device=device, generator=generator)
@@ -76,7 +76,7 @@ class SoftIntervalSampler:
         return torch.where(own, inside, anywhere)
 
     def density(self, expert: int) -> Tensor:
-        """q_expert(t), float64 [T]; sums to 1."""
+        """Return the density q_expert(t): float64 [T], with sum 1."""
         low, high = self._interval(expert)
         q = torch.full((self.T,), (1 - self.p[expert]) / self.T, dtype=torch.float64)
         q[low:high] += self.p[expert] / (high - low)
@@ -88,26 +88,28 @@ class SoftIntervalSampler:
 
 
 class ExpertBank(nn.Module):
-    """N networks behind one call; each sample goes to the expert of its timestep.
+    """N networks that are called as one: each sample goes to the expert of its timestep.
 
     Example::
 
         bank = ExpertBank(experts).offload("cuda")     # only the expert in use is on the GPU
-        noise = bank(x, 999, class_labels=y)           # a sampling step: one expert, no look at t on the device
+        noise = bank(x, 999, class_labels=y)           # a sampling step: runs one expert, without a host-device sync
 
-    With one t for all (an int, or a tensor with one element on the CPU) the expert runs on the whole batch. With t [B]
-    the batch is split by expert, which waits for the device, and each expert must return a tensor [B, ...]; arguments
-    whose first dimension is B are split too.
+    If all samples share one t (an int, or a tensor with one element on the CPU), its expert runs on the whole batch.
+    For t [B] the batch is split by expert. This waits for the device, each expert must return a tensor [B, ...], and
+    arguments whose first dimension is B are split too.
 
-    Soft intervals train an expert on timesteps that are not its own: with ``only = i`` all samples go to expert i.
+    Soft intervals train an expert on timesteps outside its own interval. Set ``only = i`` for that: all samples then go
+    to expert i.
 
     Args:
-        experts: in the order of their intervals, least noise first.
+        experts: networks in the order of their intervals, least noise first.
         T: number of timesteps.
-        clusters: intervals other than equal ones.
+        clusters: the intervals, with k = N and the same T. None: intervals of equal length.
 
     Raises:
-        ValueError: no experts, or clusters of another k or T. Calling raises one for t outside [0, T).
+        ValueError: there are no experts, or the clusters have another k or T. Calling the bank raises a ValueError if t
+            lies outside [0, T).
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class ExpertBank(nn.Module):
     ) -> None:
         super().__init__()
         if not experts:
-            raise ValueError("experts must be at least one network; got none.")
+            raise ValueError("experts must be at least one network; got none. Pass one per interval.")
         self.clusters = _intervals(len(experts), T, clusters)
         self.experts = nn.ModuleList(experts)
         self.T = T
@@ -127,19 +129,19 @@ class ExpertBank(nn.Module):
         self.only: int | None = None
 
     def expert_for(self, t: int) -> int:
-        """The expert whose interval holds t."""
+        """Return the index of the expert whose interval contains t."""
         if not 0 <= t < self.T:
-            raise ValueError(f"t must be a timestep, 0 <= t < T={self.T}; got {t}.")
+            raise ValueError(f"t must be a timestep, 0 <= t < T={self.T}; got {t}. Timesteps are counted from 0.")
         return self.clusters.cluster_of(t)
 
     def offload(self, device: torch.device | str, *, home: torch.device | str = "cpu") -> ExpertBank:
-        """Run experts on ``device``, keep those not in use at ``home``; for sampling. Returns self."""
+        """Run experts on ``device`` and keep the others on ``home``, for sampling. Returns the bank itself."""
         self._home, self._device, self._resident = torch.device(home), torch.device(device), None
         self.experts.to(self._home)
         return self
 
     def expert(self, i: int) -> nn.Module:
-        """Expert i, brought to its device (and the one before it sent home) where the bank is offloaded."""
+        """Return expert i. In an offloaded bank, first move it to the device and the previous expert back home."""
         _check_expert(i, len(self.experts))
         if self._device is not None and i != self._resident:
             if self._resident is not None:
@@ -149,7 +151,7 @@ class ExpertBank(nn.Module):
         return self.experts[i]
 
     def forward(self, x: Tensor, t: Tensor | int, *args: Any, **kwargs: Any) -> Any:
-        """What the expert of t returns; for t int64 [B] of several experts the tensors [B, ...] put back in order."""
+        """Run the expert of t. If t int64 [B] belongs to several experts, return their outputs [B, ...] in order."""
         if self.only is not None:
             return self.expert(self.only)(x, t, *args, **kwargs)
         if not isinstance(t, Tensor) or (t.numel() == 1 and t.device.type == "cpu"):
@@ -159,29 +161,35 @@ class ExpertBank(nn.Module):
         if t.shape != (B,):
             raise ValueError(f"t must be one timestep, or int64 [B={B}]; got shape {list(t.shape)}.")
         ids = torch.searchsorted(self.bounds.to(t.device), t, right=True) - 1  # [B]
-        present = ids.unique().tolist()  # the one wait for the device
+        present = ids.unique().tolist()  # the only host-device sync
         if present[0] < 0 or present[-1] >= len(self.experts):
             row = int(((t < 0) | (t >= self.T)).nonzero()[0])
-            raise ValueError(f"t must be timesteps, 0 <= t < T={self.T}; got {int(t[row])} at row {row}.")
+            raise ValueError(
+                f"t must be timesteps, 0 <= t < T={self.T}; got {int(t[row])} at row {row}. Timesteps are counted "
+                "from 0."
+            )
         if len(present) == 1:
             return self.expert(present[0])(x, t, *args, **kwargs)
         out: Tensor | None = None
         for i in present:
             rows = (ids == i).nonzero().squeeze(1)
 
-            def part(value: Any, rows: Tensor = rows) -> Any:
+            def select(value: Any, rows: Tensor = rows) -> Any:
                 return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == B else value
 
-            y = self.expert(i)(x[rows], t[rows], *map(part, args), **{name: part(v) for name, v in kwargs.items()})
+            y = self.expert(i)(x[rows], t[rows], *map(select, args), **{name: select(v) for name, v in kwargs.items()})
             if not isinstance(y, Tensor):
-                raise TypeError(f"experts must return a tensor for t of several intervals; got {type(y).__name__}.")
-            # index_copy, not assignment: gradients flow to every expert
+                raise TypeError(
+                    f"experts must return a tensor if t spans several intervals; got {type(y).__name__}. Wrap them, "
+                    "for example to return output.sample."
+                )
+            # index_copy instead of assignment, so that gradients flow to every expert
             out = (y.new_zeros((B, *y.shape[1:])) if out is None else out).index_copy(0, rows, y)
         return out
 
 
 def _intervals(n: int, T: int, clusters: TimestepClusters | None) -> TimestepClusters:
-    """The intervals of n experts: ``clusters`` if they fit, by default n intervals as equal as integers allow."""
+    """Return ``clusters`` if they fit n experts and T; for None, n intervals as equal as integers allow."""
     if clusters is None:
         return TimestepClusters.uniform(T, n)
     if (clusters.k, clusters.T) != (n, T):
@@ -196,42 +204,44 @@ def _check_expert(i: int, n: int) -> None:
     if isinstance(i, bool) or not isinstance(i, int):
         raise TypeError(f"expert must be an int; got {type(i).__name__}.")
     if not 0 <= i < n:
-        raise ValueError(f"expert must be one of 0 .. {n - 1}; got {i}.")
+        raise ValueError(f"expert must be one of 0 .. {n - 1}; got {i}. Experts are counted from 0.")
 
 
-# ---- an architecture for each expert -----------------------------------------------------------------------------
+# ---- one architecture per expert ---------------------------------------------------------------------------------
 
 
 class InceptionMixer2d(nn.Module):
-    """iFormer's token mixer (Si et al., NeurIPS 2022): convolution and max-pooling beside pooled self-attention.
+    """iFormer's token mixer (Si et al., NeurIPS 2022): convolution and max-pooling in parallel with pooled attention.
 
-    The d input channels are split into d_h for high frequencies, in two halves, and d_l for low ones:
+    The d input channels are split into d_h for high frequencies, in two halves, and d_l for low frequencies:
 
         Y_1 = GELU(FC(MaxPool3(Z_1))),  Y_2 = GELU(DWConv3(FC(Z_2))),  Y_l = Up(MHSA(AvgPool(Z_l)))
         Y = FC(Y_c + DWConv3(Y_c)),  Y_c = [Y_1, Y_2, Y_l]
 
-    Each half doubles, so Y_c has 2 d_h + d_l channels. [B, d, H, W] -> [B, d, H, W], any H and W.
+    Each half doubles its channels, so Y_c has 2 d_h + d_l channels. [B, d, H, W] -> [B, d, H, W], for any H and W.
 
     Args:
-        dim: d, even.
-        high_ratio: d_h / d that is asked for; d_l is the nearest whole number of heads that leaves both parts
-            something.
-        head_dim: channels of an attention head, even.
-        pool: average pooling (and nearest up-sampling) of the low branch; 1: none.
+        dim: d, the number of channels, even.
+        high_ratio: requested d_h / d. d_l is rounded to whole heads, so that neither part is empty.
+        head_dim: channels per attention head, even.
+        pool: factor of the average pooling (and nearest up-sampling) in the low branch. 1: no pooling.
 
     Raises:
-        ValueError: a ratio outside (0, 1), an odd ``dim`` or ``head_dim``, ``dim`` with no room for a head and two more
-            channels, or ``pool`` below 1.
+        ValueError: the ratio lies outside (0, 1), ``dim`` or ``head_dim`` is odd, ``dim`` is below ``head_dim + 2``, or
+            ``pool`` is below 1.
     """
 
     def __init__(self, dim: int, high_ratio: float, head_dim: int = 32, pool: int = 2) -> None:
         super().__init__()
         if not 0 < high_ratio < 1:
-            raise ValueError(f"high_ratio must be in (0, 1); got {high_ratio}.")
+            raise ValueError(f"high_ratio must be in (0, 1); got {high_ratio}. See high_ratio_schedule.")
         if dim % 2 or head_dim % 2 or head_dim < 2 or dim < head_dim + 2:
-            raise ValueError(f"dim and head_dim must be even with dim >= head_dim + 2; got {dim} and {head_dim}.")
+            raise ValueError(
+                f"dim and head_dim must be even with dim >= head_dim + 2; got {dim} and {head_dim}. Choose a smaller "
+                "head_dim or an even dim."
+            )
         if pool < 1:
-            raise ValueError(f"pool must be at least 1; got {pool}.")
+            raise ValueError(f"pool must be at least 1; got {pool}. Use 1 for no pooling.")
         self.heads = min(max(round((1 - high_ratio) * dim / head_dim), 1), (dim - 2) // head_dim)
         self.low = self.heads * head_dim
         self.high = dim - self.low
@@ -247,7 +257,7 @@ class InceptionMixer2d(nn.Module):
         self.out = nn.Conv2d(mixed, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, d, H, W] -> [B, d, H, W]."""
+        """Mix the tokens: x [B, d, H, W] -> [B, d, H, W]."""
         z1, z2, low = x.split([self.high // 2, self.high // 2, self.low], dim=1)
         y1 = F.gelu(self.pooled(F.max_pool2d(z1, 3, stride=1, padding=1)))
         y2 = F.gelu(self.convolved(z2))
@@ -257,7 +267,7 @@ class InceptionMixer2d(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         size = x.shape[-2:]
-        # ceil_mode keeps the last row and column of an odd size; the average counts only what is there.
+        # ceil_mode keeps the last row and column of an odd size; the average does not count padding.
         x = F.avg_pool2d(x, self.pool, ceil_mode=True, count_include_pad=False)  # [B, d_l, h, w]
         q, k, v = rearrange(self.qkv(x), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, hw, head_dim]
@@ -266,17 +276,17 @@ class InceptionMixer2d(nn.Module):
 
 
 def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: int = 4) -> float:
-    """Share d_h / d of the high-frequency channels in one encoder stage of one expert (both counted from 0).
+    """Return the share d_h / d of high-frequency channels in one encoder stage of one expert (both counted from 0).
 
-    Known of the published table (four experts, four stages), as d_h : d_l: the first expert 5:8 in the second stage
-    and 1:3 in the fourth, the last expert 1:4 and 1:15. Everything between and beyond is geometric interpolation of
-    d_h / d_l, a choice of ours; other numbers of experts and stages are spread over the same span.
+    Four entries of the published table (four experts, four stages) are known, as d_h : d_l: 5:8 in the second stage and
+    1:3 in the fourth for the first expert, and 1:4 and 1:15 for the last expert. All other entries are geometric
+    interpolation of d_h / d_l, which is our choice. Other numbers of experts and stages are spread over the same range.
     """
     _check_expert(expert, n_experts)
     if not 0 <= stage < n_stages:
-        raise ValueError(f"stage must be one of 0 .. {n_stages - 1}; got {stage}.")
-    e = expert / (n_experts - 1) if n_experts > 1 else 0.0  # 0 the least noise, 1 the most
-    s = 1 + 3 * stage / (n_stages - 1) if n_stages > 1 else 2.0  # position among the published four stages
+        raise ValueError(f"stage must be one of 0 .. {n_stages - 1}; got {stage}. Stages are counted from 0.")
+    e = expert / (n_experts - 1) if n_experts > 1 else 0.0  # 0 for the least noise, 1 for the most
+    s = 1 + 3 * stage / (n_stages - 1) if n_stages > 1 else 2.0  # position among the four published stages, 1 to 4
     second = (5 / 8) ** (1 - e) * (1 / 4) ** e
     fourth = (1 / 3) ** (1 - e) * (1 / 15) ** e
     odds = second * (fourth / second) ** ((s - 2) / 2)
@@ -284,7 +294,10 @@ def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: i
 
 
 class InceptionBlock2d(nn.Module):
-    """x + Mixer(Norm(x)), then x + MLP(Norm(x)); a learned scale on both is zero at first, so it starts as identity."""
+    """Residual block: x + Mixer(Norm(x)), then x + MLP(Norm(x)).
+
+    A learned scale on both branches is zero at first, so that the block starts as the identity.
+    """
 
     def __init__(self, dim: int, high_ratio: float, head_dim: int = 32, *, mlp_ratio: int = 2, groups: int = 8) -> None:
         super().__init__()
@@ -295,14 +308,14 @@ class InceptionBlock2d(nn.Module):
         self.scale = nn.Parameter(torch.zeros(2, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, d, H, W] -> [B, d, H, W]."""
+        """Apply both branches: [B, d, H, W] -> [B, d, H, W]."""
         x = x + self.scale[0] * self.mixer(self.norm1(x))
         out: Tensor = x + self.scale[1] * self.mlp(self.norm2(x))
         return out
 
 
 class _ThenInception(nn.Module):
-    """A UNet's residual block with an inception block behind it."""
+    """Residual block of a UNet, followed by an inception block."""
 
     def __init__(self, resnet: nn.Module, block: InceptionBlock2d) -> None:
         super().__init__()
@@ -315,22 +328,27 @@ class _ThenInception(nn.Module):
 
 
 def add_inception(unet: nn.Module, expert: int, n_experts: int, *, head_dim: int | None = None) -> nn.Module:
-    """Give the encoder of diffusers' UNet2DModel the mixers of one expert, in place; returns ``unet``.
+    """Add the mixers of one expert to the encoder of diffusers' UNet2DModel, in place. Returns ``unet``.
 
-    One inception block behind the last residual block of each encoder stage, with :func:`high_ratio_schedule`'s share
-    of convolution; the decoder stays as it is. The number of blocks is not published: one is the least that does it.
+    One inception block is added after the last residual block of each encoder stage, with the share of convolution from
+    :func:`high_ratio_schedule`. The decoder does not change. The number of blocks is not published; one per stage is
+    the smallest possible.
 
     Args:
-        head_dim: of the attention; None: an eighth of each stage's channels, which lets the share follow the schedule.
+        unet: the network to change.
+        expert: index of the expert, 0 for the least noise.
+        n_experts: number of experts.
+        head_dim: channels per attention head. None: an eighth of each stage's channels, so that the share can follow
+            the schedule.
 
     Raises:
-        ValueError: ``unet`` has no encoder stages with residual blocks, or an unknown expert.
+        ValueError: ``unet`` has no encoder stages with residual blocks, or the expert is unknown.
     """
     stages = [m for m in getattr(unet, "down_blocks", []) if len(getattr(m, "resnets", []))]
     if not stages:
         raise ValueError(
-            "unet must be diffusers' UNet2DModel, with down_blocks that hold resnets; got "
-            f"{type(unet).__name__}, which has none."
+            "unet must be diffusers' UNet2DModel, with down_blocks that contain resnets; got "
+            f"{type(unet).__name__}, which has none. Pass the UNet2DModel itself, not a wrapper."
         )
     for s, stage in enumerate(stages):
         last: Any = stage.resnets[-1]

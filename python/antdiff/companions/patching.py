@@ -1,15 +1,15 @@
-"""Diffusion model patching: a frozen, converged DiT is improved by a mixture of prompts added to its tokens.
+"""Diffusion model patching: improve a frozen, converged DiT by a mixture of prompts that is added to its tokens.
 
-Source: Ham, Woo, Kim, Go, Park, Kim, "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025 (arXiv 2405.17825),
-as its released code does it; the wording of the paper's equations was not at hand.
+Source: Ham, Woo, Kim, Go, Park, Kim, "Diffusion Model Patching via Mixture-of-Prompts", AAAI 2025 (arXiv 2405.17825).
+The implementation follows the released code; the exact equations of the paper were not available.
 
-    h = W_g [c ; i] + b_g,                      gate logits of block i from the condition c, one gate for all blocks
-    h~ = h + eps * (softplus(W_n c) + 0.01),    while training; eps ~ N(0, I), fresh in each block
+    h = W_g [c ; i] + b_g,                      gate logits of block i for the condition c, one gate for all blocks
+    h~ = h + eps * (softplus(W_n c) + 0.01),    in training only; eps ~ N(0, I), drawn anew in each block
     g = softmax of the k largest of h~, 0 elsewhere
-    x <- x + g_n P^(i)_n  for each token n,     then the block itself
+    x <- x + g_n P^(i)_n  for each token n,     before the block itself runs
 
-Only the prompts P, the gate and its noise are trained. P starts at zero: at first the patched model *is* the old one,
-and training starts through P (the gate has no gradient until P has moved).
+Only the prompts P, the gate and its noise are trained. P starts at zero, so the patched model is at first identical to
+the original model, and training starts through P (the gate has no gradient until P has changed).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from antdiff._checks import as_choice, as_count
 
-NAME = "mixture_of_prompts"  # of the patch among the patched model's submodules
+NAME = "mixture_of_prompts"  # name of the patch among the submodules of the patched model
 
 
 class MixtureOfPrompts(nn.Module):
@@ -36,24 +36,24 @@ class MixtureOfPrompts(nn.Module):
         patch_dit(model, prompts)                                    # freezes model
         optimizer = AdamW(prompts.param_groups(lr=1e-4), weight_decay=0)
         loss = mse(model(x, t, y), noise) + prompts.balancing_loss()  # after each forward
-        torch.save(prompts.state_dict(), path)                       # the patch alone
+        torch.save(prompts.state_dict(), path)                       # only the patch
 
     Args:
-        depth: number of blocks that get prompts, the first ``depth`` of the model.
-        n_tokens: N, prompts a block; the number of image tokens (256 for 256^2 images in 32^2 latents, patches of 2).
+        depth: number of blocks with prompts, the first ``depth`` blocks of the model.
+        n_tokens: N, the number of prompts per block and of image tokens (256 for 256^2 images in 32^2 latents with
+            patches of 2).
         dim: D, width of the tokens.
-        cond_dim: width of the condition; None: ``dim``.
-        k: number of prompts kept of N; None: all (published).
-        noisy: add the trained noise to the logits while training.
-        generator: of that noise, on its device; without one, torch's global generator.
-        balancing: which losses :meth:`balancing_loss` takes. ``"corrected"``: importance is a prompt's gates summed
+        cond_dim: width of the condition. None: ``dim``.
+        k: number of prompts kept out of N. None: all, as published.
+        noisy: whether to add the trained noise to the logits in training mode.
+        generator: generator of that noise, on its device. None: torch's global generator.
+        balancing: the losses of :meth:`balancing_loss`. With ``"corrected"``, importance is the sum of a prompt's gates
             over the batch, as in Shazeer et al. (2017), and the load counts gates above zero. ``"published"`` repeats
-            two slips of the released code: importance is the variation over all B x N gates, which also asks every
-            *sample* to use all prompts alike; and for k = N the load counts gates *below* zero, of which there are
-            none.
+            two mistakes of the released code: importance is the variation over all B x N gates, which also pushes every
+            *sample* to use all prompts equally; and for k = N the load counts gates *below* zero, which do not exist.
 
     Raises:
-        ValueError: a size below 1, k outside [1, N], or an unknown ``balancing``.
+        TypeError, ValueError: a size is below 1, k lies outside [1, N], or ``balancing`` is unknown.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class MixtureOfPrompts(nn.Module):
         for name, value in (("depth", depth), ("n_tokens", n_tokens), ("dim", dim), ("cond_dim", cond_dim)):
             as_count(name, value)
         if not 1 <= k <= n_tokens:
-            raise ValueError(f"k must be in [1, n_tokens={n_tokens}]; got {k}.")
+            raise ValueError(f"k must be in [1, n_tokens={n_tokens}]; got {k}. Leave it out to keep all prompts.")
         as_choice("balancing", balancing, ("corrected", "published"))
         self.k = k
         self.balancing = balancing
@@ -83,10 +83,10 @@ class MixtureOfPrompts(nn.Module):
         self.noise = nn.Linear(cond_dim, n_tokens, bias=False) if noisy else None
         for p in (*self.gate.parameters(), *(self.noise.parameters() if self.noise is not None else ())):
             nn.init.zeros_(p)
-        self._gates: list[Tensor] = []  # [B, N] of each block since reset, while training
+        self._gates: list[Tensor] = []  # [B, N] per block since reset, in training mode only
         self._loads: list[Tensor] = []  # [N]
         self.generator = generator
-        self.patch: _Patch | None = None  # where this is built in
+        self.patch: _Patch | None = None  # set by patch_dit
 
     @property
     def depth(self) -> int:
@@ -95,38 +95,44 @@ class MixtureOfPrompts(nn.Module):
 
     @property
     def n_tokens(self) -> int:
-        """N, the number of prompts a block and of tokens."""
+        """N, the number of prompts per block and of tokens."""
         return self.prompts.shape[1]
 
     def forward(self, i: int, x: Tensor, cond: Tensor) -> Tensor:
-        """Tokens x [B, N, D] with block i's gated prompts added, for conditions cond [B or 1, cond_dim].
+        """Add the gated prompts of block i to the tokens x [B, N, D], for conditions cond [B or 1, cond_dim].
 
         Raises:
-            ValueError: i outside [0, depth), x with another number of tokens or width, or a condition of another shape.
+            ValueError: i lies outside [0, depth), x has another number of tokens or width, or cond has another shape.
         """
         if not 0 <= i < self.depth:
             raise ValueError(f"i must be a block with prompts, 0 <= i < {self.depth}; got {i}.")
         if x.dim() != 3 or x.shape[1:] != self.prompts.shape[1:]:
             raise ValueError(
                 f"x must be [B, {self.n_tokens}, {self.prompts.shape[2]}] tokens; got {list(x.shape)}. Prompts belong "
-                "to token positions: make MixtureOfPrompts with n_tokens of this image size."
+                "to token positions: make a MixtureOfPrompts with the n_tokens and dim of this model and image size."
             )
         if cond.dim() != 2 or cond.shape[1] != self.gate.in_features - 1 or cond.shape[0] not in (1, len(x)):
-            raise ValueError(f"cond must be [B={len(x)}, {self.gate.in_features - 1}]; got {list(cond.shape)}.")
+            raise ValueError(
+                f"cond must be [B={len(x)}, {self.gate.in_features - 1}]; got {list(cond.shape)}. Make the "
+                "MixtureOfPrompts with the cond_dim of this model."
+            )
         g = self.gates(i, cond)  # [B, N]
         return x + (rearrange(g, "b n -> b n 1") * self.prompts[i]).to(x.dtype)
 
     def gates(self, i: int, cond: Tensor) -> Tensor:
-        """g [B, N] of block i: at least 0, each row sums to 1. In training mode they are noisy, and remembered."""
+        """Return the gates g [B, N] of block i: at least 0, with row sums of 1.
+
+        In training mode they are noisy, and kept for the balancing losses.
+        """
         cond = cond.to(self.gate.weight.dtype)
         clean = self.gate(torch.cat([cond, cond.new_full((len(cond), 1), float(i))], dim=1))  # [B, N]
         logits, std = clean, None
         if self.noise is not None and self.training:
-            std = nn.functional.softplus(self.noise(cond)) + 1e-2  # [B, N], ln 2 + 0.01 = 0.703 at the start
+            std = nn.functional.softplus(self.noise(cond)) + 1e-2  # [B, N]; starts at ln 2 + 0.01 = 0.703
             eps = torch.randn(clean.shape, generator=self.generator, device=clean.device, dtype=clean.dtype)
             logits = clean + eps * std
         if self.k < self.n_tokens:
-            # one more than k: the probability to be kept needs the first logit that is not
+            # One more than k: the probability of being kept depends on the largest logit that is not kept.
             top, index = logits.topk(self.k + 1, dim=1)
             kept = torch.full_like(logits, -math.inf).scatter(1, index[:, : self.k], top[:, : self.k])
         else:
@@ -138,14 +144,14 @@ class MixtureOfPrompts(nn.Module):
         return g
 
     def reset(self) -> None:
-        """Forget the gates of the forward before. :func:`patch_dit`'s hook calls it at the start of each forward."""
+        """Clear the gates of the previous forward pass. The hook of :func:`patch_dit` calls this before each pass."""
         self._gates.clear()
         self._loads.clear()
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """``importance`` and ``load``, both [] float: squared coefficients of variation over the prompts.
+        """Return ``importance`` and ``load``, both [] float: squared coefficients of variation over the prompts.
 
-        Of the latest forward in training mode; zeros if there was none.
+        They belong to the latest forward pass, and are zero if that was not in training mode.
         """
         if not self._gates:
             zero = self.prompts.new_zeros(())
@@ -159,21 +165,24 @@ class MixtureOfPrompts(nn.Module):
         }
 
     def balancing_loss(self) -> Tensor:
-        """importance + load, [], weighted 1 and 1 as published: add it to the loss."""
+        """Return importance + load, [], each with weight 1 as published. Add it to the training loss."""
         losses = self.auxiliary_losses()
         return losses["importance"] + losses["load"]
 
     def param_groups(self, lr: float = 1e-4, gate_factor: float = 10.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer without weight decay: prompts at ``lr``, gate and noise ``gate_factor`` times
-        that."""
+        """Return parameter groups for an optimizer without weight decay.
+
+        The prompts have learning rate ``lr``; gate and noise have ``gate_factor`` times ``lr``.
+        """
         gate = [p for name, p in self.named_parameters() if name != "prompts"]
         return [{"params": [self.prompts], "lr": lr}, {"params": gate, "lr": lr * gate_factor}]
 
     @torch.no_grad()
     def inference_table(self, conds: Tensor) -> Tensor:
-        """Gates of every block for conditions [S, cond_dim] (a sampler's timesteps, say): [S, depth, N], noise-free.
+        """Return the noise-free gates of every block, [S, depth, N], for conditions [S, cond_dim].
 
-        They depend on condition and block alone: ``table[s, i, :, None] * prompts[i]`` is a bias to add, nothing more.
+        The conditions are, for example, those of a sampler's timesteps. Gates depend only on condition and block, so
+        ``table[s, i, :, None] * prompts[i]`` is a constant bias for the tokens of block i.
         """
         was_training = self.training
         self.eval()
@@ -183,11 +192,14 @@ class MixtureOfPrompts(nn.Module):
             self.train(was_training)
 
     def _load(self, g: Tensor, clean: Tensor, logits: Tensor, std: Tensor | None, top: Tensor | None) -> Tensor:
-        """Load of each prompt, [N]: how many samples of the batch keep it, smoothly where the noise makes it smooth."""
+        """Return the load of each prompt, [N]: the number of samples that keep it.
+
+        With noise and k < N, the expected number over a new draw of the prompt's own noise, which is differentiable.
+        """
         if top is None or std is None:
             chosen = g < 0 if self.balancing == "published" and top is None else g > 0
             return chosen.sum(0).to(g.dtype)
-        # A kept prompt would fall out below the (k+1)-th logit; one that was not kept would be above the k-th.
+        # A kept prompt is dropped if it falls below the (k+1)-th logit; a dropped one is kept if it exceeds the k-th.
         is_kept = logits > top[:, self.k :]
         threshold = torch.where(is_kept, top[:, self.k :], top[:, self.k - 1 : self.k])  # [B, N]
         load: Tensor = torch.special.ndtr((clean - threshold) / std).sum(0)
@@ -195,17 +207,17 @@ class MixtureOfPrompts(nn.Module):
 
 
 def _squared_variation(x: Tensor) -> Tensor:
-    """Var / Mean^2 of all entries (unbiased variance; 0 for a single one, and where all are 0)."""
+    """Return Var / Mean^2 of all entries, with the unbiased variance. 0 for a single entry, or if all are 0."""
     if x.numel() < 2:
         return x.new_zeros(())
     return x.var() / (x.mean().square() + 1e-10)
 
 
-# ---- into a model ------------------------------------------------------------------------------------------------
+# ---- patching a model --------------------------------------------------------------------------------------------
 
 
 class _Patch:
-    """The hooks of one patched model; bound methods, so that a deep copy of the model gets its own."""
+    """Hooks of one patched model. They are bound methods, so that a deep copy of the model gets its own hooks."""
 
     def __init__(self, prompts: MixtureOfPrompts, condition: Callable[..., Tensor] | None) -> None:
         self.prompts = prompts
@@ -227,6 +239,8 @@ class _Patch:
 
 
 class _PatchedBlock:
+    """Hook that adds the prompts of block i to its input."""
+
     def __init__(self, patch: _Patch, i: int) -> None:
         self.patch = patch
         self.i = i
@@ -235,7 +249,7 @@ class _PatchedBlock:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         cond = self.patch.cond
-        if cond is None:  # the original DiT's blocks are called with (x, c)
+        if cond is None:  # blocks of the original DiT are called with (x, c)
             cond = args[1] if len(args) > 1 else kwargs["c"]
         return (self.patch.prompts(self.i, args[0], cond), *args[1:]), kwargs
 
@@ -243,29 +257,31 @@ class _PatchedBlock:
 def patch_dit(
     model: nn.Module, prompts: MixtureOfPrompts, *, freeze: bool = True, condition: Callable[..., Tensor] | None = None
 ) -> nn.Module:
-    """Put ``prompts`` before the first ``prompts.depth`` blocks of a DiT, in place; returns ``model``.
+    """Insert ``prompts`` before the first ``prompts.depth`` blocks of a DiT, in place. Returns ``model``.
 
     ``prompts`` becomes the submodule ``mixture_of_prompts`` of the DiT, so that ``model.parameters()``, ``.to`` and
-    copies see it. Frozen parameters have ``requires_grad=False``: no gradient is computed, reduced or kept for them.
+    copies include it. Frozen parameters have ``requires_grad=False``: no gradient of them is computed, reduced or kept.
 
     Args:
-        model: diffusers' DiTTransformer2DModel, a network with ``blocks`` called as ``block(x, c)`` (the original DiT's
-            form), or a module that holds one of these.
-        freeze: False trains the whole network beside the prompts.
-        condition: gives the condition [B, cond_dim] from the arguments of the DiT's ``forward``. Without it: the sum of
-            timestep and label embedding. diffusers embeds them anew in each block; its output layer takes block 0's,
-            and so does the gate, without dropping labels (diffusers drops them in each block apart; drop them in the
-            batch).
+        model: diffusers' DiTTransformer2DModel, a network with ``blocks`` that are called as ``block(x, c)`` (as in the
+            original DiT), or a module that contains one of these.
+        prompts: the patch.
+        freeze: whether to freeze the network. False: train the whole network together with the prompts.
+        condition: function of the arguments of the DiT's ``forward`` that returns the condition [B, cond_dim]. None:
+            the sum of timestep and label embedding. diffusers computes these embeddings in each block; the gate uses
+            those of block 0, as diffusers' output layer does, but without label dropout (diffusers drops labels in each
+            block independently; drop them in the batch instead).
 
     Raises:
-        ValueError: no DiT in ``model``, fewer blocks than ``prompts.depth``, or already patched.
+        ValueError: ``model`` contains no DiT, has fewer blocks than ``prompts.depth``, or is patched already.
     """
     dit, blocks = _find_dit(model)
     if hasattr(dit, NAME):
         raise ValueError("model must not be patched already; got one that is. Call unpatch(model) first.")
     if prompts.depth > len(blocks):
         raise ValueError(
-            f"prompts must have at most one set a block, depth <= {len(blocks)}; got depth {prompts.depth}."
+            f"prompts must have at most one set per block, depth <= {len(blocks)}; got depth {prompts.depth}. Make the "
+            f"MixtureOfPrompts with depth={len(blocks)} or less."
         )
     patch = _Patch(prompts, condition)
     patch.embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None)
@@ -283,14 +299,14 @@ def patch_dit(
 
 
 def unpatch(model: nn.Module) -> MixtureOfPrompts:
-    """Undo :func:`patch_dit`: hooks off, ``requires_grad`` as it was. Returns the prompts.
+    """Undo :func:`patch_dit`: remove the hooks and restore ``requires_grad``. Returns the prompts.
 
     Raises:
         ValueError: ``model`` is not patched.
     """
     dit, prompts = _find_patch(model)
     patch = prompts.patch
-    assert patch is not None  # patch_dit sets it with the submodule
+    assert patch is not None  # patch_dit sets it when it adds the submodule
     for handle in patch.handles:
         handle.remove()
     for p, trainable in patch.was_trainable:
@@ -301,7 +317,7 @@ def unpatch(model: nn.Module) -> MixtureOfPrompts:
 
 
 def save_patch(model: nn.Module) -> Mapping[str, Tensor]:
-    """State dict of the patch alone (about 2 % of the model), for ``prompts.load_state_dict``."""
+    """Return the state dict of the patch alone (about 2 % of the model), for ``prompts.load_state_dict``."""
     state: dict[str, Tensor] = _find_patch(model)[1].state_dict()
     return state
 
@@ -311,7 +327,9 @@ def _find_patch(model: nn.Module) -> tuple[nn.Module, MixtureOfPrompts]:
         prompts = getattr(module, NAME, None)
         if isinstance(prompts, MixtureOfPrompts):
             return module, prompts
-    raise ValueError("model must be patched by patch_dit; got one that is not.")
+    raise ValueError(
+        f"model must be patched by patch_dit; got a {type(model).__name__} without a patch. Call patch_dit first."
+    )
 
 
 def _find_dit(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -323,13 +341,13 @@ def _find_dit(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             if name == "blocks" or hasattr(getattr(blocks[0], "norm1", None), "emb"):
                 return module, blocks
     raise ValueError(
-        "model must hold a DiT: diffusers' DiTTransformer2DModel, or blocks called as block(x, c); "
-        f"{type(model).__name__} holds none. Prompts are added to tokens, which a UNet does not have."
+        "model must hold a DiT, that is diffusers' DiTTransformer2DModel or blocks that are called as block(x, c); "
+        f"{type(model).__name__} holds none. Prompts are added to tokens, which a UNet does not have: patch a DiT."
     )
 
 
 def _diffusers_condition(embedding: Any, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """c [B, D] of diffusers' CombinedTimestepLabelEmbeddings, without its label dropout."""
+    """Return c [B, D] of diffusers' CombinedTimestepLabelEmbeddings, without its label dropout."""
     time = embedding.timestep_embedder(embedding.time_proj(t).to(x.dtype))
     c: Tensor = time + embedding.class_embedder.embedding_table(labels)
     return c

@@ -1,17 +1,18 @@
-"""Denoising task routing: each timestep reads its own window of channels in every residual block.
+"""Denoising task routing: in every residual block, each timestep reads its own window of channels.
 
 Source: Park, Woo, Go, Kim, Kim, "Denoising Task Routing for Diffusion Models", ICLR 2024 (arXiv 2310.07138), section 4.
 
     z <- z + Block(m_t * z),    m_t[c] = 1  iff  start(t) <= c < start(t) + n
     n = floor(beta C),          start(t) = round((C - n) (t / (T-1))^alpha),   round half to even
 
-Little noise reads the first n channels, much noise the last n; alpha > 1 leaves more of the shift to large t. The skip
-path is not masked, no parameter is added. The window is exactly n wide, as in the released code; the printed formula
-takes its upper end from t and its lower end from t - 1, and is now and then one channel wider or shifted.
+Timesteps with little noise read the first n channels, those with much noise the last n. alpha > 1 moves more of the
+shift to large t. The skip path is not masked, and no parameter is added. The window is exactly n wide, as in the
+released code. The printed formula takes its upper end from t and its lower end from t - 1, so that some windows are
+shifted or wider by one channel.
 
-The published gain is on DiT-S, B and L; the same recipe made DiT-XL worse (FID 9.40 -> 10.85, reported in the
-Switch-DiT paper). A network is trained with its routing from the start: an unrouted checkpoint does not become a
-routed one.
+The published gain is on DiT-S, B and L. The same settings made DiT-XL worse (FID 9.40 -> 10.85, reported in the
+Switch-DiT paper). A network must be trained with its routing from the start: routing an unrouted checkpoint does not
+work.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from antdiff._checks import as_choice, as_count
 
 ALPHA = 4.0
 BETA = 0.8
-NAME = "channel_routing"  # of the routing among the attributes of the module whose forward takes the timestep
+NAME = "channel_routing"  # attribute for the routing, on the module whose forward takes the timestep
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "noise_labels")
 
 
 def start_table(channels: int, T: int = 1000, alpha: float = ALPHA, beta: float = BETA) -> tuple[Tensor, int]:
-    """First channel of each timestep's window, int64 [T], and the window's width n.
+    """Return the first channel of each timestep's window, int64 [T], and the width n of the windows.
 
     Raises:
-        ValueError: ``beta`` outside (0, 1], so small that no channel is left, ``alpha`` not positive, or T < 2.
+        ValueError: ``beta`` lies outside (0, 1] or leaves no channel, ``alpha`` is not positive, or T < 2.
     """
     width = _width(channels, alpha, beta)
     T = as_count("T", T, 2)
@@ -48,53 +49,60 @@ def start_table(channels: int, T: int = 1000, alpha: float = ALPHA, beta: float 
 
 
 def route(block: Callable[..., Tensor], x: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """x + (block(m x) - m x): any residual block, given as a function that includes its skip path, routed by hand.
+    """Route one residual block by hand: return x + (block(m x) - m x).
 
-    ``mask`` broadcasts against ``x``: :meth:`ChannelRouting.mask` [B, C] becomes [B, 1, C] or [B, C, 1, 1].
+    Args:
+        block: function of x that includes the skip path of the residual block.
+        x: input of the block.
+        mask: m, which must broadcast against x. Reshape :meth:`ChannelRouting.mask` from [B, C] to [B, 1, C] or
+            [B, C, 1, 1].
+        args, kwargs: further arguments of ``block``.
     """
     h = x * mask
     return block(h, *args, **kwargs) + (x - h)
 
 
 class ChannelRouting:
-    """Routes the residual blocks of ``model`` in place. The model is then called and sampled from as before.
+    """Routing of the residual blocks of ``model``, in place. The model is then called and sampled from as before.
 
     Example::
 
         routing = ChannelRouting(model)            # diffusers' DiTTransformer2DModel or UNet2DModel
-        model(x, t)                                # every block reads t's window of channels
+        model(x, t)                                # every block reads the channels of t's window
         routing.remove()
 
-    A DiT block is masked once, at its input (attention and MLP together). In a UNet every residual block is masked on
-    its residual branch, before the first normalisation, over the channels it is given: in the decoder those after the
-    skip connection's concatenation; where the block changes the number of channels its skip convolution reads all of
-    them. A self-attention layer is a residual block of its own. The paper describes neither of the last three.
+    A DiT block is masked once, at its input, for attention and MLP together. In a UNet, every residual block is masked
+    on its residual branch, before the first normalisation, over the channels of its input. The paper does not describe
+    the following three cases. A block of the decoder is masked after the concatenation of the skip connection. If a
+    block changes the number of channels, its skip convolution reads all of them. A self-attention layer counts as a
+    residual block.
 
-    The window follows the timestep the model is called with. Samplers that skip steps have to pass the *original*
-    index, as diffusers' do. Copies of the model (an EMA, for one) are routed too; the state dict is as before. A
-    recomputation for activation checkpointing takes the timesteps of the latest forward: run each backward before the
-    next forward, as ordinary steps do.
+    The window follows the timestep that the model is called with. Samplers that skip steps must pass the *original*
+    index, as diffusers' samplers do. Copies of the model, such as an EMA, are routed too. The state dict does not
+    change. Recomputation for activation checkpointing uses the timesteps of the latest forward pass, so run each
+    backward pass before the next forward pass.
 
     Args:
-        model: holds the blocks. Its ``forward`` (or that of the submodule diffusers' blocks are in) takes the timestep
-            as an argument named ``timestep``, ``timesteps``, ``t``, ``sigma`` or ``noise_labels``: int [B], one number
-            for all, or, with ``rank``, floats.
+        model: the network. Its ``forward``, or that of the submodule that contains diffusers' blocks, takes the
+            timestep as an argument named ``timestep``, ``timesteps``, ``t``, ``sigma`` or ``noise_labels``: int [B], or
+            one number for all samples. With ``rank`` these can be floats.
         T: number of timesteps.
-        alpha, beta: shape of the shift, and share of the channels that are read.
-        mode: ``"window"``, or ``"random"``: for each timestep n channels chosen once, the paper's baseline R-TR. Which
-            blocks share a choice is not published; here those of equal width do, as they share the window.
-        rank: for continuous time: maps the model's timestep argument [B] to the rank u of its noise level, float [B] in
-            [0, 1], in place of t / (T-1). For flow matching u is the share of noise; for EDM's noise levels see
-            :func:`edm_rank`. With ``"random"`` u is rounded to T levels.
-        blocks: for other networks: pairs (module, width) of residual blocks that take x first and include their skip
-            path.
-        channel_dim: of x in ``blocks``.
-        generator: of the random choice (on the CPU); without one, torch's global generator.
+        alpha: exponent of the shift.
+        beta: share of the channels that each timestep reads.
+        mode: ``"window"``, or ``"random"`` for the paper's baseline R-TR, which chooses n channels per timestep once.
+            The paper does not say which blocks share a choice; here blocks of equal width do, as they share the window.
+        rank: function for continuous time. It maps the model's timestep argument [B] to the rank u of its noise level,
+            float [B] in [0, 1], which replaces t / (T-1). For flow matching, u is the share of noise; for EDM's noise
+            levels see :func:`edm_rank`. With ``"random"``, u is rounded to T levels.
+        blocks: residual blocks of networks that are not diffusers', as pairs (module, width). A block takes x as its
+            first argument and includes its skip path.
+        channel_dim: dimension of the channels of x in ``blocks``.
+        generator: generator of the random choice, on the CPU. None: torch's global generator.
 
     Raises:
-        ValueError: no recognisable blocks, a model that is already routed, or ``alpha``, ``beta``, T or ``mode`` out of
-            range. Calling the model raises one for t outside [0, T): on the CPU always, on CUDA, where looking would
-            cost a synchronisation, with ``ANTDIFF_CHECK=1``; without it the outputs of that sample are NaN.
+        ValueError: ``model`` has no known blocks or is routed already, or ``alpha``, ``beta``, T or ``mode`` is out of
+            range. Calling the model with t outside [0, T) raises a ValueError on the CPU. On CUDA this check would cost
+            a host-device sync and runs only with ``ANTDIFF_CHECK=1``; without it, the outputs of that sample are NaN.
     """
 
     def __init__(
@@ -113,24 +121,26 @@ class ChannelRouting:
         as_choice("mode", mode, ("window", "random"))
         owner, points = (model, [_Point(m, c, channel_dim) for m, c in blocks]) if blocks else find_blocks(model)
         if hasattr(owner, NAME):
-            raise ValueError(f"model must not be routed already; got one that is. Call model.{NAME}.remove() first.")
+            path = next((name for name, module in model.named_modules() if module is owner and name), "")
+            place = f"model.get_submodule({path!r})" if path else "model"
+            raise ValueError(f"model must not be routed already; got one that is. Call {place}.{NAME}.remove() first.")
         self.alpha = alpha
         self.T = T
         self.rank = rank
         self.points = points
         self._argument = _timestep_argument(owner)
         widths = sorted({point.channels for point in points})
-        self._starts: dict[int, Tensor] = {}  # [T] by number of channels
+        self._starts: dict[int, Tensor] = {}  # number of channels to int64 [T]
         self._sizes: dict[int, int] = {}
-        self._choices: dict[int, Tensor] = {}  # bool [T, C], random mode
+        self._choices: dict[int, Tensor] = {}  # number of channels to bool [T, C], in random mode
         for channels in widths:
             self._starts[channels], n = start_table(channels, T, alpha, beta)
             self._sizes[channels] = n
             if mode == "random":
                 order = torch.rand(T, channels, generator=generator).argsort(1)  # [T, C]
                 self._choices[channels] = order < n
-        self._masks: dict[int, Tensor] = {}  # [B or 1, C] of the latest forward
-        # Bound methods, so that a deep copy of the model gets hooks that belong to the copy.
+        self._masks: dict[int, Tensor] = {}  # number of channels to [B or 1, C], of the latest forward pass
+        # Hooks are bound methods, so that a deep copy of the model gets hooks that belong to the copy.
         self._owner = owner
         setattr(owner, NAME, self)
         self._handles = [owner.register_forward_pre_hook(self._take_timestep, with_kwargs=True)]
@@ -138,10 +148,10 @@ class ChannelRouting:
             self._handles += _RoutedBlock(self, point).attach()
 
     def mask(self, t: Tensor | float, channels: int) -> Tensor:
-        """Which of ``channels`` each timestep reads: bool [B, C], rows of the window (or random) table.
+        """Return the channels that each timestep reads: bool [B, C].
 
         Args:
-            t: what the model is called with: int [B] or one int in [0, T); with ``rank``, any float [B].
+            t: timestep argument of the model: int [B] or one int in [0, T). With ``rank``, any float [B].
             channels: C, the width of one of the routed blocks.
         """
         if channels not in self._starts:
@@ -153,7 +163,7 @@ class ChannelRouting:
         return mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
 
     def remove(self) -> None:
-        """Take the routing off the model again."""
+        """Remove the routing from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -164,28 +174,31 @@ class ChannelRouting:
         name, position = self._argument
         t = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
         if t is None:
-            raise ValueError(f"{name} must be given to the model: the routing follows it.")
+            raise ValueError(f"{name} must be a timestep, which the routing follows; got None. Pass it to the model.")
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
         index, bad = self._index(t, device)
         for channels in self._starts:
             mask = self._mask(index, channels)
-            # Never a wrong window in silence: without a synchronisation NaN is the only way to say so.
+            # A bad timestep must not read a wrong window silently. Without a sync, only NaN can report it.
             self._masks[channels] = mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
 
     def _index(self, t: Tensor | float, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
-        """Rows of the tables int64 [B], or ranks float64 [B] for a window in continuous time; and which are bad."""
+        """Return rows of the tables, int64 [B], or float64 ranks for continuous windows; and which of them are bad.
+
+        The second value is None if the check has run here.
+        """
         t = torch.as_tensor(t, device=device).reshape(-1)  # [B] or [1]
         if self.rank is not None:
             u = self.rank(t).double()
             bad = ~((u >= 0) & (u <= 1))
-            what, index = "rank(timestep) must be in [0, 1]", u.clamp(0, 1).nan_to_num(0)
+            rule, index = "rank(timestep) must be in [0, 1]", u.clamp(0, 1).nan_to_num(0)
             if self._choices:
                 index = (index * (self.T - 1)).round().long()
         else:
             bad = (t < 0) | (t >= self.T)
             if t.is_floating_point():  # some samplers pass whole numbers as floats
                 bad |= t != t.round()
-            what = f"t must be a whole number with 0 <= t < T={self.T} (for continuous time give rank=)"
+            rule = f"t must be a whole number with 0 <= t < T={self.T} (for continuous time, pass rank=)"
             index = (
                 t.clamp(0, self.T - 1).nan_to_num(0).long() if t.is_floating_point() else t.clamp(0, self.T - 1).long()
             )
@@ -193,7 +206,7 @@ class ChannelRouting:
             return index, bad
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(f"{what}; got {t[row].item():g} at row {row}.")
+            raise ValueError(f"{rule}; got {t[row].item():g} at row {row}.")
         return index, None
 
     def _mask(self, index: Tensor, channels: int) -> Tensor:
@@ -204,7 +217,7 @@ class ChannelRouting:
         if index.is_floating_point():
             start = (index**self.alpha * (channels - self._sizes[channels])).round()
         else:
-            self._starts[channels] = self._starts[channels].to(index.device)  # copied once
+            self._starts[channels] = self._starts[channels].to(index.device)  # a copy only on the first call
             start = self._starts[channels][index]
         c = torch.arange(channels, device=index.device)
         mask: Tensor = (c >= start[:, None]) & (c < start[:, None] + self._sizes[channels])
@@ -212,9 +225,10 @@ class ChannelRouting:
 
 
 def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Tensor]:
-    """The rank of EDM's noise level sigma in its training distribution: u = Phi((ln sigma - p_mean) / p_std).
+    """Return the function that ranks EDM noise levels in their training distribution.
 
-    For networks that are called with c_noise = ln(sigma) / 4, compose: ``lambda c: edm_rank()(torch.exp(4 * c))``.
+    The rank of sigma is u = Phi((ln sigma - p_mean) / p_std). If a network is called with c_noise = ln(sigma) / 4, pass
+    ``lambda c: edm_rank()(torch.exp(4 * c))``.
     """
 
     def rank(sigma: Tensor) -> Tensor:
@@ -229,7 +243,7 @@ def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class _Point:
-    """Where one residual block is masked: ``whole`` blocks hold their skip path, the others are its residual branch."""
+    """Place of a mask. The module is a ``whole`` residual block with its skip path, or the start of its branch."""
 
     module: nn.Module
     channels: int
@@ -238,7 +252,7 @@ class _Point:
 
 
 class _RoutedBlock:
-    """The hooks of one block. ``_skipped`` is what passed it by, kept from its input to its output."""
+    """Hooks of one block. ``_skipped`` is the masked-out part of its input, kept until it is added to the output."""
 
     def __init__(self, routing: ChannelRouting, point: _Point) -> None:
         self.routing = routing
@@ -260,24 +274,28 @@ class _RoutedBlock:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not args:
-            raise ValueError("a routed block must be given x as its first positional argument; got only keywords.")
+            raise ValueError(
+                "x must be the first positional argument of a routed block; got only keyword arguments. Call the block "
+                "as block(x, ...)."
+            )
         h = args[0] * self._mask(args[0])
         self._skipped = args[0] - h
         return (h, *args[1:]), kwargs
 
     def _add_skipped(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         skipped, self._skipped = self._skipped, None
-        assert skipped is not None  # _mask_input has just run
+        assert skipped is not None  # _mask_input has set it
         return output + skipped
 
     def _mask(self, x: Tensor) -> Tensor:
         point = self.point
         mask = self.routing._masks.get(point.channels)
         if mask is None or x.shape[point.channel_dim] != point.channels or mask.shape[0] not in (1, len(x)):
-            came = f"x {list(x.shape)}" + ("" if mask is None else f" and {mask.shape[0]} timesteps")
+            received = f"x {list(x.shape)}" + ("" if mask is None else f" and {mask.shape[0]} timesteps")
             raise ValueError(
-                f"a routed block must run inside its model, on x with {point.channels} channels in dimension "
-                f"{point.channel_dim} and one timestep a sample; got {came}."
+                f"x must be the input of a routed block inside its model, with {point.channels} channels in dimension "
+                f"{point.channel_dim} and one timestep per sample; got {received}. Check the widths and channel_dim "
+                "passed to ChannelRouting."
             )
         shape = [1] * x.dim()
         shape[0], shape[point.channel_dim] = mask.shape
@@ -285,16 +303,16 @@ class _RoutedBlock:
 
 
 def find_blocks(model: nn.Module) -> tuple[nn.Module, list[_Point]]:
-    """The diffusers network in ``model`` (itself, or one submodule) and its residual blocks.
+    """Return the diffusers network in ``model`` (itself, or one submodule) and the places of its masks.
 
     Raises:
-        ValueError: no DiTTransformer2DModel or UNet2DModel in it, or more than one.
+        ValueError: ``model`` contains no DiTTransformer2DModel or UNet2DModel, or more than one.
     """
     found = [module for module in model.modules() if type(module).__name__ in ("DiTTransformer2DModel", "UNet2DModel")]
     if len(found) != 1:
         raise ValueError(
             f"model must hold one DiTTransformer2DModel or UNet2DModel of diffusers; {type(model).__name__} holds "
-            f"{len(found)}. For another network name its residual blocks: blocks=[(module, width), ...]."
+            f"{len(found)}. For another network, pass its residual blocks: blocks=[(module, width), ...]."
         )
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
@@ -304,7 +322,7 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, list[_Point]]:
     for module in found[0].modules():
         if isinstance(module, BasicTransformerBlock):
             points.append(_Point(module, module.dim, channel_dim=-1))
-        elif isinstance(module, ResnetBlock2D):  # its first normalisation begins the residual branch
+        elif isinstance(module, ResnetBlock2D):  # the residual branch begins with the first normalisation
             points.append(_Point(module.norm1, module.norm1.num_channels, channel_dim=1, whole=False))
         elif isinstance(module, Attention) and module.residual_connection and module.group_norm is not None:
             points.append(_Point(module.group_norm, module.group_norm.num_channels, channel_dim=1, whole=False))
@@ -312,20 +330,22 @@ def find_blocks(model: nn.Module) -> tuple[nn.Module, list[_Point]]:
 
 
 def _timestep_argument(module: nn.Module) -> tuple[str, int]:
-    """Name and position of the timestep among the arguments of ``module.forward``."""
+    """Return the name and position of the timestep among the arguments of ``module.forward``."""
     names = list(inspect.signature(module.forward).parameters)
     for name in TIMESTEP_NAMES:
         if name in names:
             return name, names.index(name)
     raise ValueError(
         f"{type(module).__name__}.forward must take the timestep as one of {', '.join(TIMESTEP_NAMES)}; it takes "
-        f"{', '.join(names)}. Route the submodule that does, or rename the argument."
+        f"{', '.join(names)}. Route the submodule that takes the timestep, or rename the argument."
     )
 
 
 def _width(channels: int, alpha: float, beta: float) -> int:
     if not (0 < beta <= 1 and int(beta * channels) >= 1):
-        raise ValueError(f"beta must be in (0, 1] and keep at least one of {channels} channels; got {beta}.")
+        raise ValueError(
+            f"beta must be in (0, 1] and keep at least one of {channels} channels; got {beta}. The paper uses 0.8."
+        )
     if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive and finite; got {alpha}.")
+        raise ValueError(f"alpha must be positive and finite; got {alpha}. The paper uses 4.")
     return int(beta * channels)

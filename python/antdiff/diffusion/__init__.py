@@ -1,4 +1,4 @@
-"""Noise schedules and loss weights, as the rest of antdiff needs them."""
+"""Log-SNR of noise schedules, and loss weights per timestep."""
 
 from antdiff.diffusion.schedules import (
     SCHEDULES,

@@ -1,18 +1,18 @@
-"""Diffusion's own loss weights, one number a timestep, which compose with any balancing method.
+"""Loss weights of diffusion models, one number per timestep. They compose with any balancing method.
 
-Pass ``table[t]`` as the ``weight`` of :func:`antdiff.ops.cluster_loss`: the weights act within the clusters, the
-balancing method between them. Every table is a function of the log-SNR (see :mod:`antdiff.diffusion.schedules`)
-and of what the network predicts:
+Pass ``table[t]`` as the ``weight`` of :func:`antdiff.ops.cluster_loss`: the weights act within the clusters, and the
+balancing method acts between them. Every table is a function of the log-SNR (see :mod:`antdiff.diffusion.schedules`)
+and of the quantity that the network predicts:
 
     ==========  =========================================================  ==========================
-    prediction  target for x_t = a x_0 + s eps, SNR = a^2 / s^2            its MSE over that of x_0
+    prediction  target for x_t = a x_0 + s eps, SNR = a^2 / s^2            MSE / MSE of x_0
     ==========  =========================================================  ==========================
     "x0"        x_0                                                        1
     "epsilon"   eps                                                        SNR
     "v"         a eps - s x_0, with a^2 + s^2 = 1                          SNR + 1
     ==========  =========================================================  ==========================
 
-A paper states its weight on one of these losses; the tables are that weight as it acts on the loss you compute.
+A paper states its weight for one of these losses. The tables convert it to the loss that you compute.
 """
 
 from __future__ import annotations
@@ -29,36 +29,41 @@ Prediction = Literal["epsilon", "x0", "v"]
 
 
 def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "epsilon") -> Tensor:
-    """Min-SNR-gamma (Hang et al., ICCV 2023): ``min(SNR, gamma)`` on the loss of x_0.
+    """Return the weights of Min-SNR-gamma (Hang et al., ICCV 2023): ``min(SNR, gamma)`` on the loss of x_0.
 
     Args:
-        log_snr: ``[T]``; -inf (no signal left) is allowed, and gives an epsilon-loss its limit 1.
+        log_snr: ``[T]``. -inf (no signal left) is allowed; the weight of an epsilon loss is then the limit, 1.
         gamma: > 0; 5 in the paper.
+        prediction: the quantity that the network predicts.
 
     Returns:
-        float64 ``[T]``, ``min(SNR, gamma) / SNR`` for epsilon.
+        float64 ``[T]``. For epsilon, ``min(SNR, gamma) / SNR``.
     """
     gamma = _positive("gamma", gamma)
-    # In logarithms: min(SNR, gamma) / SNR is min(1, gamma / SNR), which is 1 where SNR is 0.
-    excess = (math.log(gamma) - _checked(log_snr)).clamp(max=0)  # log of the weight on epsilon
-    return _from_epsilon(excess, log_snr, prediction)
+    # min(SNR, gamma) / SNR = min(1, gamma / SNR), which is 1 for SNR = 0. Logarithms avoid 0 / 0.
+    log_weight = (math.log(gamma) - _checked(log_snr)).clamp(max=0)  # for epsilon
+    return _from_epsilon(log_weight, log_snr, prediction)
 
 
 def truncated_snr(log_snr: Tensor, *, prediction: Prediction = "epsilon") -> Tensor:
-    """Truncated SNR (Salimans and Ho, ICLR 2022): ``max(SNR, 1)`` on the loss of x_0.
+    """Return the weights of truncated SNR (Salimans and Ho, ICLR 2022): ``max(SNR, 1)`` on the loss of x_0.
 
     Returns:
-        float64 ``[T]``; for epsilon ``max(1, 1 / SNR)``, which is infinite where no signal is left.
+        float64 ``[T]``. For epsilon, ``max(1, 1 / SNR)``, which is infinite if no signal is left (SNR = 0).
     """
     return _from_epsilon((-_checked(log_snr)).clamp(min=0), log_snr, prediction)
 
 
 def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Prediction = "epsilon") -> Tensor:
-    """P2 (Choi et al., CVPR 2022): ``1 / (k + SNR)^gamma`` on the loss of epsilon.
+    """Return the weights of P2 (Choi et al., CVPR 2022): ``1 / (k + SNR)^gamma`` on the loss of epsilon.
 
     Args:
+        log_snr, prediction: as in :func:`min_snr`.
         k: > 0; 1 in the paper.
-        gamma: >= 0; 0.5 or 1 in the paper, 0 is the plain loss.
+        gamma: >= 0; 0.5 or 1 in the paper, and 0 for the plain loss.
+
+    Returns:
+        float64 ``[T]``.
     """
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma must be finite and at least 0; got {gamma}.")
@@ -67,12 +72,14 @@ def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Predi
 
 
 def edm(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """EDM (Karras et al., NeurIPS 2022): ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2`` on the denoiser's loss.
+    """Return the weights of EDM (Karras et al., NeurIPS 2022): ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2``.
 
-    The denoiser predicts x_0 from ``x_0 + sigma eps``; this weight makes the loss start near 1 at every noise level.
+    They apply to the loss of a denoiser that predicts x_0 from ``x_0 + sigma eps``. With them, the loss starts near 1
+    at every noise level.
 
     Args:
         sigma: noise levels > 0, of any shape.
+        sigma_data: standard deviation of the data, > 0; 0.5 in the paper.
 
     Returns:
         float64, of the shape of ``sigma``.
@@ -85,15 +92,16 @@ def edm(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
 
 
 class NoiseLevelUncertainty(nn.Module):
-    """EDM2's learned weight over the noise level (Karras et al., CVPR 2024): ``loss / exp(u) + u``, u a function of it.
+    """EDM2's learned weight per noise level (Karras et al., CVPR 2024): ``loss / exp(u) + u``.
 
-    Uncertainty weighting with a continuous u in place of one number a cluster: random Fourier features and one linear
-    layer. At the optimum exp(u) is the loss at that noise level, so every level has the same share of the gradient. It
-    weighs single samples; a balancing method may act on the clusters of what it returns.
+    This is uncertainty weighting with a continuous function u of the noise level in place of one number per cluster; u
+    consists of random Fourier features and one linear layer. At the optimum, exp(u) is the loss at that noise level, so
+    that all levels contribute equally to the gradient. The module weights single samples; a balancing method can then
+    act on the cluster means of its output.
 
     Args:
         channels: number of Fourier features; 128 in the paper.
-        generator: draws their frequencies and phases, once; they are saved with the state.
+        generator: draws the frequencies and phases once. They are saved in the state dict.
     """
 
     frequency: Tensor
@@ -105,16 +113,16 @@ class NoiseLevelUncertainty(nn.Module):
         self.register_buffer("frequency", 2 * math.pi * torch.randn(channels, generator=generator))
         self.register_buffer("phase", 2 * math.pi * torch.rand(channels, generator=generator))
         self.linear = nn.Linear(channels, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)  # u = 0: the plain loss at first
+        nn.init.zeros_(self.linear.weight)  # u = 0: training starts with the plain loss
 
     def u(self, log_sigma: Tensor) -> Tensor:
-        """Log-uncertainty ``[B]`` at ``log_sigma [B]``, the natural log of the noise level (-log_snr / 2)."""
+        """Return the log-uncertainty ``[B]`` at ``log_sigma [B]``, the natural log of sigma (-log_snr / 2)."""
         features = math.sqrt(2) * torch.cos(log_sigma[:, None] / 4 * self.frequency + self.phase)  # [B, channels]
         u: Tensor = self.linear(features)[:, 0] / math.sqrt(len(self.phase))
         return u
 
     def forward(self, per_sample: Tensor, log_sigma: Tensor) -> Tensor:
-        """``per_sample / exp(u) + u``, ``[B]``, from losses ``[B]`` and the log of their noise levels ``[B]``."""
+        """Return ``per_sample / exp(u) + u``, ``[B]``, for losses ``[B]`` and the log of their noise levels ``[B]``."""
         u = self.u(log_sigma.to(self.phase.dtype))
         return per_sample * torch.exp(-u) + u
 
@@ -122,7 +130,10 @@ class NoiseLevelUncertainty(nn.Module):
 def _checked(log_snr: Tensor) -> Tensor:
     log_snr = log_snr.double()
     if bool((log_snr.isnan() | (log_snr == math.inf)).any()):
-        raise ValueError("log_snr must be finite, or -inf where no signal is left; got NaN or inf.")
+        raise ValueError(
+            "log_snr must be finite, or -inf for timesteps without signal; got NaN or inf. An SNR of inf means that a "
+            "timestep has no noise: leave it out."
+        )
     return log_snr
 
 
@@ -133,12 +144,12 @@ def _positive(name: str, value: float) -> float:
 
 
 def _from_epsilon(log_weight: Tensor, log_snr: Tensor, prediction: str) -> Tensor:
-    """The weight on the loss of epsilon, as it acts on the loss of what the network predicts."""
+    """Convert the log of a weight on the loss of epsilon to the weight on the loss that the network is trained with."""
     log_snr = log_snr.double()
     if prediction == "epsilon":
         return log_weight.exp()
     if prediction == "x0":
-        return (log_weight + log_snr).exp()  # MSE of epsilon = SNR x MSE of x_0
+        return (log_weight + log_snr).exp()  # since MSE of epsilon = SNR x MSE of x_0
     if prediction == "v":
-        return (log_weight + nn.functional.logsigmoid(log_snr)).exp()  # and MSE of v = (SNR + 1) x MSE of x_0
+        return (log_weight + nn.functional.logsigmoid(log_snr)).exp()  # since MSE of v = (SNR + 1) x MSE of x_0
     raise ValueError(f"prediction must be one of 'epsilon', 'x0', 'v'; got {prediction!r}.")
