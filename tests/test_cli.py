@@ -89,7 +89,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
     [
         (["train", "--data", "nowhere"], "there is no folder 'nowhere'"),
         (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
-        (["train", "--resume", "a", "--out", "b"], "out and resume exclude each other"),
+        (["train", "--resume", "a", "--out", "b"], "out and resume are mutually exclusive"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
         (["train", "--wandb", "project"], "wandb is not installed: pip install wandb"),
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
@@ -124,7 +124,7 @@ def test_a_run_that_stops_early_says_how_to_go_on(
     assert f"antdiff train --resume {tmp_path / 's'}\n" in capsys.readouterr().err
     monkeypatch.setattr("antdiff.experiments.compare.execute", interrupted)
     assert main(["compare", "--out", str(tmp_path / "c")]) == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "repeat the same command to resume" in capsys.readouterr().err
     # the folder now holds a run: a second one does not write over it
     assert main(["train", "--out", str(tmp_path / "r")]) == 1
     assert "already holds a run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``python -m antdiff``, as ``torchrun -m antdiff`` starts it."""
+"""``python -m antdiff``, which ``torchrun -m antdiff`` also runs."""
 
 import sys
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -317,6 +318,16 @@ def _average(
         layer_names=tuple(group.name for group in groups),
         stats=stats,
     )
+
+
+def mean_within(affinity: Tensor, clusters: TimestepClusters) -> float:
+    """Return the mean affinity, from ``[T, T]``, of the pairs of different timesteps in the same cluster."""
+    total = pairs = 0.0
+    for start, stop in pairwise(clusters.bounds):
+        block = affinity[start:stop, start:stop]
+        total += float(block.sum() - block.diagonal().sum())
+        pairs += len(block) * (len(block) - 1)
+    return total / pairs if pairs else float("nan")
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status (0 done, 1 an error, 130 stopped by Ctrl-C)."""
+    """Run the command line. Return the exit status: 0 for success, 1 for an error, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if args is None else args)
-    if argv == ["info"]:  # has to work where everything else is missing
+    if argv == ["info"]:  # must work even if every other package is missing
         from antdiff.info import report
 
         print(report())
@@ -21,7 +21,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
             raise ValueError(
-                f"only antdiff train shares its work between ranks; run {' '.join(argv[:1])} without torchrun"
+                f"only antdiff train can run on several ranks; got {' '.join(argv[:1])}. Run it without torchrun"
             )
         return _run(argv)
     except KeyboardInterrupt:
@@ -30,15 +30,16 @@ def main(args: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if os.environ.get("ANTDIFF_DEBUG") or (error.name or "").startswith("antdiff"):
             raise
-        print(f'antdiff: error: {error}; this command needs: pip install "antdiff[train]"', file=sys.stderr)
+        remedy = 'This command needs the train extra: pip install "antdiff[train]"'
+        print(f"antdiff: error: {error}. {remedy}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # antdiff cluster ... | head: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer has nowhere to go
+    except BrokenPipeError:  # antdiff cluster ... | head: the reader has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the buffer
         return 0
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("ANTDIFF_DEBUG"):
             raise
-        print(f"antdiff: error: {error}\n(ANTDIFF_DEBUG=1 shows where it came from)", file=sys.stderr)
+        print(f"antdiff: error: {error}\n(set ANTDIFF_DEBUG=1 to see the traceback)", file=sys.stderr)
         return 1
 
 
@@ -53,7 +54,7 @@ def _run(argv: list[str]) -> int:
         analyze.analyze, info,
     ]  # fmt: skip
     if argv[:1] == ["analyze"]:
-        prog, description = "antdiff analyze", "Measure what the timesteps of a run do to each other."
+        prog, description = "antdiff analyze", "Measure how the timesteps of a run affect each other."
         commands, argv = [analyze.affinity, analyze.conflict, analyze.transfer], argv[1:]
     app = tyro.extras.SubcommandApp()
     for function in commands:
@@ -65,7 +66,7 @@ def _run(argv: list[str]) -> int:
 
 
 def info() -> int:
-    """Show versions, how the extension was built, what will be used and what is missing."""
+    """Show versions, how the extension was built, which kernels will be used, and what is missing."""
     from antdiff.info import report
 
     print(report())

@@ -12,7 +12,7 @@ from antdiff._command import command
 
 
 def analyze() -> int:
-    """Measure what the timesteps of a run do to each other: affinity, conflict, transfer (each has its --help)."""
+    """Measure how the timesteps of a run affect each other: affinity, conflict, transfer (each has its --help)."""
     raise AssertionError("antdiff analyze has commands of its own")  # main runs them
 
 
@@ -27,20 +27,21 @@ def affinity(
     device: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """Do the gradients of two timesteps point the same way? Cosines, averaged over the run's checkpoints.
+    """Measure task affinity: do the gradients of two timesteps point the same way?
 
-    Leaves arrays, figures, and clusters.json: gradient clusters that antdiff train --clusters takes. The same
-    command goes on where an interrupted one stopped. antdiff train --keep-checkpoints keeps more to average over.
+    Cosines are averaged over the run's checkpoints; antdiff train --keep-checkpoints keeps more of them. Writes
+    arrays, figures and clusters.json, the gradient clusters that antdiff train --clusters reads. Repeat the same
+    command to resume an interrupted analysis.
 
     Args:
         run: run folder.
-        timesteps: how many, evenly spaced; the rest is interpolated.
-        images: at each timestep, the same ones at all, in two halves.
-        sketch: numbers to which the gradient of each part of the network is projected; None: exact. auto: exact
-            if that fits the memory.
-        memory: MiB to stay within (the network and its activations not counted).
-        k: clusters to make; the default is the run's number.
-        seed: of images, noise and sketch.
+        timesteps: number of evenly spaced timesteps to measure. The others are interpolated.
+        images: number of images, in two halves. Every timestep sees the same images.
+        sketch: size to which the gradient of each part of the network is sketched. None is exact; auto is exact if
+            that fits into the memory.
+        memory: limit in MiB, not counting the network and its activations.
+        k: number of clusters to make; the default is the run's number.
+        seed: seed of the images, the noise and the sketch.
         device: auto, cpu, cuda, cuda:1, ...
         out: folder of the results; the default is RUN/analysis/affinity.
     """
@@ -52,7 +53,7 @@ def affinity(
         device=device, out=where,
     )  # fmt: skip
     print(f"{affinity_table(summary)}\n{where}/summary.json  affinity.png  gaps.png  layers.png")
-    print(f"train with these clusters: {command('train', '--clusters', where / 'clusters.json')}")
+    print(f"to train with these clusters: {command('train', '--clusters', where / 'clusters.json')}")
     return 0
 
 
@@ -66,15 +67,15 @@ def conflict(
     device: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """How often do the gradients of the clusters conflict, in batches and in expectation, at each checkpoint?
+    """Measure how often the gradients of the clusters conflict, in batches and in expectation, at each checkpoint.
 
     Args:
         run: run folder.
-        batch_size: images a batch; the default is the run's. The smaller, the more conflict is noise.
-        batches: of a repetition.
-        repeats: independent repetitions, whose spread gives the intervals.
-        clusters: a saved clusters JSON; the default is the run's.
-        seed: of images, noise and timesteps.
+        batch_size: images per batch; the default is the run's. In smaller batches more of the conflict is noise.
+        batches: number of batches per repetition.
+        repeats: number of independent repetitions. Their spread gives the confidence intervals.
+        clusters: path of a saved clusters JSON; the default is the run's clusters.
+        seed: seed of the images, the noise and the timesteps.
         device: auto, cpu, cuda, cuda:1, ...
         out: folder of the results; the default is RUN/analysis/conflict.
     """
@@ -97,17 +98,18 @@ def transfer(
     device: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """Is an interval better off alone? Specialists of each cluster against a joint model (negative transfer gap).
+    """Measure the negative transfer gap: compare a specialist of each cluster with a joint model.
 
-    Trains, for each seed, a joint model with the run's settings and two specialists a cluster: with equal
-    iterations and with equal samples. The same command goes on where an interrupted one stopped.
+    For each seed, trains a joint model with the run's settings and two specialists per cluster, one with equal
+    iterations and one with equal samples. Repeat the same command to resume an interrupted analysis.
 
     Args:
-        run: run folder; its settings and clusters are used.
-        seeds: of training.
-        steps: of the joint models; the default is the run's, at most 400. With the run's own steps and seed its
-            network is the joint model, if its average of weights reaches back an eighth of the steps at most.
-        samples: images for each FD.
+        run: run folder whose settings and clusters are used.
+        seeds: training seeds.
+        steps: steps of the joint models; the default is the run's, but at most 400. If steps and seed are the run's
+            own, its network serves as the joint model, provided that its weight average reaches back at most an
+            eighth of the steps.
+        samples: images per FD.
         device: auto, cpu, cuda, cuda:1, ...
         out: folder of the results; the default is RUN/analysis/transfer.
     """
@@ -116,7 +118,7 @@ def transfer(
     where = out or run / "analysis" / "transfer"
     summary = analyze_transfer(run, seeds=seeds, steps=steps, samples=samples, device=device, out=where)
     if summary is None:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; repeat the same command to resume", file=sys.stderr)
         return 130
     print(f"{transfer_table(summary)}\n{where}/summary.json  transfer.png")
     return 0

@@ -22,16 +22,16 @@ def cluster(
     save: Path | None = None,
     plot: Path | None = None,
 ) -> int:
-    """Print, save and plot the timestep clusters of a noise schedule, or of a run.
+    """Print, save and plot the timestep clusters of a noise schedule or of a run.
 
     Args:
-        run: run folder whose clusters to show; schedule, T, by and k are then the run's.
+        run: run folder whose clusters are shown. schedule, T, by and k are then taken from the run.
         schedule: noise schedule; antdiff train uses cosine with T = 1000.
         T: number of timesteps.
-        by: timestep, log-snr, or a saved clusters JSON.
+        by: timestep, log-snr, or the path of a saved clusters JSON.
         k: number of clusters.
-        save: JSON file to write; --clusters takes it.
-        plot: picture to write (log-SNR with the intervals shaded).
+        save: JSON file to write. antdiff train --clusters reads it.
+        plot: image file to write (log-SNR with the intervals shaded).
     """
     from antdiff import diffusion
     from antdiff.train.run import make_clusters

@@ -22,17 +22,17 @@ def compare(
     seeds: tuple[int, ...] = (0, 1, 2),
     out: Path = Path("runs/compare"),
 ) -> int:
-    """Train several methods over several seeds and show them side by side with their spread.
+    """Train several methods with several seeds each, and show their results side by side with the spread.
 
-    The same command goes on where an interrupted one stopped.
+    Repeat the same command to resume an interrupted comparison.
 
     Args:
-        config: the settings of every run; method and seed are replaced.
-        methods: what to compare, or all; vanilla (uniform t) and linear (stratified t) are always among them.
-        companions: which to add, each with vanilla; patch (a DiT's) with a quarter of the steps on top, beside a
-            run that goes on as long without it.
-        seeds: training seeds.
-        out: folder of the comparison; one run folder a method and seed in it.
+        config: settings of every run; method and seed are overwritten.
+        methods: methods to compare, or all. vanilla (uniform t) and linear (stratified t) are always included.
+        companions: companions to compare, each combined with vanilla. patch (DiT only) adds a quarter of the steps to
+            the trained vanilla run; a run that takes as many extra steps without the patch is added for comparison.
+        seeds: training seeds of each method.
+        out: folder of the comparison. It holds one run folder per method and seed.
     """
     from antdiff.experiments import compare as comparison
 
@@ -43,7 +43,7 @@ def compare(
     except KeyboardInterrupt:
         results = None
     if results is None:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; repeat the same command to resume", file=sys.stderr)
         return 130
     print(f"\n{(out / 'table.txt').read_text()}\n{out}/table.txt  {out}/comparison.png")
     return 0

@@ -1,4 +1,4 @@
-"""``antdiff sample`` and ``antdiff report``: what a run has learnt."""
+"""``antdiff sample`` and ``antdiff report``: the results of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def sample(
     device: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """Draw images from a run: a PNG grid and an npz (arr_0, uint8 NHWC).
+    """Draw images from a run and write a PNG grid and an npz file (arr_0, uint8 NHWC).
 
     Args:
         run: run folder.
         n: number of images.
-        steps: DDIM steps; the default is the run's.
-        seed: of the starting noise.
+        steps: DDIM steps; the default is the run's setting.
+        seed: seed of the starting noise.
         device: auto, cpu, cuda, cuda:1, ...
-        out: where to write: OUT.png and OUT.npz; the default is RUN/samples-<n>.
+        out: path of the results without suffix, OUT.png and OUT.npz; the default is RUN/samples-<n>.
     """
     from antdiff.experiments.sample import sample as draw
 
@@ -33,10 +33,10 @@ def sample(
 
 
 def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
-    """Make one HTML file of a run, finished or not, or of a comparison. It opens from the disk, without a network.
+    """Write the report of a run, finished or not, or of a comparison, as one HTML file that needs no network.
 
     Args:
-        run: run folder, or the folder of antdiff compare.
+        run: run folder, or the folder made by antdiff compare.
         out: file to write; the default is RUN/report.html.
     """
     from antdiff.experiments.report import write_report

@@ -16,7 +16,7 @@ from antdiff.train.config import PATCH_LR, TrainConfig, resumed
 
 
 def make_train(argv: Sequence[str]) -> Callable[..., int]:
-    """Return the command ``antdiff train`` with the defaults that these arguments call for."""
+    """Return the command ``antdiff train``. Its defaults depend on the arguments: --resume takes those of the run."""
 
     def train(
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = _defaults(argv),  # noqa: B008
@@ -27,10 +27,10 @@ def make_train(argv: Sequence[str]) -> Callable[..., int]:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
 
         Args:
-            config: the settings.
-            out: run folder; the default is the first free runs/<data>-<method>-<number>.
-            resume: run folder to go on with, bit for bit; its own settings hold, only steps and device may change.
-            wandb: project of Weights & Biases that gets the rows of metrics.csv too.
+            config: settings of the run.
+            out: run folder to create; the default is the first unused runs/<data>-<method>-<number>.
+            resume: run folder to resume, bit for bit. It keeps its settings; only steps and device may change.
+            wandb: Weights & Biases project to which the rows of metrics.csv are also logged.
         """
         return _train(config, out, resume, wandb)
 
@@ -44,16 +44,16 @@ def patch(
     device: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """Patch the trained DiT of a run with a mixture of prompts (DMP), on the same data. The network stays as it is.
+    """Add a mixture of prompts (DMP) to the trained DiT of a run and train it on the same data. The DiT stays frozen.
 
-    antdiff train --resume goes on with an interrupted one.
+    To resume an interrupted patch, use antdiff train --resume.
 
     Args:
-        run: run folder of antdiff train --model dit.
+        run: run folder made by antdiff train --model dit.
         steps: optimizer steps.
-        lr: learning rate of the prompts; the gate's is ten times that.
+        lr: learning rate of the prompts. The gate uses ten times this value.
         device: auto, cpu, cuda, cuda:1, ...
-        out: run folder of the patch; the default is the first free RUN-patch-<number>.
+        out: run folder to create for the patch; the default is the first unused RUN-patch-<number>.
     """
     from antdiff.train.run import start_patch
 
@@ -62,9 +62,9 @@ def patch(
 
 
 def _defaults(argv: Sequence[str]) -> TrainConfig:
-    """Return the settings for options that are not given: those of the resumed run, or of a new run.
+    """Return the values of options that are not given: those of the resumed run, or the defaults of a new one.
 
-    With --resume, an option that is typed then counts as a change even if its value is the default of a new run.
+    With --resume, an explicit option is thus compared with the run's value, even if it is the default of a new run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", type=Path)
@@ -76,11 +76,11 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
 def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
     if resume is not None and out is not None:
         raise ValueError(
-            f"out and resume exclude each other: a resumed run stays in its folder; got {out} and {resume}"
+            f"out and resume are mutually exclusive, since a resumed run stays in its folder; got {out} and {resume}"
         )
     saved = TrainConfig.load(resume / "config.json") if resume is not None else None
     if saved is not None:
-        resumed(config, saved)  # a setting that may not change is refused before anything heavy is imported
+        resumed(config, saved)  # refuse forbidden changes before the slow imports
     from antdiff.experiments.evaluate import closing_table, execute
     from antdiff.train.data import ImageData, load_data
     from antdiff.train.log import WandbLogger, import_wandb
@@ -90,15 +90,15 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     data: ImageData | None = None
 
     def folder() -> tuple[TrainConfig, Path]:
-        """The run's settings and its folder, made if it is new."""
+        """Return the settings and the folder of the run. Create the folder if the run is new."""
         nonlocal data
         again = resume
-        if is_restart() and again is None:  # torchrun repeats the command: go on with what it began
+        if is_restart() and again is None:  # torchrun repeats the command: resume what the first start created
             again = out if out is not None else _last_folder(config)
             again = again if again is not None and (again / "config.json").exists() else None
         saved = None if again is None else TrainConfig.load(again / "config.json")
         settings = config if saved is None else resumed(config, saved)
-        # A mistyped name of data, or a missing package, leaves no folder behind.
+        # Load the data first, so that a mistyped name or a missing package leaves no folder behind.
         data = load_data(settings.data, image_size=settings.image_size)
         if wandb is not None:
             import_wandb()
@@ -121,15 +121,15 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     if results is None:
         if ranks.is_first:
             print(
-                f"\nstopped; the last checkpoint is whole. Go on with: {command('train', '--resume', run)}",
+                f"\nstopped; the last checkpoint is complete. Resume with: {command('train', '--resume', run)}",
                 file=sys.stderr,
             )
         return 130
-    if results:  # of several ranks, the first has them
+    if results:  # empty on ranks other than 0
         print(
             f"\n{closing_table(results, config.eval_seeds)}\n\n{run}/samples.png  {run}/curves.png  {run}/results.json"
         )
-        print(f"all of it on one page: {command('report', run)}")
+        print(f"to see everything on one page: {command('report', run)}")
     return 0
 
 

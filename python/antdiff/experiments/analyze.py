@@ -19,9 +19,10 @@ from antdiff import TimestepClusters
 from antdiff._command import command
 from antdiff._files import write_json, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
+from antdiff.analysis.affinity import mean_within
 from antdiff.diffusion import log_snr
 from antdiff.experiments._json import finite_or_none
-from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers, within
+from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig
@@ -135,7 +136,9 @@ def analyze_affinity(
         "images": images,
         "spearman": {name: value._asdict() for name, value in correlations.items()},
         "signal": {"min": float(found.signal.min()), "median": float(found.signal.median())},
-        "clusters": {name: {"starts": c.starts.tolist(), "within": within(full, c)} for name, c in clusterings.items()},
+        "clusters": {
+            name: {"starts": c.starts.tolist(), "within": mean_within(full, c)} for name, c in clusterings.items()
+        },
         "layers": _layer_summary(found, loaded.model),
         "cpu_seconds": round(time.process_time() - began, 1),
         **found.stats,

@@ -1,4 +1,4 @@
-"""The figure factory, and the parts that figures share."""
+"""The figure factory and the elements that all figures share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def new_figure(
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of `width` by `height` inches and its axes in reading order.
 
-    It is made without pyplot: no window, no global state, no display needed.
+    It is made without pyplot, so it opens no window, keeps no global state and needs no display.
     """
     from matplotlib.figure import Figure
 
@@ -33,5 +33,5 @@ def new_figure(
 
 
 def add_caption(figure: Figure, text: str, width: int) -> None:
-    """Write `text` below the axes in lines of at most `width` characters; constrained layout leaves room for it."""
+    """Write `text` below the axes, in lines of at most `width` characters. Constrained layout makes room for it."""
     figure.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdiff.analysis.affinity import TaskAffinity
+from antdiff.analysis.affinity import TaskAffinity, mean_within
 from antdiff.analysis.confidence import Interval
 from antdiff.analysis.conflict import Conflict
 from antdiff.analysis.estimate import Correlation
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 def save_heat_map(
     affinity: Tensor, log_snr: Tensor, clusterings: Mapping[str, TimestepClusters], text: str, path: Path
 ) -> None:
-    """The affinities ``[T, T]`` once for each clustering, whose intervals are squares along the diagonal."""
+    """Plot the affinities ``[T, T]`` once per clustering, with its intervals as squares along the diagonal."""
     T = len(affinity)
     figure, axes = new_figure(3.5 * len(clusterings) + 0.7, 4.4, columns=len(clusterings))
     image: Any = None
     for ax, (name, clusters) in zip(axes, clusterings.items(), strict=True):
         image = _heat(ax, affinity, low=min(0.0, float(affinity.min())))
         for start, stop in pairwise(clusters.bounds):
-            # White with a black rim shows on every colour of the map.
+            # A white line with a black outline is visible on every colour of the map.
             for colour, width in (("black", 2.6), ("white", 1.3)):
                 ax.plot(*_square(start - 0.5, stop - 0.5), color=colour, linewidth=width, clip_on=False, zorder=4)
-        ax.set_title(f"{name}\nmean affinity within clusters {within(affinity, clusters):.3f}", fontsize=9)
+        ax.set_title(f"{name}\nmean affinity within clusters {mean_within(affinity, clusters):.3f}", fontsize=9)
         ax.set_xlabel("timestep t")
         ticks = [t * T // 4 for t in range(4)] + [T - 1]
         ax.set_xticks(ticks)
@@ -52,18 +52,8 @@ def save_heat_map(
     figure.savefig(path)
 
 
-def within(affinity: Tensor, clusters: TimestepClusters) -> float:
-    """Mean affinity ``[T, T]`` of the pairs of different timesteps that share a cluster."""
-    total = pairs = 0.0
-    for start, stop in pairwise(clusters.bounds):
-        block = affinity[start:stop, start:stop]
-        total += float(block.sum() - block.diagonal().sum())
-        pairs += len(block) * (len(block) - 1)
-    return total / pairs if pairs else float("nan")
-
-
 def _heat(ax: Axes, affinity: Tensor, *, low: float) -> Any:
-    """The matrix with its zero line, beyond which gradients conflict."""
+    """Draw the matrix and its zero contour, inside which gradients conflict."""
     values = affinity.numpy()
     image = ax.imshow(values, cmap=SEQUENTIAL, vmin=low, vmax=1, origin="lower", interpolation="nearest")
     if low < 0 and values.min() < 0:
@@ -77,7 +67,7 @@ def _square(low: float, high: float) -> tuple[list[float], list[float]]:
 
 
 def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text: str, path: Path) -> None:
-    """Affinity of every pair against its gap in t and in log-SNR, with medians of twelve bins of equal count."""
+    """Plot the affinity of every pair against its gap in t and in log-SNR, with medians of twelve equal-count bins."""
     figure, axes = new_figure(9.2, 3.7, columns=2)
     positions = {"t": found.timesteps, "log_snr": found.log_snr[found.timesteps]}
     labels = {"t": "gap |s - t| in timesteps", "log_snr": "gap in log-SNR (natural logarithm)"}
@@ -105,7 +95,7 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
 
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int = 12) -> tuple[np.ndarray, ...]:
-    """Median x, and quartiles of y, of bins with equal counts."""
+    """Return the median x and the three quartiles of y of bins with equal counts."""
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     parts = [part for part in np.array_split(np.argsort(x, kind="stable"), bins) if len(part)]
     quartiles = np.array([np.quantile(y[part], [0.25, 0.5, 0.75]) for part in parts])  # [bins, 3]
@@ -115,7 +105,7 @@ def _binned(x: np.ndarray, y: np.ndarray, bins: int = 12) -> tuple[np.ndarray, .
 def save_layers(
     names: Sequence[str], layers: Tensor, sizes: Sequence[int], timesteps: Tensor, text: str, path: Path
 ) -> None:
-    """A small heat map ``[n, n]`` for each of ``layers [L, n, n]``, on one scale."""
+    """Plot one small heat map ``[n, n]`` for each of ``layers [L, n, n]``, all on one scale."""
     L = len(names)
     columns = min(5, L)
     rows = -(-L // columns)
@@ -131,7 +121,7 @@ def save_layers(
         image = ax.imshow(
             layers[place].numpy(), cmap=SEQUENTIAL, vmin=low, vmax=1, origin="lower", interpolation="nearest",
         )  # fmt: skip
-        ax.set_facecolor("#dddddd")  # where there is no estimate
+        ax.set_facecolor("#dddddd")  # visible where there is no estimate
         ax.spines[:].set_visible(False)
         ax.set_title(f"{names[place]}\n{sizes[place]:,} parameters", fontsize=8)
         ticks = [0, len(positions) // 2, len(positions) - 1]
@@ -148,7 +138,7 @@ def save_layers(
 
 
 def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, text: str, path: Path) -> None:
-    """Cosines of the clusters' expected gradients, and the share of conflicting pairs, over the checkpoints."""
+    """Plot the cosines of the clusters' expected gradients, and the share of conflicting pairs over the checkpoints."""
     figure, (left, right) = new_figure(9.4, 4.1, columns=2)
     steps, k = sorted(found), clusters.k
     names = [f"{start}..{stop - 1}" for start, stop in pairwise(clusters.bounds)]
@@ -176,7 +166,7 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     bar.ax.tick_params(labelsize=8)
 
     shares = [found[step].share() for step in steps]
-    _errorbar(right, steps, shares, 0, "pairs in a batch, noise and all")
+    _errorbar(right, steps, shares, 0, "pairs in a batch, including noise")
     pairs = max(1, k * (k - 1) // 2)
     expected = [found[step].conflicting_pairs() / pairs for step in steps]
     right.plot(steps, expected, color=CATEGORICAL[1], marker=MARKERS[1], linestyle="--", linewidth=1.2, markersize=5,
@@ -206,7 +196,10 @@ def save_transfer(
     losses: Sequence[TransferGap], quality: Sequence[TransferGap], intervals: Sequence[tuple[int, int]], metric: str,
     text: str, path: Path,
 ) -> None:  # fmt: skip
-    """NTG of each interval with its 95 % interval over seeds: by held-out loss, relative, and by sample quality."""
+    """Plot the NTG of each interval with its 95 % confidence interval over seeds.
+
+    The left axes show it by held-out loss, relative to the joint model's; the right axes by sample quality.
+    """
     figure, axes = new_figure(9.6, 4.0, columns=2)
     names = [f"{start}..{stop - 1}" for start, stop in intervals]
     for ax, gaps, relative in ((axes[0], losses, True), (axes[1], quality, False)):
@@ -230,7 +223,7 @@ def save_transfer(
                         color=CATEGORICAL[place], label=f"equal {gap.budget}")  # fmt: skip
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=20)
-        ax.set_xlabel("interval of timesteps (least noise on the left)")
+        ax.set_xlabel("interval of timesteps (least noise at the left)")
         bottom, top = ax.get_ylim()
         ax.axhspan(min(bottom, 0.0), 0, color="#eeeeee", zorder=0)
         ax.set_ylim(bottom, top)
@@ -238,7 +231,7 @@ def save_transfer(
     axes[0].set_ylabel("NTG, % of the joint model's loss")
     axes[0].set_title("held-out denoising loss on the interval", fontsize=9)
     axes[1].set_ylabel(f"NTG, {metric}")
-    axes[1].set_title("quality of samples, the specialist in its interval", fontsize=9)
+    axes[1].set_title("sample quality, with the specialist inside its interval", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
     add_caption(figure, text, 140)
     figure.savefig(path)

@@ -24,15 +24,15 @@ def plot_clusters(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Log-SNR against the timestep, with the clusters as shaded and numbered intervals.
+    """Plot log-SNR against the timestep, with the clusters as shaded and numbered intervals.
 
     Args:
-        clusters: what to draw.
-        log_snr: ``[T]``; without it only the intervals are drawn.
-        ax: where to draw; default a new figure.
+        clusters: clusters to draw.
+        log_snr: ``[T]``. Without it, only the intervals are drawn.
+        ax: axes to draw into; by default those of a new figure.
 
     Returns:
-        The axes; ``ax.figure.savefig(path)`` writes them to a file.
+        The axes. ``ax.figure.savefig(path)`` writes them to a file.
     """
     curve = None if log_snr is None else torch.as_tensor(log_snr).detach().cpu().numpy()  # [T]
     if curve is not None and curve.shape != (clusters.T,):

@@ -1,4 +1,4 @@
-"""Figures of runs: the curves of one run, and the comparison of several."""
+"""Figures of runs: the curves of one run, and the comparison of several runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from antdiff.plotting.palette import CATEGORICAL, cluster_colours
 def save_curves(
     rows: Sequence[Mapping[str, float]], intervals: Sequence[tuple[int, int]], title: str, path: Path
 ) -> None:
-    """Loss a cluster, balancing weights and conflicts over the steps, from the rows of metrics.csv."""
+    """Plot the loss and the weight of each cluster, and the conflicts, over the steps, from the rows of metrics.csv."""
     k = len(intervals)
     conflicts = any(row["conflict_rate"] > 0 for row in rows)
     figure, axes = new_figure(4.6 * (2 + conflicts), 4.3, columns=2 + conflicts, grid=True)
@@ -43,13 +43,16 @@ def save_curves(
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """A centred moving mean over `share` of the points; NaN is passed over. At the start, where curves fall steeply, it
-    is as narrow as is symmetric; at the end, where one point would stand for a trend, it looks back over half of it."""
+    """Return a centred moving mean over `share` of the points. NaN is ignored.
+
+    At the start, where curves fall steeply, the window shrinks so that it stays symmetric. At the end, where a shrunken
+    window would show single points as a trend, its backward half is used.
+    """
     widest = int(len(values) * share / 2)
     out = np.full(len(values), np.nan)
     for i in range(len(values)):
         half = min(widest, i)
-        window = values[i - half : i + half + 1]  # slicing cuts it at the end
+        window = values[i - half : i + half + 1]  # slicing truncates it at the end
         if np.isfinite(window).any():
             out[i] = np.nanmean(window)
     return out
@@ -58,9 +61,11 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 def save_comparison(
     results: Mapping[str, Sequence[Mapping[str, Any]]], intervals: Sequence[tuple[int, int]], title: str, path: Path
 ) -> None:
-    """A line a row of `results`: FD, and the held-out loss of each cluster relative to vanilla's; every training seed,
-    their mean (a bar) and standard deviation. The relative losses are linear up to 5 % and logarithmic beyond, so that
-    a method that fails does not hide the others."""
+    """Plot FD, and the held-out loss of each cluster relative to vanilla's, with one line per row of `results`.
+
+    Each line shows every training seed, their mean (a bar) and their standard deviation. The axes of relative losses
+    are linear up to 5 % and logarithmic beyond, so that a method that fails does not hide the others.
+    """
     losses = {name: np.array([cell["held_out_losses"] for cell in cells]) for name, cells in results.items()}
     reference = losses["vanilla"].mean(0)  # [K], of [seeds, K]
     columns = [[np.array([cell["fd"]["mean"] for cell in cells]) for cells in results.values()]]

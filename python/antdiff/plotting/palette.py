@@ -1,15 +1,15 @@
 """The colours of every figure and report.
 
-One sequential colour map (cividis), whose lightness rises evenly, so that it reads in greyscale and with every kind of
-colour vision. Three categorical colours, which are always drawn with a marker of their own.
+There is one sequential colour map, cividis. Its lightness rises evenly, so that figures remain readable in greyscale
+and with every kind of colour vision. The three categorical colours are always drawn with one marker each.
 """
 
 from __future__ import annotations
 
-SEQUENTIAL = "cividis"  # a colour map of matplotlib
-CATEGORICAL = ("#0072b2", "#d55e00", "#009e73")  # of Okabe and Ito
+SEQUENTIAL = "cividis"  # name of a matplotlib colour map
+CATEGORICAL = ("#0072b2", "#d55e00", "#009e73")  # from the palette of Okabe and Ito
 MARKERS = ("o", "s", "^")  # one per categorical colour
-# The parts of the map that stand out by 3:1 from white paper and from the dark page of a report.
+# The parts of the map with a contrast of at least 3:1 against white paper and against the dark page of a report.
 _LIGHT_RANGE, _DARK_RANGE = (0.0, 0.6), (1.0, 0.42)
 
 
@@ -22,10 +22,10 @@ def sequential(u: float) -> str:
 
 
 def cluster_colours(k: int, *, dark: bool = False) -> list[str]:
-    """Return the colours of k clusters in the order of the noise; the cluster of least noise stands out most.
+    """Return the colours of k clusters, in order of increasing noise. The cluster of least noise has the most contrast.
 
     Args:
-        dark: for a dark page; by default for white paper.
+        dark: whether the page is dark; by default it is white paper.
     """
     first, last = _DARK_RANGE if dark else _LIGHT_RANGE
     return [sequential(first + (last - first) * i / max(1, k - 1)) for i in range(k)]
