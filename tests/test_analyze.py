@@ -54,7 +54,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     assert len(list(Path("r/checkpoints").iterdir())) == 3
     command = ["analyze", "affinity", "r", "--timesteps", "6", "--images", "8", "--k", "3", "--device", "cpu"]
     for wrong, message in (
-        ("7", "images must be an even number, for two halves; got 7. Take 8"),
+        ("7", "images must be even, for two halves; got 7. Take 8"),
         ("0", "k must be"),
     ):
         flag = "--images" if "images" in message else "--k"
@@ -105,7 +105,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     assert main(["analyze", "conflict", "r", "--batch-size", "0"]) == 1  # 0 is not "not given"
     assert "batch_size must be at least" in capsys.readouterr().err
     assert main(["analyze", "conflict", "r", "--batches", "2", "--repeats", "2", "--batch-size", "10"]) == 0
-    assert "conflicting pairs of a batch" in capsys.readouterr().out
+    assert "conflicting pairs in a batch" in capsys.readouterr().out
     with np.load("r/analysis/conflict/conflict.npz") as archive:
         assert archive["steps"].tolist() == [1, 2, 3]
         assert archive["cosine"].shape == (3, 2, 5, 5)
@@ -141,7 +141,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     monkeypatch.setattr(transfer, "train", counted)
     command = ["analyze", "transfer", "r", "--seeds", "0", "--samples", "12"]
     assert main(command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the same command" in capsys.readouterr().err
     allowed[0] = 99
     assert main(command) == 0
     # the run itself is the joint model, since steps and seed are its own; two clusters, two budgets
@@ -309,8 +309,8 @@ def test_mistakes_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["affinity", "new"], "new has no checkpoint yet: train it first"),
         (["conflict", "new"], "new has no checkpoint yet: train it first"),
         (["transfer", "nowhere"], "nowhere must be the folder of a run"),
-        (["transfer", "companion"], "run must be of one plain network on all timesteps; got curriculum"),
-        (["transfer", "new", "--seeds", "1", "1"], "seeds must be different numbers"),
+        (["transfer", "companion"], "run must have one plain network, trained on all timesteps; got curriculum"),
+        (["transfer", "new", "--seeds", "1", "1"], "seeds must be distinct"),
         (["transfer", "new", "--samples", "2"], "samples must be at least 10"),
         (["transfer", "new", "--steps", "0"], "steps must be at least 1"),
     ):

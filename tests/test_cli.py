@@ -93,7 +93,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),
         (["train", "--wandb", "project"], "wandb is not installed: pip install wandb"),
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
-        (["compare", "--seeds", "1", "1"], "seeds must be different numbers"),
+        (["compare", "--seeds", "1", "1"], "seeds must be distinct"),
         (["cluster", "-k", "2000"], "k must be at most T"),
     ],
 )

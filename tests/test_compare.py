@@ -116,13 +116,14 @@ def test_an_interrupted_comparison_goes_on_cell_by_cell(runs: list[TrainConfig],
     assert {method: len(cells) for method, cells in results.items()} == {"vanilla": 2, "linear": 2, "uw": 2}
     assert (out / "table.txt").read_text().startswith("digits, unet, 2 steps, 2 training seeds")
     assert (out / "comparison.png").stat().st_size > 1000
-    for options, error in (({"companions": ["patch"]}, "patch needs --model dit"), ({}, "other settings")):
+    refused = "settings other than this comparison's"
+    for options, error in (({"companions": ["patch"]}, r"patch needs a DiT.* Give --model dit"), ({}, refused)):
         with pytest.raises(ValueError, match=error):
             compare(replace(TINY, lr=0.1), ["uw"], [0, 7], out, progress=False, **options)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="settings other than this comparison's"):
         compare(replace(TINY, lr=0.1), ["uw"], [0, 7], out, progress=False)
     for seeds in ([], [1, 1]):
-        with pytest.raises(ValueError, match="seeds must be different numbers"):
+        with pytest.raises(ValueError, match="seeds must be distinct"):
             compare(TINY, ["uw"], seeds, out, progress=False)
 
 
@@ -132,4 +133,4 @@ def test_a_real_comparison(tmp_path: Path) -> None:
     assert results is not None
     assert list(results) == ["vanilla", "linear", "pcgrad"]
     assert (tmp_path / "c" / "pcgrad-seed0" / "samples.png").exists()
-    assert "One training seed" in (tmp_path / "c" / "table.txt").read_text()
+    assert "With one training seed" in (tmp_path / "c" / "table.txt").read_text()

@@ -1,1 +1,1 @@
-"""What is done with runs: measure, sample, compare, analyze, report."""
+"""Experiments on runs: measure, sample, compare, analyze, report."""

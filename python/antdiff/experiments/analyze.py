@@ -1,4 +1,4 @@
-"""Analyses of a run folder: task affinity and conflict. Each leaves arrays (npz), summary.json and figures.
+"""Analyses of a run folder: task affinity and conflict. Each writes arrays (npz), summary.json and figures.
 
 RUN/analysis/affinity/  affinity.npz  summary.json  clusters.json  affinity.png  gaps.png  layers.png
 RUN/analysis/conflict/  conflict.npz  summary.json  conflict.png
@@ -31,12 +31,12 @@ from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import make_model
 
-LAYERS_SHOWN = 15  # the largest ones
+LAYERS_SHOWN = 15  # only the largest
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What an analysis needs of a run; the model has the weights of no checkpoint yet."""
+    """The parts of a run that an analysis needs. No checkpoint is loaded into the model yet."""
 
     config: TrainConfig
     data: ImageData
@@ -47,16 +47,16 @@ class LoadedRun:
 
     @property
     def steps(self) -> list[int]:
-        """The training step of each checkpoint."""
+        """Training step of each checkpoint."""
         return [int(path.stem.removeprefix("step-")) for path in self.checkpoints]
 
     @property
     def images(self) -> torch.Tensor:
-        """The train images, float [N, C, H, W] in [-1, 1]."""
+        """Train images, float [N, C, H, W] in [-1, 1]."""
         return to_unit(self.data.train)
 
     def title(self) -> str:
-        """Data, method and steps, for captions."""
+        """Return data, method and steps as text, for captions."""
         steps = self.steps
         counted = (
             f"checkpoints of steps {steps[0]} to {steps[-1]} ({len(steps)})" if len(steps) > 1 else f"step {steps[0]}"
@@ -65,10 +65,10 @@ class LoadedRun:
 
 
 def open_run(run: Path, device: torch.device) -> LoadedRun:
-    """Reads a run folder.
+    """Read a run folder.
 
     Raises:
-        ValueError: it is not a run, or has no checkpoint yet.
+        ValueError: the folder is not a run, or has no checkpoint yet.
     """
     config = TrainConfig.load(run / "config.json")
     paths = checkpoints(run / "checkpoints")
@@ -93,22 +93,25 @@ def analyze_affinity(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Task affinity of a run, averaged over its checkpoints (the weights as trained, not their average).
+    """Measure the task affinity of a run, averaged over its checkpoints (the trained weights, not the EMA weights).
 
-    Goes on where an interrupted call with the same settings stopped. Arguments as for
-    :func:`antdiff.analysis.task_affinity`; `images` are drawn from the train images with replacement, `k` is the number
-    of clusters to draw and to save (default the run's), `out` defaults to RUN/analysis/affinity.
+    A call with the same settings resumes an interrupted one. The arguments are those of
+    :func:`antdiff.analysis.task_affinity`, and `images` is the number of train images to draw, with replacement.
+
+    Args:
+        k: number of clusters to draw and to save; None means the run's.
+        out: folder of the results; None means RUN/analysis/affinity.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
     """
     if images < 2 or images % 2:
-        raise ValueError(f"images must be an even number, for two halves; got {images}. Take {max(2, images + 1)}")
+        raise ValueError(f"images must be even, for two halves; got {images}. Take {max(2, images + 1)}")
     began = time.process_time()
     where = choose_device(device)
     loaded = open_run(run, where)
     k = loaded.clusters.k if k is None else k
-    clusterings = {  # first: a k that does not fit is refused before anything is computed
+    clusterings = {  # first, so that an invalid k is refused before the computation
         "timestep": TimestepClusters.uniform(len(loaded.log_snr), k),
         "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
     }
@@ -150,7 +153,7 @@ def analyze_affinity(
 
 
 def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dict[str, float | None]]:
-    """Of each group its parameters, and the mean affinity of different timesteps: how much it is shared."""
+    """Return the size of each group and its mean affinity between different timesteps: how much of it is shared."""
     sizes = layer_sizes(model)
     off = ~torch.eye(len(found.timesteps), dtype=torch.bool)
     return {
@@ -160,7 +163,7 @@ def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dic
 
 
 def layer_sizes(model: torch.nn.Module) -> dict[str, int]:
-    """Trainable parameters of each top-level module."""
+    """Return the number of trainable parameters of each top-level module."""
     group_of, sizes = module_groups(model), dict[str, int]()
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -172,17 +175,17 @@ def _draw(
     found: TaskAffinity, full: torch.Tensor, clusterings: dict[str, TimestepClusters], correlations: Any,
     loaded: LoadedRun, out: Path,
 ) -> dict[str, str]:  # fmt: skip
-    """Draws the figures; their captions by the name of the file."""
+    """Draw the figures. Return their captions by file name."""
     n = len(found.timesteps)
-    how = "exact" if found.stats["sketch_dim"] is None else f"sketched to {found.stats['sketch_dim']} numbers a layer"
-    made = f"{loaded.title()}; {n} timesteps, {found.stats['samples']} images a timestep in two halves, {how}."
+    how = "exact" if found.stats["sketch_dim"] is None else f"sketched to {found.stats['sketch_dim']} numbers per layer"
+    made = f"{loaded.title()}; {n} timesteps, {found.stats['samples']} images per timestep in two halves, {how}."
     captions = {
-        "affinity.png": f"Cosine of the gradients of the losses at timesteps s and t, noise-corrected. {made} Squares: "
-        f"the {next(iter(clusterings.values())).k} clusters of each clustering. Dashed: zero, within it gradients "
-        "conflict. t = 0 is the least noise.",
-        "gaps.png": "Each grey point is a pair of different timesteps; lines are medians over bins with equal numbers "
-        f"of pairs. In brackets the 95 % interval of a bootstrap over timesteps. {made}",
-        "layers.png": f"Affinity of the gradients of each part of the network alone; grey: no estimate. {made}",
+        "affinity.png": f"Noise-corrected cosine of the gradients of the losses at timesteps s and t. {made} The "
+        f"{next(iter(clusterings.values())).k} squares are the clusters of each clustering. Gradients conflict inside "
+        "the dashed zero contour. t = 0 is the least noise.",
+        "gaps.png": "Each grey point is a pair of different timesteps. The lines are medians over bins with equal "
+        f"numbers of pairs. The brackets hold the 95 % interval of a bootstrap over timesteps. {made}",
+        "layers.png": f"Affinity of the gradients of each part of the network alone. Grey means no estimate. {made}",
     }
     save_heat_map(full, loaded.log_snr, clusterings, captions["affinity.png"], out / "affinity.png")
     save_gaps(found, correlations, captions["gaps.png"], out / "gaps.png")
@@ -208,12 +211,13 @@ def analyze_conflict(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Conflict between the clusters of a run at each of its checkpoints, see :func:`antdiff.analysis.cluster_conflict`.
+    """Measure the conflict between the clusters of a run at each of its checkpoints.
 
-    `batch_size` defaults to the run's, `clusters` to the run's own, `out` to RUN/analysis/conflict.
+    The arguments are those of :func:`antdiff.analysis.cluster_conflict`. By default `batch_size` and `clusters` are the
+    run's, and `out` is RUN/analysis/conflict.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
     """
     from tqdm import tqdm
 
@@ -229,7 +233,7 @@ def analyze_conflict(
             list(zip(loaded.steps, loaded.checkpoints, strict=True)), unit="checkpoint", disable=not progress
         ):
             loaded.model.load_state_dict(load_checkpoint(path)["model"])
-            # The same images, noise and timesteps at every checkpoint: what changes is the network.
+            # Images, noise and timesteps are the same at every checkpoint, so only the network changes.
             generator = torch.Generator().manual_seed(seed)
             found[step] = cluster_conflict(
                 loaded.model, images, chosen, log_snr=loaded.log_snr, batch_size=B, batches=batches, repeats=repeats,
@@ -245,10 +249,10 @@ def analyze_conflict(
         "repeats": repeats, "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},
     }  # fmt: skip
     text = (
-        f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches}. Left: noise-corrected, from products "
-        "of different batches. Right: circles count every batch as it comes, with 95 % Student intervals over "
-        "repetitions (other images, noise and timesteps, one network); squares count pairs of expected gradients whose "
-        "interval is wholly below zero. Dotted: what noise alone gives."
+        f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches} batches. Left: noise-corrected cosines, "
+        "from products of gradients of different batches. Right: circles count conflicts in single batches, with 95 % "
+        "Student intervals over repetitions (new images, noise and timesteps, the same network). Squares count pairs "
+        "of expected gradients whose interval is entirely below zero. The dotted line is what noise alone gives."
     )
     summary["captions"] = {"conflict.png": text}
     save_conflict(found, chosen, text, out / "conflict.png")
@@ -267,7 +271,7 @@ def _conflict_summary(conflict: Conflict) -> dict[str, Any]:
 
 
 def affinity_table(summary: dict[str, Any]) -> str:
-    """The summary as text."""
+    """Return the summary as text."""
     spearman, signal = summary["spearman"], summary["signal"]
     lines = [
         f"{len(summary['steps'])} checkpoints, {summary['timesteps']} timesteps, {summary['images']} images, "
@@ -277,20 +281,20 @@ def affinity_table(summary: dict[str, Any]) -> str:
             f"[{spearman[key]['low']:+.2f}, {spearman[key]['high']:+.2f}]"
             for key, name in (("t", "t"), ("log_snr", "log-SNR"))
         ),
-        f"signal in the gradients of a half: median {signal['median']:.2f}, least {signal['min']:.2f}",
+        f"signal in the gradients of one half: median {signal['median']:.2f}, minimum {signal['min']:.2f}",
     ]
     if summary["sketch_dim"] is not None:
-        lines.append(f"sketch: standard deviation, to first order, at most {summary['sketch_sd_median']:.3f} for the "
-                     f"median pair, {summary['sketch_sd_max']:.3f} for the worst")  # fmt: skip
+        lines.append(f"sketch: first-order standard deviation of at most {summary['sketch_sd_median']:.3f} for the "
+                     f"median pair and {summary['sketch_sd_max']:.3f} for the worst")  # fmt: skip
     for name, found in summary["clusters"].items():
         lines.append(f"{name:>18}: {found['starts']}, mean affinity within clusters {found['within']:.3f}")
     return "\n".join(lines)
 
 
 def conflict_table(summary: dict[str, Any]) -> str:
-    """The summary as text."""
+    """Return the summary as text."""
     k = len(summary["starts"])
-    lines = [f"{'step':>8} {'conflicting pairs of a batch':>30} {'of expected gradients':>23}"]
+    lines = [f"{'step':>8} {'conflicting pairs in a batch':>30} {'of expected gradients':>23}"]
     for step, found in summary["checkpoints"].items():
         share = found["batch_share"]
         half = "" if share["low"] is None else f" ± {(share['high'] - share['low']) / 2:.1%}"

@@ -1,6 +1,7 @@
-"""Several methods on the same data over several seeds, side by side with their spread.
+"""Comparison of several methods on the same data over several seeds, with their spread.
 
-Each cell (method, seed) is an ordinary run folder: finished ones are read, a started one goes on from its checkpoint.
+Each cell (method, seed) is an ordinary run folder. Finished cells are read; an interrupted one resumes from its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
 from antdiff.train.data import load_data
 from antdiff.train.run import start_patch, start_run
 
-ANCHORS: tuple[Method, ...] = ("vanilla", "linear")  # always: what stratifying does, apart from what balancing does
-REFERENCE = {"patch": "longer"}  # what a row is held against; the others against vanilla
+# Always included, to separate the effect of stratified sampling from that of balancing.
+ANCHORS: tuple[Method, ...] = ("vanilla", "linear")
+REFERENCE = {"patch": "longer"}  # the row that a row is compared with, where it is not vanilla
 CONFIDENCE = 0.95
 
 
@@ -36,26 +38,33 @@ def compare(
     companions: Sequence[Companion] = (),
     progress: bool = True,
 ) -> dict[str, list[dict[str, Any]]] | None:
-    """Run every method with every seed into ``out/<method>-seed<seed>``; results by method, None if a signal came.
+    """Run every method with every seed in ``out/<method>-seed<seed>``. Return the results by method.
 
-    vanilla (uniform t) and the plain mean (stratified t, as the other methods draw it) are always among the methods.
-    Each of `companions` is vanilla with that companion, at the same number of steps in all (experts share them). A
-    patch starts from the trained vanilla and takes a quarter of its steps, and so does a run ``longer`` that simply
-    goes on with vanilla: it tells what the patch brought from what the steps did.
+    vanilla (uniform t) and linear, the plain mean (stratified t, as drawn for the other methods), are always included.
+    Each of `companions` is vanilla with that companion, at the same total number of steps (experts share them). A patch
+    starts from the trained vanilla run and takes a quarter of its steps. A run called ``longer`` continues vanilla for
+    as many steps without the patch, which separates the effect of the patch from that of the extra steps.
+
+    Returns:
+        The results by method, one per seed; None if a signal stopped the comparison.
 
     Raises:
-        ValueError: no seeds or a repeated one, experts or a patch for every run, a patch without a DiT, or `out` holds
-            a comparison with other settings.
+        ValueError: no seeds or repeated seeds, experts or a patch for every run, a patch without a DiT, or a comparison
+            with other settings in `out`.
     """
     if config.experts or config.patch:
-        raise ValueError("a comparison needs one network a run: leave out --experts (--companions experts adds a row)")
+        raise ValueError(
+            "a comparison needs one plain network per run: leave out --experts and --patch (--companions adds rows)"
+        )
     if "patch" in companions and config.model != "dit":
-        raise ValueError(f"a patch adds prompts to tokens: companions patch needs --model dit; got {config.model}")
+        raise ValueError(
+            f"companion patch needs a DiT, since it adds prompts to tokens; got {config.model}. Give --model dit"
+        )
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be different numbers, at least one; got {list(seeds)}")
+        raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
     data = load_data(config.data, image_size=config.image_size)
     results: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:  # seed by seed, so that an interrupted comparison has whole rows
+    for seed in seeds:  # seed by seed, so that an interrupted comparison has complete seeds
         for name, cell in _cells(replace(config, seed=seed), methods, companions, out).items():
             folder = out / f"{name}-seed{seed}"
             found = _finished(cell, folder)
@@ -78,7 +87,7 @@ def compare(
 def _cells(
     config: TrainConfig, methods: Sequence[Method], companions: Sequence[Companion], out: Path
 ) -> dict[str, TrainConfig]:
-    """The settings of every row for the seed of `config`."""
+    """Return the settings of every row for the seed of `config`."""
     cells: dict[str, TrainConfig] = {
         method: replace(config, method=method, timesteps="uniform" if method == "vanilla" else config.timesteps)
         for method in (*ANCHORS, *methods)
@@ -97,13 +106,13 @@ def _cells(
 
 
 def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
-    """The results in `folder`, or None if it is yet to be run or finished. A new folder gets its config.json here."""
+    """Return the results in `folder`, or None if the run is not finished. A new folder gets its config.json here."""
     if not (folder / "config.json").exists():
         _start(config, folder)
         return None
     saved = TrainConfig.load(folder / "config.json")
     if replace(saved, device=config.device) != config:
-        raise ValueError(f"{folder} holds a run with other settings than this comparison's; give another --out")
+        raise ValueError(f"{folder} holds a run with settings other than this comparison's. Give another --out")
     results = folder / "results.json"
     if not results.exists():
         return None
@@ -117,14 +126,14 @@ def _start(config: TrainConfig, folder: Path) -> None:
         return
     start_run(config, folder)
     vanilla = folder.with_name(f"vanilla-seed{config.seed}")
-    if folder.name.startswith("longer"):  # its first steps are vanilla's, bit for bit: take them over
+    if folder.name.startswith("longer"):  # its first steps are identical to those of vanilla: copy them
         shutil.copytree(vanilla / "checkpoints", folder / "checkpoints")
         shutil.copy(vanilla / "metrics.csv", folder)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method's mean minus the reference's, and the half-width of the interval chance alone would fill."""
+    """Difference between the means of a method and of its reference, and the half-width of the confidence interval."""
 
     mean: float
     noise: float
@@ -135,10 +144,10 @@ class Difference:
 
 
 def difference(values: Sequence[float], reference: Sequence[float], comparisons: int) -> Difference | None:
-    """Difference of means over training seeds against its pooled standard error; None with fewer than two seeds each.
+    """Return the difference of means over training seeds and its noise; None with fewer than two seeds each.
 
     ``noise`` is the half-width of the two-sided 95 % Student interval with pooled variance, with Bonferroni's
-    correction for `comparisons` made at once: the more methods are tried, the larger the luckiest difference.
+    correction for `comparisons` simultaneous differences: with more methods, the largest difference by chance grows.
     """
     from scipy.stats import t as student
 
@@ -152,7 +161,7 @@ def difference(values: Sequence[float], reference: Sequence[float], comparisons:
 
 
 def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> str:
-    """The comparison as text: means and standard deviations over training seeds, and what may be said about them."""
+    """Return the comparison as text: means and standard deviations over training seeds, and which differences count."""
     data, spans = results["vanilla"][0]["data"], results["vanilla"][0]["intervals"]
     shares = np.array([stop - start for start, stop in spans])
     spans_text = [f"t {start}..{stop - 1}" for start, stop in spans]
@@ -171,7 +180,7 @@ def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: 
 
 
 def _verdicts(fds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[float]]) -> list[str]:
-    """One line a row against what it is held against, and the rule."""
+    """Return one line per row, with its differences from its reference, and the rule for reading them."""
     others = [name for name in fds if name != "vanilla"]
     comparisons = 2 * len(others)
     rows = [["difference", "FD", "noise", "", "held-out loss", "noise", ""]]
@@ -181,19 +190,19 @@ def _verdicts(fds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[
         for values in (fds, losses):
             found = difference(values[name], values[reference], comparisons)
             if found is None:
-                return ["One training seed: the spread is not known, so nothing is said about differences."]
+                return ["With one training seed the spread is unknown, so nothing is said about differences."]
             word = ("lower" if found.mean < 0 else "higher") if found.beyond_noise else "within noise"
             row += [f"{found.mean:+.3g}", f"{found.noise:.2g}", word]
         rows.append(row)
     rule = (
-        f"Mean ± SD over training seeds. A difference counts when it exceeds its noise, the {CONFIDENCE:.0%} Student "
+        f"Mean ± SD over training seeds. A difference counts if it exceeds its noise, the {CONFIDENCE:.0%} Student "
         f"interval of the pooled standard error, Bonferroni-corrected for the {comparisons} differences above."
     )
     return [*_aligned(rows), "", rule]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right, each as wide as its widest cell."""
+    """Return the lines of a table. The first column is left-aligned; the others are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rights = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
     return ["  ".join([f"{row[0]:<{widths[0]}}", *right[1:]]).rstrip() for row, right in zip(rows, rights, strict=True)]

@@ -1,6 +1,6 @@
-"""A run from the first step to the closing table: train it, measure it, picture it.
+"""A run from the first step to the closing table: training, measurement, figures.
 
-Beside what the training leaves in the run folder: results.json  samples.png  curves.png  model/
+The measurement adds these files to the run folder: results.json  samples.png  curves.png  model/
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def execute(
     progress: bool = True,
     loggers: Sequence[Logger] = (),
 ) -> dict[str, Any] | None:
-    """Train (or go on training) in `run`, then measure. None if a signal stopped the training; else the results.
+    """Train, or resume training, in `run`, then measure. Return the results, or None if a signal stopped the training.
 
-    Of several ranks the first measures, and the others have done: their results are empty.
+    Only rank 0 measures. The other ranks return an empty dict.
     """
     ranks = RunRanks()
     data = data or load_data(config.data, image_size=config.image_size)
@@ -56,9 +56,9 @@ def execute(
 
 
 def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool = False) -> dict[str, Any]:
-    """Measure a finished run and leave results.json, samples.png, curves.png and the network in diffusers' format."""
+    """Measure a finished run. Write results.json, samples.png, curves.png and the network in diffusers' format."""
     if progress:
-        print("measuring the averaged weights; the training is saved", file=sys.stderr, flush=True)
+        print("the training is saved; measuring the averaged weights", file=sys.stderr, flush=True)
     device = choose_device(config.device)
     model, step = load_model(run, config, data.shape, device)
     schedule = noise_schedule()
@@ -101,7 +101,7 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
 
 
 def spread_of(qualities: list[Quality]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation (0 for a single one) of each metric over sampling seeds."""
+    """Return the mean and the standard deviation of each metric over sampling seeds (0 for a single seed)."""
     columns = {
         name: np.array([getattr(quality, name) for quality in qualities]) for name in ("fd", "precision", "recall")
     }
@@ -112,7 +112,7 @@ def spread_of(qualities: list[Quality]) -> dict[str, dict[str, float]]:
 
 
 def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
-    """The results beside the data's own anchors, as text."""
+    """Return the results as text, beside the anchors of the same data."""
     spread = {
         name: f"{results[name]['mean']:.3g}" + (f" ± {results[name]['sd']:.2g}" if eval_seeds > 1 else "")
         for name in ("fd", "precision", "recall")
@@ -130,8 +130,8 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     )
     lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
     lines += [
-        "FD, lower is better: Frechet distance to the train images in the features of a small CNN trained on them,",
-        "not an FID. It depends on the number of images (for held-out images, theirs): compare it between runs.",
-        "Precision and recall, higher is better. Measured with the averaged (EMA) weights.",
+        "FD (lower is better) is the Frechet distance to the train images in the features of a small CNN trained on",
+        "them. It is not an FID. It depends on the number of images (for the held-out images, on theirs), so compare",
+        "it only between runs. Precision and recall: higher is better. All use the averaged (EMA) weights.",
     ]
     return "\n".join(lines)

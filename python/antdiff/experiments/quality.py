@@ -1,7 +1,8 @@
-"""Sample quality without downloaded weights: Frechet distance on the features of a small CNN, precision and recall.
+"""Sample quality without downloaded weights: Frechet distance, precision and recall in the features of a small CNN.
 
-The CNN is trained on the data at hand, so its distance has a scale of its own: it is called "FD (<data>-CNN)", it is
-not FID, and it says something only beside the anchors of the same data (held-out images, a per-pixel Gaussian, noise).
+The CNN is trained on the dataset itself, so its distances have a scale of their own. The metric is therefore called
+"FD (<data>-CNN)". It is not FID, and it can only be read beside the anchors of the same data: held-out images, a
+per-pixel Gaussian, and noise.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from antdiff.train.data import ImageData, to_uint8, to_unit
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
-REFERENCE_IMAGES = 5000  # of larger data sets, a fixed choice of so many train images is the reference
+REFERENCE_IMAGES = 5000  # a fixed random subset of this size is the reference for larger datasets
 NEIGHBOURS = 5  # k of precision and recall
-FEATURES_VERSION = 1  # part of the cache's key: raise it when the network or its training changes
+FEATURES_VERSION = 1  # part of the cache key: increase it when the network or its training changes
 
 
 class FeatureNet(nn.Module):
-    """A small CNN whose 64-dimensional penultimate layer is the feature space of the metrics."""
+    """A small CNN. Its 64-dimensional penultimate layer is the feature space of the metrics."""
 
-    num_features = 64  # torchmetrics reads it
+    num_features = 64  # read by torchmetrics
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -58,20 +59,21 @@ class FeatureNet(nn.Module):
 
 
 def feature_net(data: ImageData, *, steps: int = 600, cache: Path | None = None) -> FeatureNet:
-    """The feature network of a data set: from the cache if this very data was seen before, else trained (seconds).
+    """Return the feature network of a dataset: from the cache, or trained in a few seconds if the data is new.
 
-    It learns the classes where the data has them, else by how many quarter turns an image was rotated (Gidaris et al.,
-    2018). Training is seeded by a constant, so that every run on the same data is measured with the same ruler.
+    The network learns the classes if the data has labels. Otherwise it learns by how many quarter turns an image was
+    rotated (Gidaris et al., 2018). The seed of its training is constant, so that all runs on the same data are measured
+    with the same network.
 
     Args:
-        steps: optimizer steps of B = 128.
-        cache: folder of the cache; None is ``$XDG_CACHE_HOME/antdiff`` or ``~/.cache/antdiff``.
+        steps: optimizer steps with B = 128.
+        cache: folder of the cache; None means ``$XDG_CACHE_HOME/antdiff`` or ``~/.cache/antdiff``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 
     classes = int(data.train_labels.max()) + 1 if data.train_labels is not None else 4
-    with torch.random.fork_rng(devices=[]):  # initialisers know only the global generator
+    with torch.random.fork_rng(devices=[]):  # initialisers use the global generator
         torch.manual_seed(0)
         net = FeatureNet(data.shape[0], classes)
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antdiff"
@@ -81,13 +83,15 @@ def feature_net(data: ImageData, *, steps: int = 600, cache: Path | None = None)
             net.load_state_dict(load_file(path))
             return net.eval()
         except (OSError, SafetensorError, RuntimeError) as error:
-            warnings.warn(f"{path} is damaged ({error}); training the feature network again", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({error}); the feature network is trained again", stacklevel=2)
     _train_features(net, data, steps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(net.state_dict()))
     except OSError as error:
-        warnings.warn(f"the feature network is not cached in {folder} ({error}); it costs seconds a run", stacklevel=2)
+        warnings.warn(
+            f"the feature network is not cached in {folder} ({error}); it costs seconds per run", stacklevel=2
+        )
     return net.eval()
 
 
@@ -113,7 +117,7 @@ def _train_features(net: FeatureNet, data: ImageData, steps: int) -> None:
 
 @torch.no_grad()
 def accuracy(net: FeatureNet, data: ImageData) -> float | None:
-    """Held-out accuracy of the feature network's classifier: a check that its features know the data."""
+    """Return the held-out accuracy of the feature network's classifier, a check that its features fit the data."""
     if data.held_out_labels is None:
         return None
     predicted = torch.cat([net.head(net(images)).argmax(1) for images in data.held_out.split(1000)])
@@ -122,7 +126,7 @@ def accuracy(net: FeatureNet, data: ImageData) -> float | None:
 
 @dataclass(frozen=True)
 class Quality:
-    """Frechet distance (lower is better), precision and recall (0..1, higher is better) against the train images."""
+    """Frechet distance (lower is better), precision and recall (0 to 1, higher is better) against the train images."""
 
     fd: float
     precision: float
@@ -130,7 +134,7 @@ class Quality:
 
 
 class Judge:
-    """Measures sets of images against a data set's train images."""
+    """Measures sets of images against the train images of a dataset."""
 
     def __init__(self, data: ImageData, net: FeatureNet) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -141,13 +145,13 @@ class Judge:
         self.reference = data.train[chosen]
         self.real = self._features(self.reference)  # [N, 64]
         self.real_radius = neighbour_distance(self.real)
-        # The class is torchmetrics' FID; with this network in Inception's place the result is not an FID.
+        # torchmetrics' FID class with this network in place of Inception: the result is not an FID.
         self.frechet = FrechetInceptionDistance(feature=net, reset_real_features=False, input_img_size=data.shape)
         for images in self.reference.split(1000):
             self.frechet.update(images, real=True)
 
     def measure(self, images: torch.Tensor) -> Quality:
-        """Quality of uint8 images [N, C, H, W]; N of at least 10."""
+        """Return the quality of uint8 images [N, C, H, W], with N of at least 10."""
         self.frechet.reset()
         for batch in images.split(1000):
             self.frechet.update(batch, real=False)
@@ -159,7 +163,7 @@ class Judge:
         )
 
     def anchors(self, n: int) -> dict[str, Quality]:
-        """The data's own scale: real held-out images (the floor), then `n` of two things that are no images at all."""
+        """Return the scale of the data: real held-out images (the floor), then `n` samples of each of two baselines."""
         generator = torch.Generator().manual_seed(0)
         pixels = to_unit(self.reference)  # [N, C, H, W]
         noise = torch.randn(n, *self.data.shape, generator=generator)
@@ -176,17 +180,17 @@ class Judge:
 
 
 def neighbour_distance(features: torch.Tensor) -> torch.Tensor:
-    """Distance [N] of each feature vector [N, D] to its NEIGHBOURS-th nearest other one."""
+    """Return the distance [N] of each feature vector [N, D] to its NEIGHBOURS-th nearest other vector."""
     nearest = min(NEIGHBOURS, len(features) - 1)
-    # + 1: each vector's nearest is itself, at distance 0
+    # + 1, since the nearest vector is the vector itself, at distance 0
     return torch.cat([torch.cdist(part, features).kthvalue(nearest + 1, dim=1).values for part in features.split(1000)])
 
 
 def coverage(support: torch.Tensor, radius: torch.Tensor, points: torch.Tensor) -> float:
-    """Share of `points` [M, D] inside the union of balls around `support` [N, D] with `radius` [N].
+    """Return the share of `points` [M, D] inside the union of balls around `support` [N, D] with `radius` [N].
 
-    Precision is the share of samples inside the balls of the real images, recall the share of real images inside the
-    balls of the samples (Kynkaanniemi et al., 2019).
+    Precision is the share of samples inside the balls of the real images. Recall is the share of real images inside
+    the balls of the samples (Kynkaanniemi et al., 2019).
     """
     inside = [(torch.cdist(part, support) <= radius).any(1) for part in points.split(1000)]  # each [<=1000]
     return float(torch.cat(inside).double().mean())
@@ -203,10 +207,10 @@ def held_out_losses(
     timesteps: int = 8,
     images: int = 1000,
 ) -> torch.Tensor:
-    """Mean squared error of the noise estimate on held-out images, float64 [K], one for each interval [start, stop).
+    """Return the mean squared error of the noise estimate on held-out images per interval [start, stop), float64 [K].
 
-    Each cluster is probed at up to `timesteps` evenly spaced t, each with the first `images` held-out images and noise
-    from a constant seed: the same questions for every model, so differences between models have little noise.
+    Each interval is probed at up to `timesteps` evenly spaced t, each with the first `images` held-out images and with
+    noise from a constant seed. All models see the same inputs, so differences between models have little noise.
     """
     model.eval()
     x0 = to_unit(data.held_out[:images]).to(device)  # [N, C, H, W]

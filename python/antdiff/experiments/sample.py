@@ -1,4 +1,4 @@
-"""Images from a run: a PNG grid to look at and an npz (``arr_0``, uint8 NHWC) that evaluation suites read."""
+"""Samples of a run: a PNG grid to look at, and an npz (``arr_0``, uint8 NHWC) that evaluation suites read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GRID_IMAGES = 100
 def sample(
     run: Path, *, n: int = 100, steps: int | None = None, seed: int = 0, device: str = "auto", out: Path
 ) -> tuple[Path, Path]:
-    """Draw `n` images from the averaged network of `run`'s last checkpoint into ``<out>.png`` and ``<out>.npz``.
+    """Draw `n` images from the averaged network of the last checkpoint of `run`. Write ``<out>.png`` and ``<out>.npz``.
 
     Args:
-        steps: DDIM steps; None takes the run's own.
-        seed: of the starting noise.
-        out: where to write; a suffix .png or .npz is taken off. The grid shows the first 100.
+        steps: DDIM steps; None means the run's setting.
+        seed: seed of the starting noise.
+        out: path of the results. A suffix .png or .npz is removed. The grid shows the first 100 images.
 
     Returns:
         The paths of the grid and of the archive.

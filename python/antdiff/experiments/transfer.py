@@ -1,9 +1,9 @@
-"""The negative transfer gap of a run: specialists of each of its clusters against a joint model, over seeds.
+"""The negative transfer gap of a run: specialists of each cluster compared with a joint model, over seeds.
 
 RUN/analysis/transfer/          transfer.npz  summary.json  transfer.png
-RUN/analysis/transfer/seed<s>/  joint/  cluster<i>-iterations/  cluster<i>-samples/, and .json of what was measured
+RUN/analysis/transfer/seed<s>/  joint/  cluster<i>-iterations/  cluster<i>-samples/  and one .json of results for each
 
-Each specialist is an ordinary run folder: an interrupted analysis goes on with the one it was at, from its checkpoint.
+Each specialist is an ordinary run folder. An interrupted analysis resumes from the checkpoint of its current model.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def analyze_transfer(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """Trains, for each seed, a joint model with the run's settings and two specialists a cluster, and measures them.
+    """Train and measure, for each seed, a joint model with the run's settings and two specialists per cluster.
 
     Args:
-        run: its settings and clusters are used; its network too, where its seed and number of steps are asked for.
-        seeds: of training; a specialist has its joint model's seed, and so the same first weights and order of data.
-        steps: of the joint models and of the specialists with equal iterations; default the run's, at most 400.
-        samples: images a chain draws for its FD, from the same starting noise for joint and specialist.
-        out: default RUN/analysis/transfer.
+        run: run folder whose settings and clusters are used. Its network is used too if seed and steps are the run's.
+        seeds: training seeds. A specialist has its joint model's seed, and so the same initial weights and data order.
+        steps: steps of the joint models, and of specialists with equal iterations; None means the run's, at most 400.
+        samples: images per FD, drawn from the same starting noise for the joint model and the specialist.
+        out: folder of the results; None means RUN/analysis/transfer.
 
     Returns:
-        What summary.json holds; None if a signal stopped a training (the same call goes on).
+        The content of summary.json; None if a signal stopped a training. The same call then resumes it.
 
     Raises:
-        ValueError: a run with companions, repeated seeds, steps or samples too few, or `out` with other settings.
+        ValueError: a run with companions, repeated seeds, too few steps or samples, or an `out` with other settings.
     """
     base = TrainConfig.load(run / "config.json")
     steps = min(base.steps, 400) if steps is None else steps
@@ -80,19 +80,19 @@ def analyze_transfer(
 def _check(base: TrainConfig, seeds: Sequence[int], steps: int, samples: int) -> None:
     if base.companions or base.specialist is not None:
         raise ValueError(
-            "run must be of one plain network on all timesteps; got "
-            f"{', '.join(base.companions) or 'a specialist'}. Train one without."
+            "run must have one plain network, trained on all timesteps; got "
+            f"{', '.join(base.companions) or 'a specialist'}. Train a run without it."
         )
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be different numbers, at least one; got {list(seeds)}")
+        raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")
     if samples < 10:
-        raise ValueError(f"samples must be at least 10, or their statistics mean nothing; got {samples}")
+        raise ValueError(f"samples must be at least 10, since FD needs a covariance; got {samples}")
 
 
 class _Trial:
-    """Trains and measures the models of one seed after the other."""
+    """Trains and measures the models of one seed after another."""
 
     def __init__(
         self, base: TrainConfig, run: Path, clusters: TimestepClusters, data: ImageData, out: Path, samples: int
@@ -103,15 +103,15 @@ class _Trial:
         self.judge = Judge(data, feature_net(data))
 
     def seed(self, seed: int, steps: int, progress: bool) -> dict[str, Any] | None:
-        """Held-out losses [K] and FDs of one seed: joint, and for each budget of the specialists."""
+        """Return the held-out losses [K] and FDs of one seed: of the joint model, and per budget of the specialists."""
         folder, spans = self.out / f"seed{seed}", intervals(self.clusters)
         config = with_average(replace(self.base, seed=seed, steps=steps))
         specialists = {(budget, i): self.specialist(config, i, budget) for budget in BUDGETS for i in range(len(spans))}
         place = self.run if self.fits(config, self.run) else folder / "joint"
         folders = {place: config} | {folder / f"cluster{i}-{b}": alone for (b, i), alone in specialists.items()}
-        for taken, wanted in folders.items():  # before anything is trained
+        for taken, wanted in folders.items():  # check all folders before any training
             if (taken / "config.json").exists() and not self.fits(wanted, taken):
-                raise ValueError(f"{taken} holds a run with other settings: give another --out, or delete it")
+                raise ValueError(f"{taken} holds a run with other settings. Give another --out, or delete that folder")
         joint = self.model(config, place, progress)
         if joint is None:
             return None
@@ -133,17 +133,17 @@ class _Trial:
         return cell
 
     def specialist(self, joint: TrainConfig, cluster: int, budget: Budget) -> TrainConfig:
-        """The settings of the specialist of a cluster, from those of the joint model."""
+        """Return the settings of the specialist of a cluster, from those of the joint model."""
         steps = specialist_steps(joint, self.clusters, cluster, budget)
         return with_average(replace(joint, method="vanilla", timesteps="auto", specialist=cluster, steps=steps))
 
     def fits(self, config: TrainConfig, folder: Path) -> bool:
-        """Whether the run in `folder` has these settings, as far as its weights depend on them."""
+        """Return whether the run in `folder` has these settings, as far as its weights depend on them."""
         saved, clusters = TrainConfig.load(folder / "config.json"), TimestepClusters.load(folder / "clusters.json")
         return clusters == self.clusters and _decisive(saved) == _decisive(config)
 
     def model(self, config: TrainConfig, folder: Path, progress: bool) -> torch.nn.Module | None:
-        """The averaged network of a run, trained as far as it is not; None if a signal stopped it."""
+        """Train a run as far as needed. Return its averaged network, or None if a signal stopped the training."""
         if not (folder / "config.json").exists():
             start_run(config, folder)
         path = latest_checkpoint(folder / "checkpoints")
@@ -155,7 +155,7 @@ class _Trial:
         return load_model(folder, config, self.data.shape, self.device)[0]
 
     def read(self, path: Path, config: TrainConfig) -> dict[str, Any] | None:
-        """What was measured before, of a run with the same settings and in the same way."""
+        """Return an earlier measurement of a run with the same settings, taken in the same way, or None."""
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("of") == self.measured(config) else None
 
@@ -165,17 +165,17 @@ class _Trial:
         return found
 
     def measured(self, config: TrainConfig) -> dict[str, Any]:
-        """All that the numbers of a run with these settings depend on."""
+        """Return everything that the measurements of a run with these settings depend on."""
         samples, sample_steps = self.sampling
         own = {"starts": self.clusters.starts.tolist(), "samples": samples, "sample_steps": sample_steps}
         return _decisive(config) | own
 
     def loss(self, model: torch.nn.Module, span: tuple[int, int]) -> float:
-        """On held-out images and constant noise, the same for every model."""
+        """Return the loss on held-out images and constant noise, both the same for every model."""
         return float(held_out_losses(model, self.data, self.schedule, [span], self.device)[0])
 
     def fd(self, model: torch.nn.Module, seed: int) -> float:
-        """Of samples from a starting noise that depends on the seed alone."""
+        """Return the FD of samples whose starting noise depends on the seed alone."""
         generator = torch.Generator(self.device).manual_seed(seed)
         n, steps = self.sampling
         images = draw_samples(model, self.schedule, n, self.data.shape, steps=steps, generator=generator)
@@ -183,16 +183,15 @@ class _Trial:
 
 
 def with_average(config: TrainConfig) -> TrainConfig:
-    """The settings with an average of the weights that reaches back an eighth of the steps at most.
+    """Return the settings with a weight average that reaches back at most an eighth of the steps.
 
-    A longer one still remembers the first weights when a specialist of few steps is measured: the gap would be the
-    average's lag.
+    A longer average of a short specialist would still contain the initial weights, and the gap would measure that lag.
     """
     return replace(config, ema=min(config.ema, max(0.0, 1 - 8 / config.steps)))
 
 
 def specialist_steps(config: TrainConfig, clusters: TimestepClusters, cluster: int, budget: Budget) -> int:
-    """Steps of a specialist: the joint model's, or as many as show it as many samples of its interval."""
+    """Return the steps of a specialist: the joint model's, or those that give it as many samples of its interval."""
     if budget == "iterations":
         return config.steps
     share = int(clusters.sizes[cluster]) / clusters.T if config.timestep_sampling == "uniform" else 1 / clusters.k
@@ -200,7 +199,7 @@ def specialist_steps(config: TrainConfig, clusters: TimestepClusters, cluster: i
 
 
 def switched(joint: torch.nn.Module, specialist: torch.nn.Module, span: tuple[int, int], T: int) -> ExpertBank:
-    """The joint model outside of [start, stop), the specialist inside: a chain changes hands at the edges."""
+    """Return a network that is the specialist inside [start, stop) and the joint model outside."""
     start, stop = span
     parts = [(0, start, joint), (start, stop, specialist), (stop, T, joint)]
     kept = [(low, model) for low, high, model in parts if low < high]
@@ -208,8 +207,10 @@ def switched(joint: torch.nn.Module, specialist: torch.nn.Module, span: tuple[in
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """The settings that weights depend on: where a run is and what it writes down do not matter, and clusters are
-    compared themselves."""
+    """Return the settings that the weights depend on.
+
+    The location of a run and what it logs do not matter. Clusters are compared by content, not by path.
+    """
     free = ("device", "clusters", "k", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every",
             "eval_samples", "eval_seeds", "sample_steps")  # fmt: skip
     return {name: value for name, value in asdict(config).items() if name not in free}
@@ -219,7 +220,7 @@ def _report(
     run: Path, base: TrainConfig, data: ImageData, clusters: TimestepClusters, seeds: list[int], steps: int,
     samples: int, cells: list[dict[str, Any]], out: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arrays, figure and summary.json."""
+    """Write the arrays, the figure and summary.json."""
 
     def of(budget: Budget, name: str) -> torch.Tensor:  # [S, K]
         return torch.tensor([[found[name] for found in cell[budget]] for cell in cells], dtype=torch.float64)
@@ -245,11 +246,11 @@ def _report(
     few = summary["specialist_steps"]["samples"]
     fewer = " to ".join(map(str, sorted({min(few), max(few)})))
     seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
-    made = f"{data.name}, {base.model}, joint model by {base.method}, {steps} steps, {seeds_text}"
+    made = f"{data.name}, {base.model}, joint model trained with {base.method}, {steps} steps, {seeds_text}"
     text = (
-        f"NTG = specialist minus joint model; below zero the specialist is better. {made}. Large: mean and 95 % "
-        "Student interval over seeds; small: each seed. Equal iterations: as many steps as the joint model, so more "
-        f"samples of the interval; equal samples: {fewer} steps."
+        f"NTG is specialist minus joint model; below zero the specialist is better. {made}. Large markers: mean and "
+        "95 % Student interval over seeds. Small markers: single seeds. Equal iterations: as many steps as the joint "
+        f"model, and so more samples of the interval. Equal samples: {fewer} steps."
     )
     summary["captions"] = {"transfer.png": text}
     save_transfer(losses, quality, spans, f"FD ({data.name}-CNN)", text, out / "transfer.png")
@@ -258,7 +259,7 @@ def _report(
 
 
 def _gap_summary(gap: TransferGap) -> dict[str, Any]:
-    """One row of numbers per interval, None where they are not known, and the verdicts in words."""
+    """Return one row of numbers per interval, None where unknown, and the verdicts in words."""
     names = ("mean", "low", "high", "relative_mean", "relative_low", "relative_high")
     columns = [finite_or_none(values) for values in (*gap.gap, *gap.relative)]  # each [K]
     rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -266,7 +267,7 @@ def _gap_summary(gap: TransferGap) -> dict[str, Any]:
 
 
 def transfer_table(summary: dict[str, Any]) -> str:
-    """The summary as text."""
+    """Return the summary as text."""
     lines = [f"{'timesteps':>12} {'equal':>11} {'steps':>6} {'NTG loss':>22} {'NTG FD':>22}  by held-out loss"]
     for i, (start, stop) in enumerate(summary["intervals"]):
         for budget in BUDGETS:
