@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from antdiff.cli import main
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -26,6 +28,7 @@ PROJECT = PYPROJECT["project"]
 RUN = (ROOT / ".ci" / "run").read_text()
 STAGES = [*re.findall(r'^stages="(.*)"$', RUN, re.MULTILINE)[0].split(), "unpinned"]
 YAML = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 OLDEST = "3.10"
 
@@ -166,6 +169,25 @@ def test_commands_on_the_page_exist(page: str) -> None:
             assert re.search(rf"(set|option)\({option} ", cmake), option
         for file in (a for a in arguments if re.fullmatch(r"[\w/.-]+\.(txt|toml|sh|py|md)", a)):
             assert (ROOT / file).exists(), file
+
+
+def options(markdown: str) -> dict[str, set[str]]:
+    """The subcommands of ``antdiff`` on a page, with the options that the page gives them."""
+    found: dict[str, set[str]] = {}
+    text = (ROOT / markdown).read_text().replace("\\\n", " ")
+    for subcommand, rest in re.findall(r"(?:^ +|`|/|> )antdiff ([a-z]+)([^`\n]*)", text, re.MULTILINE):
+        found.setdefault(subcommand, set()).update(re.findall(r"(?<= )--[a-z][a-z-]*", rest))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if options(page)])
+def test_options_on_the_page_exist(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for subcommand, wanted in options(page).items():
+        with pytest.raises(SystemExit) as ended:
+            main([subcommand, "--help"])
+        assert ended.value.code == 0
+        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        assert wanted <= known, subcommand
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "docs/releasing.md", "docs/companions.md"])
