@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import antdiff
 from antdiff import ops
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -43,6 +44,24 @@ def test_the_loop_of_the_readme_trains() -> None:
     after = denoising_losses(data, t, torch.ones(64)).mean().item()
     assert after < 0.8 * before  # a model that ignores its input stays at 1
     assert [tuple(rows.shape) for rows in names["jacobian"].rows] == [(5, *p.shape) for p in model.parameters()]
+
+
+def test_the_line_that_replaces_backward_writes_the_gradients() -> None:
+    model = nn.Linear(8, 8)
+    names = {
+        "antdiff": antdiff,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "denoising_losses": lambda x0, t, weight: (model(x0) - t[:, None] / 1000).square().mean(1) * weight,
+        "x0": torch.randn(10, 8),
+        "t": torch.arange(10) * 100,
+        "weight": torch.ones(10),
+        "cluster": torch.arange(10) // 2,
+    }
+    exec(block("balanced"), names)
+    result = names["result"]
+    assert [x.shape for x in (result.losses, result.counts, result.weights, result.gram)] == [(5,), (5,), (5,), (5, 5)]
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_the_loop_of_ops_alone_trains() -> None:

@@ -1,4 +1,4 @@
-"""Train diffusion models as multi-task learners: cluster the timesteps, take one gradient a cluster, balance them."""
+"""Train diffusion models as multi-task learners: cluster the timesteps, take one gradient per cluster, balance them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return globals().setdefault(name, _version())
-    # On first use: importing torch takes a second, which the help of the command line and its errors do without.
+    # Import on first use: importing torch takes a second, and the command line prints its help and errors without it.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"antdiff.{_HOMES.get(name, name)}")
