@@ -1,6 +1,6 @@
-"""What channel routing costs: a training step of a routed DiT over the same step unrouted, eager and compiled.
+"""Cost of channel routing: a training step of a routed DiT relative to the unrouted step, eager and compiled.
 
-The routing's whole cost bounds what a fused kernel for its window could save. float32; one thread on the CPU.
+The total cost of routing bounds what a fused kernel for its window could save. float32, one thread on the CPU.
 ``python benchmarks/bench_routing.py [--device cuda] [--seconds 20] [--out FILE.csv]``; compiling takes a minute or two.
 """
 
@@ -20,7 +20,7 @@ BATCH = {"cpu": 4, "cuda": 256}
 
 
 def step(routed: bool, compiled: bool, device: str) -> Callable[[], None]:
-    """Forward and backward of a DiT with four blocks of width 384 on 256 tokens."""
+    """Return a forward and backward pass of a DiT with four blocks of width 384 on 256 tokens."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         sample_size=32, patch_size=2, in_channels=4, num_layers=4, num_attention_heads=6, attention_head_dim=64,
@@ -45,7 +45,7 @@ def step(routed: bool, compiled: bool, device: str) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=tuple(BATCH))
-    parser.add_argument("--seconds", type=float, default=20.0, help="time of each candidate")
+    parser.add_argument("--seconds", type=float, default=20.0, help="measuring time per candidate")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""An accelerate training loop with PCGrad over timestep clusters: the two marked lines are what antdiff adds.
+"""An accelerate training loop with PCGrad over timestep clusters. antdiff adds the two marked lines.
 
     accelerate launch --num_processes 2 --cpu examples/accelerate_digits.py
     torchrun --nproc-per-node 2 examples/accelerate_digits.py
 
-A small MLP denoises scikit-learn's digits. ``accelerator.prepare`` wraps it in DistributedDataParallel, shards the data
-and moves everything to the devices, as in any accelerate script.
+A small MLP denoises scikit-learn's digits. As in any accelerate script, ``accelerator.prepare`` wraps the model in
+DistributedDataParallel, shards the data and moves everything to the devices.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ T, K = 1000, 5
 
 
 def main(steps: int, cpu: bool) -> None:
-    limit = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=2))  # a lost rank is an error after so long
+    limit = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=2))  # then a lost rank is an error
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[limit])
-    torch.manual_seed(0)  # the same weights everywhere
+    torch.manual_seed(0)  # the same weights on every rank
     model: nn.Module = nn.Sequential(nn.Linear(65, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     images = torch.from_numpy(load_digits().data).float() / 8 - 1  # [1797, 64] in [-1, 1]
@@ -62,7 +62,7 @@ def main(steps: int, cpu: bool) -> None:
                 break
     same = accelerator.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).sum()[None])
     accelerator.print(f"weights alike on {accelerator.num_processes} ranks: {bool((same == same[0]).all())}")
-    # What holds the process group goes before it does: its threads must not outlive the interpreter.
+    # Free the objects that hold the process group before ending it, so that its threads do not outlive the interpreter.
     model, optimizer, loader, backward = accelerator.free_memory(model, optimizer, loader, backward)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""TimestepClusters: construction, look-up, files, the picture, and misuse."""
+"""TimestepClusters: construction, look-up, files, the figure, and misuse."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_golden_log_snr(name: str, k: int) -> None:
 
 
 def test_uniform_is_optimal_for_the_timestep_cost() -> None:
-    """The cost is the sum of distances to the centre; many sizes tie, so totals are compared."""
+    """The cost is the sum of distances to the centre. Many partitions tie, so the test compares total costs."""
     for T, k in ((1000, 5), (1000, 8), (1000, 7), (23, 6), (5, 5), (9, 1)):
         clusters = TimestepClusters.uniform(T, k)
         assert clusters.sizes.max() - clusters.sizes.min() <= 1
@@ -81,7 +81,7 @@ def test_zero_terminal_snr_is_explained() -> None:
 
 
 def test_sigmas() -> None:
-    sigmas = torch.logspace(-2, 2, 101, dtype=torch.float64)  # even in log: even clusters
+    sigmas = torch.logspace(-2, 2, 101, dtype=torch.float64)  # even in log, so the clusters have equal sizes
     clusters = TimestepClusters.from_sigmas(sigmas, 4)
     assert clusters.edges is not None
     assert (clusters.sizes - 101 / 4).abs().max() < 2
@@ -107,7 +107,7 @@ def test_flow_matching_quantiles() -> None:
     assert logit.edges is not None
     z = NormalDist().inv_cdf(0.25)
     assert logit.edges == pytest.approx((1 / (1 + math.exp(-z)), 0.5, 1 / (1 + math.exp(z))))
-    # Where k does not divide T, timesteps (bins of equal probability) and noise levels still agree.
+    # If k does not divide T, timesteps (bins of equal probability) and noise levels still agree.
     odd = TimestepClusters.from_quantiles(3, distribution="uniform", T=10)
     tau = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
     assert odd.cluster_of(tau).tolist() == odd.cluster_of(torch.arange(10)).tolist()
@@ -186,7 +186,7 @@ def test_equality_text_and_pickles() -> None:
     assert len({CLUSTERS, TimestepClusters(10, [0, 3, 4]), LEVELS}) == 2
     assert repr(CLUSTERS) == "TimestepClusters(T=10, k=3: [0, 3) [3, 4) [4, 10))"
     assert repr(LEVELS).endswith("; edges 0.5 2)")
-    LEVELS.cluster_of(torch.tensor([1.0]))  # fills its cache
+    LEVELS.cluster_of(torch.tensor([1.0]))  # fills the cache of boundaries
     assert pickle.loads(pickle.dumps(LEVELS)) == LEVELS
 
 

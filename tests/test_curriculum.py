@@ -1,4 +1,4 @@
-"""The curriculum: clusters, pacing, ranges, and its composition with samplers and Uncertainty Weighting."""
+"""Curriculum: clusters, pacing, ranges, and composition with samplers and Uncertainty Weighting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antdiff.diffusion.schedules import log_snr
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_clusters.json").read_text())
 T = 1000
 
-# Published: EDM's noise levels between N = 20 clusters of equal probability, P_mean = -1.2, P_std = 1.2.
+# Published noise levels of EDM between N = 20 clusters of equal probability, for P_mean = -1.2 and P_std = 1.2.
 EDM_SIGMAS = [0.0418, 0.0647, 0.0868, 0.1097, 0.1341, 0.1605, 0.1897, 0.2222, 0.2590, 0.3012, 0.3502, 0.4082, 0.4783,
               0.5651, 0.6766, 0.8269, 1.045, 1.402, 2.168]  # fmt: skip
 
@@ -65,15 +65,16 @@ def test_samples_are_uniform_over_the_range(stage: int) -> None:
     assert t.dtype == torch.int64
     assert low <= int(t.min())
     assert int(t.max()) < high
-    share = torch.bincount(t - low, minlength=high - low).double() / len(t) * (high - low)  # 1 is expected
-    # A binomial count of mean n/m has a relative deviation of sqrt(m/n); 5.5 of them, over at most 1000 cells.
+    share = torch.bincount(t - low, minlength=high - low).double() / len(t) * (high - low)  # expected: 1
+    # A binomial count of mean n/m has a relative standard deviation of sqrt(m/n). The bound is 5.5 of them, for at most
+    # 1000 cells.
     assert float((share - 1).abs().max()) < 5.5 * math.sqrt((high - low) / len(t))
 
 
 def test_edm_clusters_are_the_published_noise_levels() -> None:
     curriculum = Curriculum.edm()
     got = curriculum.sigma_bounds
-    # Published with four significant digits: half a unit of the last.
+    # The published values have four significant digits; the tolerance is half a unit of the last digit.
     torch.testing.assert_close(got, torch.tensor(EDM_SIGMAS, dtype=torch.float64), rtol=2.5e-3, atol=5e-5)
     assert [f"{s:.4f}" for s in got.tolist()[:16]] == [f"{s:.4f}" for s in EDM_SIGMAS[:16]]
     assert [f"{s:.3f}" for s in got.tolist()[16:]] == [f"{s:.3f}" for s in EDM_SIGMAS[16:]]
@@ -85,7 +86,7 @@ def test_edm_samples_keep_to_the_quantiles_of_the_stage() -> None:
     assert sigma.dtype == torch.float32
     assert float(sigma.min()) >= 0.6766 - 5e-5  # the 15th of the 19 edges
     u = torch.special.ndtr((sigma.double().log() + 1.2) / 1.2)  # uniform over [0.75, 1)
-    # Standard deviation of the mean of n uniforms of width w: w / sqrt(12 n); five of them.
+    # The mean of n uniforms of width w has a standard deviation of w / sqrt(12 n). The bound is five of them.
     assert abs(float(u.mean()) - 0.875) < 5 * 0.25 / math.sqrt(12 * len(u))
     whole = at_stage(curriculum, 20).sample(100_000, generator=generator()).double().log()
     assert abs(float(whole.mean()) + 1.2) < 5 * 1.2 / math.sqrt(len(whole))
@@ -104,7 +105,7 @@ def stages(curriculum: Any, losses: list[float]) -> list[int]:
 
 @pytest.mark.parametrize("patience", [0, 1, 7])
 def test_constant_loss_ends_each_stage_after_patience_plus_two_updates(patience: int) -> None:
-    """One update sets the best loss, patience + 1 fail to improve it."""
+    """One update sets the lowest loss, and patience + 1 updates fail to improve it."""
     curriculum = Curriculum.uniform(T, n=4, patience=patience)
     seen = stages(curriculum, [0.5] * 40)
     length = patience + 2
@@ -119,7 +120,7 @@ def test_falling_loss_never_ends_a_stage_and_nan_counts_as_no_improvement() -> N
 
 
 def test_the_best_loss_is_forgotten_between_stages() -> None:
-    """Lower noise has a higher loss; what the easy stage reached must not count against the next."""
+    """Lower noise has a higher loss, so the lowest loss of an easy stage must not count in the next stage."""
     curriculum = Curriculum.uniform(T, n=3, patience=2)
     stages(curriculum, [0.1] * 4)
     assert int(curriculum.stage) == 2
@@ -127,8 +128,10 @@ def test_the_best_loss_is_forgotten_between_stages() -> None:
 
 
 def test_noise_takes_the_expected_number_of_updates() -> None:
-    """i.i.d. losses at patience 200: 356 updates a stage on average (a simulation, with a standard deviation of about
-    130; over 76 stages five standard deviations of the mean are 75)."""
+    """With i.i.d. losses and patience 200, a stage takes 356 updates on average, according to a simulation.
+
+    The standard deviation is about 130. Over 76 stages, five standard deviations of the mean are 75.
+    """
     curriculum = Curriculum.uniform(T, n=20)
     counts = []
     noise = torch.rand(20 * 19 * 500, generator=generator(), dtype=torch.float64)
@@ -152,7 +155,7 @@ def test_fixed_pacing_takes_the_same_number_of_updates_whatever_the_loss() -> No
 def test_smoothing_restarts_with_each_stage() -> None:
     curriculum = Curriculum.uniform(T, n=3, patience=0, smoothing=0.9)
     curriculum.update(1.0)
-    curriculum.update(2.0)  # the average rises: stage 2
+    curriculum.update(2.0)  # the average rises, so stage 2 begins
     assert int(curriculum.stage) == 2
     assert math.isnan(float(curriculum.state_dict()["smoothed"]))
     curriculum.update(10.0)
@@ -184,7 +187,7 @@ def test_a_resumed_curriculum_goes_on_as_the_uninterrupted_one() -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what copies a number from a tensor to Python; on a GPU each would wait for the device."""
+    """Record the operations that copy a number from a tensor to Python. On a GPU, each would wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +203,7 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
     curriculum = Curriculum.uniform(T)
     sigma = Curriculum.edm()
     timesteps = curriculum.restrict(StratifiedTimesteps(TimestepClusters.uniform(T, 5), importance=True))
-    timesteps.sample(8)  # the stratified sampler lays out a batch size once
+    timesteps.sample(8)  # the stratified sampler computes the layout of a batch size once
     loss = torch.tensor(1.0)
     with HostReads() as reads:
         assert curriculum.update(loss) is None
@@ -211,7 +214,7 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
     assert reads.seen == []
     with HostReads() as reads:
         int(curriculum.stage)
-    assert len(reads.seen) == 1  # the counter does see one
+    assert len(reads.seen) == 1  # the recorder does see a read
 
 
 def two_ranks(rank: int, port: int, losses: list[list[float]], results: Any) -> None:
@@ -224,7 +227,7 @@ def two_ranks(rank: int, port: int, losses: list[list[float]], results: Any) -> 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ranks_with_different_losses_change_stage_together() -> None:
-    """Alone, the first rank (falling) would never advance and the second (constant) every fourth update."""
+    """Alone, the first rank (falling loss) would never advance, and the second (rising loss) every fourth update."""
     losses = [[1.0 - 0.01 * i for i in range(30)], [2.0 + 0.03 * i for i in range(30)]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -262,7 +265,8 @@ def test_restriction_keeps_the_density_inside_the_range(make: Any, stage: int) -
     assert bool((weight == 1).all())
     counts = torch.bincount(t, minlength=T).double()
     assert bool((counts[:low] == 0).all())
-    # Poisson or fewer (stratified): 6 standard deviations over 1000 cells, and 6 for the emptiest.
+    # The variance of a count is at most that of a Poisson distribution (less if stratified). The bound is 6 standard
+    # deviations, for 1000 cells, plus 6 for nearly empty cells.
     assert bool(((counts - n * p).abs() <= 6 * (n * p).sqrt() + 6).all())
 
 
@@ -286,7 +290,8 @@ def test_importance_weights_give_the_mean_over_uniform_t_in_the_range(stage: int
     value = torch.cos(t.double() / 150)
     losses, counts = ops.cluster_mean(value, cluster, clusters.k, weight.double())
     want = torch.cos(torch.arange(low, high).double() / 150).mean()
-    # |value| <= 1, weights average to 1 and stay below 5: a standard deviation below 5 / sqrt(n); four of them.
+    # |value| <= 1, and the weights average to 1 and stay below 5, so the standard deviation is below 5 / sqrt(n). The
+    # bound is four of them.
     assert abs(float(losses.sum() / clusters.k - want)) < 20 / math.sqrt(len(t))
     assert torch.equal(timesteps.cluster_weights[cluster], weight)
     assert bool(((counts == 0) == (clusters.starts + clusters.sizes <= low)).all())

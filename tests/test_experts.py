@@ -1,4 +1,4 @@
-"""Interval experts: their timesteps, the bank, and their architectures."""
+"""Interval experts: timesteps, the bank, and architectures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antdiff.companions import (
 
 T = 1000
 
-# Published for p = (0.8, 0.4, 0.2, 0.1): the mass each expert's density puts on the four intervals.
+# Published mass of each expert's density on the four intervals, for p = (0.8, 0.4, 0.2, 0.1).
 MASS = [[0.85, 0.05, 0.05, 0.05], [0.15, 0.55, 0.15, 0.15], [0.2, 0.2, 0.4, 0.2], [0.225, 0.225, 0.225, 0.325]]
 
 
@@ -33,7 +33,7 @@ MASS = [[0.85, 0.05, 0.05, 0.05], [0.15, 0.55, 0.15, 0.15], [0.2, 0.2, 0.4, 0.2]
 def test_densities_have_the_published_masses_and_samples_follow_them(expert: int) -> None:
     sampler = SoftIntervalSampler()
     q = sampler.density(expert)
-    # float64 sums of a thousand terms of at most 4e-3
+    # float64 sums of 1000 terms of at most 4e-3
     torch.testing.assert_close(q.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(
         q.view(4, 250).sum(1), torch.tensor(MASS[expert], dtype=torch.float64), rtol=1e-12, atol=0.0
@@ -42,7 +42,7 @@ def test_densities_have_the_published_masses_and_samples_follow_them(expert: int
     t = sampler.sample(expert, n, generator=torch.Generator().manual_seed(expert))
     assert t.dtype == torch.int64
     got = torch.bincount(t // 250, minlength=4).double() / n
-    # five standard deviations of a binomial share
+    # The bound is five standard deviations of a binomial share.
     assert bool(((got - q.view(4, 250).sum(1)).abs() < 5 * 0.5 / n**0.5).all())
 
 
@@ -69,7 +69,7 @@ def test_clusters_give_other_intervals() -> None:
 
 
 class Expert(nn.Module):
-    """Adds its own number and a function of t, so that a wrong expert or a wrong row shows."""
+    """Add the expert's number and a function of t, so that a wrong expert or a wrong row changes the output."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def bank(n: int = 4, **options: Any) -> ExpertBank:
 
 @pytest.mark.parametrize("n", [1, 3, 4, 7])
 def test_every_timestep_has_one_expert_that_of_the_bounds(n: int) -> None:
-    """n does not divide T for 3 and 7, where t n // T is another assignment."""
+    """3 and 7 do not divide T; t n // T would be a different assignment for them."""
     b = bank(n)
     owners = [b.expert_for(t) for t in range(T)]
     assert owners == sorted(owners)
@@ -145,7 +145,7 @@ def test_offloading_keeps_one_expert_on_the_device() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 def test_a_multistep_solver_keeps_its_history_across_experts() -> None:
-    """Its history is of predictions: the bank gives what swapping the networks by hand gives."""
+    """The solver's history consists of predictions. The bank gives the same samples as exchanging networks by hand."""
     from diffusers import DPMSolverMultistepScheduler
 
     torch.manual_seed(0)
@@ -188,11 +188,11 @@ def test_mixer_keeps_any_shape(size: tuple[int, int], ratio: float) -> None:
     y.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mixer.parameters())
     assert x.grad is not None
-    assert bool((x.grad.abs().sum((0, 2, 3)) > 0).all())  # no channel is left out
+    assert bool((x.grad.abs().sum((0, 2, 3)) > 0).all())  # every channel has an effect
 
 
 def test_mixer_branches_by_hand() -> None:
-    """Split 12 | 20 (5 heads of 4); the halves double, so 24 + 20 channels are mixed. Attention over 2x2 averages."""
+    """The split is 12 | 20 (5 heads of 4). The halves double, so 24 + 20 channels mix. Attention sees 2x2 means."""
     mixer = InceptionMixer2d(32, 12 / 32, head_dim=4).double()
     assert (mixer.high, mixer.low, mixer.heads) == (12, 20, 5)
     assert mixer.out.in_channels == 44
@@ -209,12 +209,12 @@ def test_mixer_branches_by_hand() -> None:
         attention.out_proj.bias.copy_(mixer.attended.bias)
     low = attention(tokens, tokens, tokens, need_weights=False)[0]
     y = torch.cat([y1, y2, repeat(low, "b (h w) c -> b c (h 2) (w 2)", h=3)], 1)
-    # float64, other orders of sums of a few dozen terms of order one
+    # float64 sums of a few dozen terms of order one, in different orders
     torch.testing.assert_close(mixer(x), mixer.out(y + mixer.mix(y)), rtol=1e-11, atol=1e-12)
 
 
 def test_high_ratio_has_the_published_points_and_falls_with_noise_and_depth() -> None:
-    """Known as d_h : d_l: first expert 5:8 and 1:3, last expert 1:4 and 1:15, in the second and fourth stage."""
+    """Known as d_h : d_l in the second and fourth stage: first expert 5:8 and 1:3, last expert 1:4 and 1:15."""
     for expert, stage, high, low in ((0, 1, 5, 8), (0, 3, 1, 3), (3, 1, 1, 4), (3, 3, 1, 15)):
         assert high_ratio_schedule(expert, stage) == pytest.approx(high / (high + low), rel=1e-12)
     for n, stages in ((4, 4), (6, 3), (2, 2)):
@@ -223,7 +223,7 @@ def test_high_ratio_has_the_published_points_and_falls_with_noise_and_depth() ->
         assert all(a > b for row in table for a, b in itertools.pairwise(row))
         assert all(a > b for column in zip(*table, strict=True) for a, b in itertools.pairwise(column))
     falls = [high_ratio_schedule(e, 3) / high_ratio_schedule(e, 1) for e in range(4)]
-    assert falls == sorted(falls, reverse=True)  # with depth it falls faster for noisier experts
+    assert falls == sorted(falls, reverse=True)  # the share falls faster with depth for noisier experts
     assert 0 < high_ratio_schedule(0, 0, 1, 1) < 1
 
 
@@ -253,7 +253,7 @@ def test_inception_in_a_unet_starts_as_the_unet_and_has_more_attention_at_more_n
         assert all(p.grad is not None and bool((p.grad != 0).any()) for p in scales)
         lows.append([m.low / (m.low + m.high) for m in net.modules() if isinstance(m, InceptionMixer2d)])
     assert all(a[0] < a[1] for a in lows)
-    # 32 and 64 channels hold 8 heads each, too few for four different shares
+    # 32 and 64 channels have 8 heads each, too few for four different shares.
     assert all(a[s] <= b[s] for a, b in itertools.pairwise(lows) for s in range(2))
     assert all(lows[0][s] < lows[3][s] for s in range(2))
 

@@ -1,4 +1,4 @@
-"""Mixture of prompts: an identity at first, a patch alone is trained and saved, the gate and its balancing losses."""
+"""Mixture of prompts: it starts as the identity, only the patch is trained and saved, gate and balancing losses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompts(**options: Any) -> MixtureOfPrompts:
 
 
 def spread(module: MixtureOfPrompts, scale: float = 0.3) -> MixtureOfPrompts:
-    """With parameters away from their zeros."""
+    """Replace the zeros of all parameters by random values."""
     for i, p in enumerate(module.parameters()):
         nn.init.normal_(p, std=scale, generator=torch.Generator().manual_seed(i))
     return module
@@ -68,8 +68,8 @@ def run(net: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def dit_parameters(depth: int, dim: int) -> int:
-    """Of DiT/2 on 32x32x4 latents and 1000 classes, with learned variance (frozen positions are not counted)."""
-    block = 12 * dim**2 + 9 * dim + 6 * dim**2 + 6 * dim  # qkv, proj, mlp of 4x; adaLN of 6 dim
+    """Count the parameters of DiT/2 on 32x32x4 latents and 1000 classes with learned variance, without positions."""
+    block = 12 * dim**2 + 9 * dim + 6 * dim**2 + 6 * dim  # qkv, proj, MLP of 4 dim; adaLN of 6 dim
     head = (2 * dim**2 + 2 * dim) + (32 * dim + 32)
     embed = (16 * dim + dim) + (256 * dim + dim + dim**2 + dim) + 1001 * dim
     return depth * block + head + embed
@@ -80,8 +80,7 @@ def dit_parameters(depth: int, dim: int) -> int:
     [(12, 768, 2_556_416, "1.96"), (24, 1024, 6_554_112, "1.43"), (28, 1152, 8_552_960, "1.26")],
 )
 def test_parameter_counts_are_the_published_ones(depth: int, dim: int, extra: int, percent: str) -> None:
-    """DiT-B, L, XL, and their published share (cut to two decimals). The noise, of use in training alone, is not
-    counted."""
+    """The published shares of DiT-B, L and XL are truncated to two decimals. They do not count the training noise."""
     with torch.device("meta"):
         patch = MixtureOfPrompts(depth, 256, dim)
     kept = sum(p.numel() for name, p in patch.named_parameters() if not name.startswith("noise"))
@@ -123,7 +122,7 @@ def test_only_the_patch_is_trained_and_it_starts_through_the_prompts() -> None:
         assert mop.prompts.grad is not None
         assert bool((mop.prompts.grad != 0).any())
         assert mop.gate.weight.grad is not None
-        assert bool((mop.gate.weight.grad != 0).any()) == (step == 1)  # only once the prompts have moved
+        assert bool((mop.gate.weight.grad != 0).any()) == (step == 1)  # only after the prompts have changed
         optimizer.step()
     unpatch(net)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
@@ -152,7 +151,7 @@ def test_a_copy_has_a_patch_of_its_own() -> None:
 
 
 def test_diffusers_block_by_hand() -> None:
-    """The gate sees block 0's embedding of t and label, as diffusers' own output layer does."""
+    """The gate sees the embedding of t and label of block 0, as diffusers' output layer does."""
     net, (x, t, y) = network().eval(), batch()
     mop = spread(prompts())
     c = net.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=x.dtype)
@@ -164,11 +163,11 @@ def test_diffusers_block_by_hand() -> None:
         run(net, x, t, y)
         logits = nn.functional.linear(torch.cat([c, torch.zeros(len(c), 1)], 1), mop.gate.weight, mop.gate.bias)
         want = tokens + rearrange(logits.softmax(1), "b n -> b n 1") * mop.prompts[0]
-    torch.testing.assert_close(seen[0], want, rtol=1e-6, atol=1e-6)  # float32, the same operations twice
+    torch.testing.assert_close(seen[0], want, rtol=1e-6, atol=1e-6)  # float32, the same operations in both
 
 
 class OriginalDiT(nn.Module):
-    """Blocks called as block(x, c), with adaLN left out."""
+    """Network whose blocks are called as block(x, c), without adaLN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,18 +248,21 @@ def test_inference_table_holds_the_gates_of_every_block() -> None:
 
 
 def test_published_importance_at_the_start() -> None:
-    """One block: gates are softmax of N normals of deviation ln 2 + .01, whose squared variation is exp(s^2) - 1 = 0.64
-    for N -> inf; twelve blocks of independent noise average it down to a twelfth, 0.053 (published 0.052)."""
+    """Gates of one block are the softmax of N normals with standard deviation s = ln 2 + 0.01.
+
+    Their squared variation is exp(s^2) - 1 = 0.64 for N -> inf. Twelve blocks with independent noise reduce it to a
+    twelfth, 0.053 (published 0.052).
+    """
     for depth, want in ((1, math.exp(0.703**2) - 1), (12, 0.052)):
         mop = MixtureOfPrompts(depth, 256, 8, balancing="published", generator=torch.Generator().manual_seed(0))
         for i in range(depth):
             mop.gates(i, torch.zeros(200, 8))
-        # 51,200 heavy-tailed entries, and 1/256 of bias from the softmax's own sum: 5 %
+        # There are 51,200 heavy-tailed entries and a bias of 1/256 from the sum in the softmax, hence 5 %.
         assert mop.auxiliary_losses()["importance"].item() == pytest.approx(want, rel=0.05)
 
 
 def test_corrected_importance_sums_over_the_batch_first() -> None:
-    """Samples that each use one prompt, but all prompts alike: balanced for Shazeer et al., not as published."""
+    """Each sample uses one prompt, and all prompts are used equally: balanced for Shazeer et al., not as published."""
     losses = {}
     for balancing in ("corrected", "published"):
         mop = MixtureOfPrompts(1, 8, 8, noisy=False, balancing=balancing)  # type: ignore[arg-type]
@@ -269,12 +271,12 @@ def test_corrected_importance_sums_over_the_batch_first() -> None:
         mop.gates(0, torch.eye(8))
         losses[balancing] = mop.auxiliary_losses()["importance"].item()
     assert losses["corrected"] == pytest.approx(0, abs=1e-12)
-    # 64 entries, one in eight is 1: variance 7/64 * 64/63, mean 1/8
+    # One in eight of the 64 entries is 1, so the variance is 7/64 * 64/63 and the mean 1/8.
     assert losses["published"] == pytest.approx(7 / 64 * 64 / 63 * 64, rel=1e-5)
 
 
 def test_load_is_the_probability_to_be_kept_over_a_new_draw_of_ones_own_noise() -> None:
-    """Shazeer et al.'s definition, by drawing each prompt's noise anew while the others' stays."""
+    """Check the definition of Shazeer et al. by redrawing the noise of one prompt while that of the others stays."""
     mop = spread(prompts(k=4))
     c = torch.randn(1, D, generator=torch.Generator().manual_seed(0))
     mop.generator = torch.Generator().manual_seed(7)
@@ -290,7 +292,7 @@ def test_load_is_the_probability_to_be_kept_over_a_new_draw_of_ones_own_noise() 
             others = torch.cat([noisy[:i], noisy[i + 1 :]])
             drawn = clean[i] + std[i] * torch.randn(n, generator=torch.Generator().manual_seed(i))
             kept = (drawn > others.sort(descending=True).values[3]).float().mean()
-            # four standard deviations of a share of 20,000
+            # The bound is four standard deviations of a share of 20,000 draws.
             assert abs(float(load[i]) - float(kept)) < 4 * 0.5 / n**0.5
     assert mop.auxiliary_losses()["load"].requires_grad
 
@@ -318,7 +320,7 @@ def test_balancing_losses_are_of_the_latest_forward() -> None:
 
 
 def test_patching_takes_any_balancing_method() -> None:
-    """PCGrad through the cluster gradients (frozen parameters have none), and Uncertainty Weighting."""
+    """Check PCGrad on the cluster gradients, which frozen parameters do not have, and Uncertainty Weighting."""
     net = patch_dit(network(), spread(prompts(noisy=False))).train()
     mop = net.mixture_of_prompts
     x, t, y = batch()

@@ -1,4 +1,4 @@
-"""Channel routing: its windows, what it does to diffusers' networks, and how it composes with gradient balancing."""
+"""Channel routing: windows, effect on diffusers' networks, and composition with gradient balancing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cached(name: str) -> nn.Module:
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=8, attention_head_dim=16,
         )  # fmt: skip
-    for p in net.parameters():  # also what starts at zero
+    for p in net.parameters():  # includes parameters that start at zero
         nn.init.normal_(p, std=0.05)
     return net
 
@@ -79,7 +79,7 @@ def test_start_table_is_the_published_one(channels: int, width: int, starts: lis
 
 
 def test_the_printed_formula_differs_by_at_most_one_channel() -> None:
-    """Its bounds, for C = 1024: 149 lower and 56 upper ends are another, by one channel."""
+    """For C = 1024, the printed bounds differ at 149 lower and 56 upper ends, each by one channel."""
     table, n = start_table(1024)
     last = 1024 - n
     t = torch.arange(1, T + 1, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_every_timestep_reads_exactly_n_channels(mode: Any) -> None:
 
 
 def test_window_ends_share_three_quarters_of_their_channels() -> None:
-    """Published for beta = 0.8: (2n - C) / n = 0.75 of the channels of t = 0 are read at t = T-1."""
+    """Published for beta = 0.8: the share (2n - C) / n = 0.75 of the channels of t = 0 is also read at t = T-1."""
     table, n = start_table(1000)
     assert (int(table[0]) + n - int(table[-1])) / n == 0.75
 
@@ -125,7 +125,7 @@ def test_continuous_time_agrees_with_the_table_and_covers_edm() -> None:
 
 
 class ByHand(nn.Module):
-    """A network that is not diffusers', of one residual block over [B, 64]."""
+    """A network that is not from diffusers, with one residual block over [B, 64]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Residual(nn.Module):
         return x + torch.tanh(self.linear(x))
 
 
-# ---- what it does to a network ---------------------------------------------------------------------------------------
+# ---- effect on a network ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -167,11 +167,11 @@ def test_a_routed_block_reads_its_window_and_adds_to_what_it_skipped() -> None:
     routing = ChannelRouting(model, blocks=[(model.block, 64)], channel_dim=1)
     m = routing.mask(t, 64)
     y = model(x, t)
-    # x + F(m x) in float64, in another order of two additions of numbers below ten
+    # x + F(m x) in float64: two additions of numbers below ten, in another order
     torch.testing.assert_close(y, x + torch.tanh(model.block.linear(x * m)), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(y, route(lambda h: h + torch.tanh(model.block.linear(h)), x, m), rtol=0, atol=0)
     (grad,) = torch.autograd.grad(y.sum(), x)
-    assert bool((grad[~m] == 1).all())  # the skip path alone
+    assert bool((grad[~m] == 1).all())  # only the skip path contributes
     assert bool((grad[m] != 1).any())
 
 
@@ -182,7 +182,7 @@ def test_an_identity_block_stays_one() -> None:
 
 
 def test_dit_block_by_hand() -> None:
-    """Attention and MLP see one mask, at the block's input; the first block's input is the patch embedding."""
+    """Attention and MLP share one mask at the input of the block. The first block's input is the patch embedding."""
     net, x, t = network("dit"), images(), torch.tensor([3, 700, 999])
     tokens = net.pos_embed(x)
     block, seen = net.transformer_blocks[0], []
@@ -197,7 +197,7 @@ def test_dit_block_by_hand() -> None:
 
 
 def test_unet_skip_path_is_not_masked_where_the_width_changes() -> None:
-    """The decoder's blocks halve their channels: skip_conv(x) + F(m x)."""
+    """Blocks of the decoder halve their channels and must compute skip_conv(x) + F(m x)."""
     net, x, t = network("unet"), images(), torch.tensor([0, 700, 999])
     block = net.up_blocks[1].resnets[0]
     assert block.conv_shortcut is not None
@@ -209,7 +209,7 @@ def test_unet_skip_path_is_not_masked_where_the_width_changes() -> None:
     mask = rearrange(routing.mask(t, channels), "b c -> b c 1 1")
     routing.remove()
     branch = block(seen["x"] * mask, seen["temb"]) - block.conv_shortcut(seen["x"] * mask)
-    # float64; the branch is a difference of numbers of order one
+    # float64; the branch is computed as a difference of numbers of order one
     torch.testing.assert_close(seen["y"], block.conv_shortcut(seen["x"]) + branch, rtol=1e-12, atol=1e-12)
 
 
@@ -237,7 +237,7 @@ def test_a_copy_is_routed_by_its_own_timesteps_and_the_state_dict_is_as_before(n
     other = copy.deepcopy(net)
     early, late = run(net, x, 10), run(net, x, 990)
     assert torch.equal(run(other, x, 10), early)
-    run(net, x, 990)  # must not reach into the copy
+    run(net, x, 990)  # must not change the masks of the copy
     assert torch.equal(run(other, x, 990), late)
     net.channel_routing.remove()
     assert not torch.equal(run(net, x, 990), late)
@@ -250,7 +250,7 @@ def test_samples_of_one_batch_do_not_mix(name: str) -> None:
     ChannelRouting(net)
     together = run(net, x, t)
     alone = torch.cat([run(net, x[i : i + 1], t[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)  # float64, other blockings of the sums
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)  # float64, the sums are blocked differently
 
 
 def test_respaced_sampling_reads_the_windows_of_the_original_timesteps() -> None:
@@ -292,7 +292,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_composes_with_pcgrad_through_cluster_gradients(name: str) -> None:
-    """Each cluster's gradient is that of the routed network on that cluster's samples alone."""
+    """The gradient of each cluster is that of the routed network on the samples of this cluster alone."""
     net, x, t = network(name), images(6), torch.tensor([5, 30, 480, 510, 900, 999])
     cluster = torch.tensor([0, 0, 1, 1, 2, 2])
     noise = torch.randn_like(x)
@@ -383,7 +383,7 @@ def wrong_width() -> None:
 
 
 def test_traced_by_dynamo_it_follows_t_and_answers_a_bad_one_with_nan() -> None:
-    """Under torch.compile nothing is looked at on the host, as on CUDA: a bad t poisons its own sample."""
+    """Under torch.compile no value is read on the host, as on CUDA: a bad t turns its own sample into NaN."""
     model, x = ByHand(), torch.randn(3, 64, dtype=torch.float64)
     ChannelRouting(model, blocks=[(model.block, 64)], channel_dim=1)
     traced = torch.compile(model, backend="eager")

@@ -1,4 +1,4 @@
-"""Log-SNR of schedules, against their definitions and against diffusers."""
+"""Log-SNR of schedules, compared with their definitions and with diffusers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_all_routes_agree() -> None:
     betas = diffusion.betas("sd")
     abar = (1 - betas).cumprod(0)
     x = diffusion.log_snr_from_betas(betas)
-    # log(1 - abar) loses log2(1 / (1 - abar)) bits where abar is close to 1: 1/1e-3 of 1000 roundings here.
+    # Near abar = 1, log(1 - abar) loses log2(1 / (1 - abar)) bits. Here 1 - abar is at least about 1e-3, so the error
+    # of 1000 roundings is amplified by 1e3.
     assert torch.allclose(x, diffusion.log_snr_from_alphas_cumprod(abar), rtol=1e-9, atol=0)
     sigma = ((1 - abar) / abar).sqrt()
     assert torch.allclose(x, diffusion.log_snr_from_sigmas(sigma), rtol=1e-9, atol=0)
@@ -57,7 +58,8 @@ def test_diffusers_schedulers() -> None:
     ):
         scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, **arguments)
         want = diffusion.log_snr(name)
-        # Its betas are float32: 6e-8 relative each, so about that absolute on log-SNR per unit of |log abar|.
+        # diffusers' betas are float32, each with a relative error of 6e-8. The absolute error of the log-SNR is about
+        # that per unit of |log abar|.
         assert torch.allclose(diffusion.log_snr(scheduler), want, rtol=0, atol=1e-4 if name == "cosine" else 1e-5)
     zero_terminal = diffusers.DDPMScheduler(rescale_betas_zero_snr=True)
     assert diffusion.log_snr(zero_terminal)[-1] < -30

@@ -1,4 +1,4 @@
-"""Per-timestep loss weights: the papers' formulas, the same objective whatever the network predicts, and limits."""
+"""Loss weights per timestep: formulas of the papers, equal objectives for all predictions, and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_papers_formulas() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_prediction_has_the_same_objective(table: Callable[..., Tensor]) -> None:
-    """Errors of one denoiser, expressed in x_0, epsilon and v, weighted each by its own table."""
+    """The error of one denoiser, expressed in x_0, epsilon and v, each weighted by its own table."""
     alpha, sigma = torch.sigmoid(LOG_SNR).sqrt(), torch.sigmoid(-LOG_SNR).sqrt()
     error = torch.ones(50, dtype=torch.float64)  # of x_0
     errors = {"x0": error, "epsilon": -alpha / sigma * error, "v": -error / sigma}
@@ -52,7 +52,7 @@ def test_no_signal_left() -> None:
 
 
 def test_weights_compose_with_balancing() -> None:
-    """sum_k w_k loss_k, each loss weighted within its cluster."""
+    """The total is sum_k w_k loss_k, where each loss is weighted within its cluster."""
     t, cluster = torch.tensor([1, 8, 30, 45]), torch.tensor([0, 0, 1, 1])
     pred, target = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     pred.requires_grad_()
