@@ -1,14 +1,14 @@
-"""gram_weights and its kin: weights of every method from one Gram matrix, beside TorchJD's for the same method.
+"""Time of gram_weights and the other Gram methods, next to TorchJD's weighting for the same method.
 
     python benchmarks/bench_balancing.py [--csv results.csv] [--device cuda]
     python benchmarks/bench_balancing.py --costs    # writes results/balancing_costs_cpu.csv
 
-One thread; G is float64 [K, K] of conflicting gradients, the same for both. TorchJD's time is its weighting alone
-(G -> w), without its Gram matrix or the combination. A method TorchJD lacks, or whose solver is not installed, stands
-alone.
+One thread. G is the float64 [K, K] Gram matrix of conflicting gradients, the same for both. TorchJD's time is that of
+its weighting (G -> w), without its Gram matrix and without the combination. Methods that TorchJD does not have, or
+whose solver is not installed, are timed alone.
 
-The costs, which docs/balancing.md shows, are CPU time of the process, the least of many repeats: other work on the
-machine hardly changes them.
+The costs, which docs/balancing.md shows, are the minimum CPU time of the process over many repeats. Other work on the
+machine hardly changes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CALLS = 20
 COSTS = Path(__file__).with_name("results") / "balancing_costs_cpu.csv"
 PEERS: dict[str, tuple[str | None, dict[str, float]]] = {
     "pcgrad": ("PCGradWeighting", {}),
-    "nash": (None, {}),  # a weighting of matrices; see bench_weights.py
+    "nash": (None, {}),  # TorchJD's takes J rather than G; see bench_weights.py
     "upgrad": ("UPGradWeighting", {}),
     "dualproj": ("DualProjWeighting", {}),
     "aligned_mtl": ("AlignedMTLWeighting", {}),
@@ -52,7 +52,7 @@ def peer(name: str) -> Any | None:
 
 
 def repeated(weights: Callable[[torch.Tensor], object], G: torch.Tensor) -> Callable[[], None]:
-    """CALLS calls in a row: a single one among a peer's milliseconds would be a measurement of cold caches."""
+    """Make CALLS calls in a row. A single call after milliseconds of TorchJD would measure cold caches."""
 
     def run() -> None:
         for _ in range(CALLS):
@@ -69,13 +69,16 @@ def conflicting(k: int, device: str) -> torch.Tensor:
 
 
 def costs(k: int = 5, repeats: int = 400) -> None:
-    """CPU seconds of one call of each method: ``weights(G)``, or ``loss(losses)`` with the graph that it builds."""
+    """Measure the CPU seconds per call of each method, and write them to ``COSTS``.
+
+    A call is ``weights(G)``, or ``loss(losses)`` with the graph that it builds.
+    """
     G, losses = conflicting(k, "cpu"), torch.rand(k, generator=torch.Generator().manual_seed(0)) + 0.1
     rows = []
     for name in balancing.names():
         method = balancing.get(name)
         if method.needs == "rows":
-            continue  # grows with P
+            continue  # its cost grows with P
         run = repeated(
             *((method().weights, G) if method.needs == "gram" else (method(k).loss, losses.requires_grad_()))
         )
@@ -88,7 +91,7 @@ def costs(k: int = 5, repeats: int = 400) -> None:
         print(f"{name:12s} {min(seconds) * 1e6:6.1f} us")
     with COSTS.open("w", newline="") as file:
         csv.writer(file).writerows([["method", "k", "repeats", "cpu_s", *environment()], *rows])
-    print(f"wrote {COSTS}; now run docs/balancing_table.py")
+    print(f"Wrote {COSTS}. Now run python docs/balancing_table.py.")
 
 
 def main() -> None:
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=0.2)
-    parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--costs", action="store_true", help="write the costs that docs/balancing.md shows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.costs:

@@ -1,10 +1,11 @@
-"""cluster_loss against eager PyTorch and torch.compile: forward and backward, and the fused value-and-gradient call.
+"""cluster_loss against eager PyTorch and torch.compile: forward plus backward, and the fused call for both.
 
     python benchmarks/bench_cluster_loss.py [--device cpu|cuda] [--threads 1] [--seconds 1] [--csv PATH] [--no-compile]
 
 Every candidate computes the K losses of one weighted batch and d(sum of losses)/d pred. ``eager`` and ``compile`` are
-the reference twin, which is how a user would write it (per-sample mean, index_add); ``eager mse`` is one ungrouped
-``mse_loss``, the least that any training step pays. Bytes: pred and target read twice (once when fused), grad written.
+the reference twin, which is what a user would write (per-sample mean, index_add). ``eager mse`` is one ungrouped
+``mse_loss``, the minimum that any training step pays. The bytes are those of reading pred and target twice (once in the
+fused call) and of writing grad once.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per candidate of a case")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()

@@ -2,8 +2,9 @@
 
     python benchmarks/bench_gram.py [--device cpu|cuda] [--threads 1] [--seconds 1] [--csv PATH] [--no-compile]
 
-The floor of any method that balances K gradients is two reads of J and one write of P numbers; it is measured as two
-``sum`` passes over J and one ``zero_`` of the result. ``copy_`` writes into a buffer whose pages were touched before.
+Any method that balances K gradients needs at least two reads of J and one write of P numbers. This floor is measured as
+two ``sum`` passes over J and one ``zero_`` of the result. ``copy_`` writes into a buffer whose pages are already
+touched.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from antdiff import ops
 
-# ---- what a user would write without the package ---------------------------------------------------------------------
+# ---- what a user would write without antdiff ------------------------------------------------------------------------
 
 
 def eager_float32(J: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def eager_float64(J: Tensor) -> Tensor:
 
 
 def compiled(J: Tensor) -> Callable[[], object]:
-    """As a fused reduction, which is the form a compiler can turn into one pass."""
+    """Compile the Gram matrix as a fused reduction, the form that a compiler can turn into one pass."""
     gram = torch.compile(lambda x: (x[:, None] * x[None]).sum(-1, dtype=torch.float64))
     combine = torch.compile(lambda w, x: (w[:, None].to(x.dtype) * x).sum(0))
     return lambda: combine(ops.pcgrad_weights(gram(J)), J)
@@ -90,11 +91,11 @@ def matrix_case(case: str, J: Tensor, args: argparse.Namespace) -> list[Result]:
     return list(found.values())
 
 
-# ---- CUDA: matrices and models' own parameter shapes -----------------------------------------------------------------
+# ---- CUDA: matrices and the parameter shapes of models ---------------------------------------------------------------
 
 
 def dit_shapes(depth: int, width: int, patch: int = 2, channels: int = 4, classes: int = 1000) -> list[tuple[int, ...]]:
-    """Trainable parameters of DiT (Peebles and Xie, 2023): adaLN-Zero blocks, learned variance."""
+    """Return the parameter shapes of DiT (Peebles and Xie, 2023) with adaLN-Zero blocks and learned variance."""
     d = width
     block = [(3 * d, d), (3 * d,), (d, d), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,), (6 * d, d), (6 * d,)]
     embed = [(d, channels, patch, patch), (d,), (d, 256), (d,), (d, d), (d,), (classes + 1, d)]
@@ -103,7 +104,7 @@ def dit_shapes(depth: int, width: int, patch: int = 2, channels: int = 4, classe
 
 
 def unet_shapes(base: int = 128) -> list[tuple[int, ...]]:
-    """Residual blocks of a DDPM U-Net (Ho et al., 2020): 1, 2, 2, 2 times ``base`` channels, two blocks a level."""
+    """Return the shapes of a DDPM U-Net (Ho et al., 2020): 1, 2, 2, 2 times ``base`` channels, two blocks per level."""
     shapes: list[tuple[int, ...]] = [(base, 3, 3, 3), (base,), (4 * base, base), (4 * base,), (4 * base, 4 * base)]
     levels = [base, 2 * base, 2 * base, 2 * base]
     down = [(a, b) for i, b in enumerate(levels) for a in (levels[max(i - 1, 0)], b)]
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per candidate of a case")
     parser.add_argument("--K", type=int, nargs="*")
     parser.add_argument("--P", type=int, nargs="*")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

@@ -1,11 +1,11 @@
-"""Interval partition: time on one thread, and every peer that solves the same problem, in one run.
+"""Interval partition: time on one thread, next to all other packages that solve the same problem, in one run.
 
     taskset -c 0 python benchmarks/bench_interval.py [--slow] [--out benchmarks/results/interval.csv]
 
-Problems are log-SNR curves of the linear schedule. Each row of the CSV states what was solved, by whom, how long it
-took (quantiles over repeats; reading starts off a peer's result is not timed) and the total found, which must agree
-within a problem. ckwrap, kmeans1d and ruptures solve plain squared error only; none takes an arbitrary cost. --slow
-adds ruptures' Dynp, which takes half a minute.
+The problems are log-SNR curves of the linear schedule. Each row of the CSV has the problem, the package, the time
+(quantiles over repeats; converting the result of another package to starts is not timed) and the total cost, which must
+agree within a problem. ckwrap, kmeans1d and ruptures minimise only the unweighted squared error; none accepts an
+arbitrary cost. --slow adds ruptures' Dynp, which takes half a minute.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Case(NamedTuple):
     T: int
     k: int
     who: str
-    solve: Callable[[], Any]  # what is timed
-    read: Callable[[Any], tuple[Starts, float]]  # its result as starts and total
+    solve: Callable[[], Any]  # the timed call
+    read: Callable[[Any], tuple[Starts, float]]  # converts its result to starts and total
     repeats: int
 
 
 def quantiles(run: Callable[[], Any], repeats: int) -> tuple[float, float, float]:
-    """10th, 50th and 90th percentile in ms; the check of the total has warmed it up."""
+    """Return the 10th, 50th and 90th percentile in ms. The check of the total has already warmed up the call."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def quantiles(run: Callable[[], Any], repeats: int) -> tuple[float, float, float
 
 
 def numpy_partition(cost: np.ndarray[Any, Any], k: int) -> tuple[Starts, float]:
-    """What a careful NumPy user writes: one argmin a cell, O(k T^2)."""
+    """Solve the problem as a careful NumPy user would: one argmin per cell, O(k T^2)."""
     T = cost.shape[0]
     columns = np.ascontiguousarray(cost.T)  # [r, l]
     best, first = cost[0].copy(), np.zeros((k, T), dtype=np.int64)
@@ -79,14 +79,14 @@ def from_labels(labels: Any) -> Starts:
 
 
 def native(problem: str, who: str, repeats: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Case:
-    """A function of this project on (data, k)."""
+    """Return the case of a function that takes (data, k) and returns (starts, total)."""
     T, k = len(arguments[0]), arguments[1]
     solve = partial(function, *arguments, **options)
     return Case(problem, T, k, who, solve, lambda result: (list(map(int, result[0])), result[1]), repeats)
 
 
 def peers(x: np.ndarray[Any, Any], k: int, slow: bool) -> list[Case]:
-    """Libraries for one-dimensional k-means or squared-error change points, exact ones only."""
+    """Return the cases of exact packages for one-dimensional k-means or for squared-error change points."""
     import ckwrap
     import kmeans1d
     import ruptures
@@ -121,7 +121,7 @@ def cases(slow: bool) -> list[Case]:
     l, r = torch.arange(1000)[:, None], torch.arange(1000)[None, :]
     sums = torch.nn.functional.pad(affinity.cumsum(1), (1, 0))
     centre = (l + r + 1) // 2
-    cost = sums[centre, l] - sums[centre, r + 1]  # and as a matrix [T, T]
+    cost = sums[centre, l] - sums[centre, r + 1]  # the same cost as a matrix [T, T]
     values = ops.interval_partition_values
     return [
         native("any cost matrix", "antdiff", 50, ops.interval_partition, cost, k),
@@ -141,7 +141,7 @@ def cases(slow: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slow", action="store_true", help="also time ruptures' Dynp")
-    parser.add_argument("--out", type=Path, help="CSV file to write; default standard output only")
+    parser.add_argument("--out", type=Path, help="CSV file to write; by default results are only printed")
     options = parser.parse_args()
     torch.set_num_threads(1)
     setting = {
@@ -159,7 +159,8 @@ def main() -> None:
         best = totals.setdefault((case.problem, case.T), total)
         if abs(total - best) > 1e-9 * abs(best):
             sys.exit(
-                f"{case.who} found {total!r} for {case.problem} at T={case.T}, antdiff {best!r}: not the same problem"
+                f"The totals of {case.problem} at T={case.T} must agree; {case.who} found {total!r}, antdiff {best!r}. "
+                "They do not solve the same problem."
             )
         low, median, high = quantiles(case.solve, case.repeats)
         rows.append(

@@ -1,10 +1,11 @@
-"""pcgrad_weights and nash_weights a call, against their twins, torch.compile, cvxpy and TorchJD.
+"""Time per call of pcgrad_weights and nash_weights, against their twins, torch.compile, cvxpy and TorchJD.
 
     python benchmarks/bench_weights.py [--device cpu|cuda] [--K 5 8 16] [--seconds 1] [--no-compile] [--csv PATH]
 
-The Gram matrices come from gradients in conflict. `nash hard` has two groups of rows that nearly oppose each other,
-which takes the most Newton steps. PCGrad draws its orders in every candidate but `given orders`. Short calls are timed
-in bursts, since a clock's own cost would show. TorchJD's NashMTL takes J, not G: it is given a square root of G.
+The Gram matrices come from conflicting gradients. `nash hard` has two groups of rows that are nearly opposed, which
+needs the most Newton steps. PCGrad draws its orders in all candidates except `given orders`. Short calls are timed in
+bursts, because the cost of reading the clock would be visible otherwise. TorchJD's NashMTL takes J rather than G, so it
+gets a square root of G.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ BURST = 100
 
 
 def conflicting(K: int, spread: float, device: str) -> Tensor:
-    """Gram matrix [K, K]: rows of unit noise, every other one along a shared direction of length ``spread``, the rest
-    against it."""
+    """Return a Gram matrix [K, K].
+
+    The rows are unit noise plus ``spread`` times a shared random vector, whose sign alternates between rows.
+    """
     g = torch.Generator().manual_seed(K)
     sign = 1.0 - 2 * (torch.arange(K) % 2)[:, None]
     J = torch.randn(K, 200, generator=g, dtype=torch.float64)
@@ -58,8 +61,9 @@ def case(K: int, args: argparse.Namespace) -> list[Result]:
         "nash reference": lambda: reference.nash_weights(mild),
     }
     if args.compile:
-        # The twin without its check of values, which has no place in a graph. Newton's twin branches on values.
-        torch.compiler.reset()  # a graph of its own for each K
+        # The twin's check of values cannot be part of a graph, so it is switched off. The Nash twin branches on values
+        # and is therefore not compiled.
+        torch.compiler.reset()  # compile a separate graph per K
         twin = torch.compile(lambda G: reference.pcgrad_weights(G, nonfinite="poison"), dynamic=False)
         long["pcgrad torch.compile"] = lambda: twin(mild)
     if args.device == "cpu":
@@ -97,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--K", type=int, nargs="*", default=[5, 8, 16])
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per candidate of a case")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()

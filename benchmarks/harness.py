@@ -1,8 +1,8 @@
-"""What every benchmark shares: timing that survives a noisy machine, and one CSV format.
+"""The harness of all benchmarks: timing that is robust against a noisy machine, and one CSV format.
 
-Candidates of one case are timed in rounds, each round in a shuffled order, so that a slow spell of the machine falls on
-all of them alike; a ratio is taken between medians of one run, never between runs. On CUDA both the time of the GPU
-(events around the call) and the wall time (call and synchronisation) are recorded.
+The candidates of a case are timed in rounds, each in a shuffled order, so that a slow phase of the machine affects all
+of them equally. Ratios are taken between medians of the same run, never between runs. On CUDA both the GPU time (events
+around the call) and the wall time (call and synchronisation) are recorded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 @dataclass
 class Result:
-    """Times of one candidate in one case, in seconds."""
+    """The times of one candidate in one case, in seconds."""
 
     case: str
     name: str
@@ -35,7 +35,7 @@ class Result:
 
     @property
     def median(self) -> float:
-        """Of the GPU time on CUDA, else of the wall time."""
+        """The median of the GPU time on CUDA, and of the wall time otherwise."""
         return statistics.median(self.gpu or self.wall)
 
 
@@ -53,12 +53,15 @@ def measure(
     cuda: bool = False,
     slow: Collection[str] = (),
 ) -> dict[str, Result]:
-    """Times ``candidates`` against one another: rounds for about ``seconds`` each candidate, at least ``least``; those
-    in ``slow`` take part in every second round only."""
+    """Time ``candidates`` against one another.
+
+    The number of rounds gives each candidate about ``seconds``, with at least ``least`` rounds. Candidates in ``slow``
+    take part only in every second round.
+    """
     results = {name: Result(case, name, bytes=(bytes_moved or {}).get(name, 0.0)) for name in candidates}
     order = list(candidates)
     start = time.perf_counter()
-    for name in order:  # warm-up: pages touched, code compiled, clocks up
+    for name in order:  # warm-up: touch pages, compile code, raise clocks
         candidates[name]()
         if name not in slow:
             candidates[name]()
@@ -95,7 +98,7 @@ def _once(f: Callable[[], object], cuda: bool) -> tuple[float, float]:
 
 
 def show(results: dict[str, Result], base: str) -> None:
-    """One line a candidate: median, spread, bandwidth, and the ratio to ``base``."""
+    """Print one line per candidate: median, spread, bandwidth, and the ratio to ``base``."""
     for r in results.values():
         rate = f"{r.bytes / r.median * 1e-9:7.1f} GB/s" if r.bytes else " " * 12
         wall = f"  wall {statistics.median(r.wall) * 1e3:9.3f} ms" if r.gpu else ""
@@ -108,7 +111,7 @@ def show(results: dict[str, Result], base: str) -> None:
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
-    """One row a candidate and case, with everything needed to read the numbers later."""
+    """Write one row per candidate and case, with the environment that is needed to interpret the numbers later."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = environment()
     with path.open("w", newline="") as file:

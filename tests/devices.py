@@ -1,7 +1,7 @@
-"""On which devices a test runs: the CPU, and a GPU where there is one.
+"""The devices on which tests run: the CPU, and a GPU if there is one.
 
-``ANTDIFF_REQUIRE_CUDA=1`` (the GPU gate) takes the GPU for granted, so that a machine that has lost it fails instead of
-skipping. CUDA parameters carry the marker ``cuda``.
+``ANTDIFF_REQUIRE_CUDA=1``, which the GPU gate sets, assumes a GPU, so that a machine that has lost its GPU fails rather
+than skips. Parameters for CUDA carry the marker ``cuda``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradients of every kind that a method which works on their Gram matrix must survive."""
+"""The kinds of gradients that every method that works on a Gram matrix must handle."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-RANK = 64 * 2.0**-52  # times m: what of an eigenvalue of m correlated rows is rounding
+RANK = 64 * 2.0**-52  # times m: eigenvalues of m correlated rows below this are rounding errors
 KINDS = ["random", "conflicting", "duplicates", "opposed", "deficient", "zeros", "scaled"]
-# Where some positive combination of the rows can vanish, so that Nash bargaining may have no solution.
+# For these kinds a positive combination of the rows can vanish, so that Nash bargaining may have no solution.
 STATIONARY = ("opposed", "deficient")
 
 
 def rows(kind: str, k: int, P: int = 12, seed: int = 0) -> Tensor:
-    """J float64 [k, P]."""
+    """Return J, float64 [k, P]."""
     g = torch.Generator().manual_seed(seed + 1000 * k + P)
     J = torch.randn(k, P, generator=g, dtype=torch.float64)
     sign = 1.0 - 2 * (torch.arange(k) % 2)[:, None]
@@ -33,35 +33,37 @@ def rows(kind: str, k: int, P: int = 12, seed: int = 0) -> Tensor:
 
 
 def gram(J: Tensor) -> Tensor:
-    """Exactly symmetric [k, k]."""
+    """Return the Gram matrix [..., k, k], exactly symmetric."""
     G = J @ J.mT
     return (G + G.mT) / 2
 
 
 def unit_rows(J: Tensor) -> Tensor:
-    """The rows that are not zero, at length 1."""
+    """Return the non-zero rows, normalised to length 1."""
     norms = J.norm(dim=1, keepdim=True)
     return (J / norms)[norms[:, 0] > 0]
 
 
 def condition(rows: Tensor) -> float:
-    """Of the Gram matrix of `rows` [m, P] on its range; 1 where all are zero."""
+    """Return the condition of the Gram matrix of `rows` [m, P] on its range; 1 if all rows are zero."""
     values = torch.linalg.svdvals(rows) ** 2
     return float(values.max() / values[values > RANK * len(rows) * values.max()].min()) if rows.any() else 1.0
 
 
 def worst_condition(J: Tensor) -> float:
-    """The reciprocal of the least eigenvalue among the correlation matrices of all sets of independent rows, 2^k."""
+    """Return 1 / the least eigenvalue among the correlation matrices of all sets of independent rows, 2^k sets."""
     rows = unit_rows(J)  # [m, P]
     m = len(rows)
     used = ((torch.arange(2**m)[:, None] >> torch.arange(m)) & 1).double()  # [2^m, m]
-    padded = torch.cat([rows * used[:, :, None], torch.diag_embed(1 - used)], dim=2)  # rows left out: orthonormal ones
+    padded = torch.cat(
+        [rows * used[:, :, None], torch.diag_embed(1 - used)], dim=2
+    )  # replace unused rows by orthonormal ones
     least = torch.linalg.svdvals(padded)[:, -1] ** 2 if m else torch.ones(1)
     return float(1 / least[least > RANK * max(m, 1)].min())
 
 
 def dependent(J: Tensor) -> bool:
-    """Whether some non-zero row is a combination of the others, to rounding of the Gram matrix."""
+    """Whether a non-zero row is a linear combination of the others, up to rounding errors of the Gram matrix."""
     rows = unit_rows(J)
     return bool(torch.linalg.matrix_rank(rows, rtol=(RANK * max(1, len(rows))) ** 0.5) < len(rows))
 

@@ -1,4 +1,4 @@
-"""The registry of balancing methods: what each declares, the contract of those that need G, and the state of each."""
+"""The registry of balancing methods: their declarations, the contract of methods that need G, and their state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antdiff.balancing import Balancer, DirectionBalancer, Linear, NashMTL, PCGr
 
 GRAM_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "gram"]
 LOSS_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "losses"]
-PUBLISHED_AS_SUMS = ("pcgrad", "config", "gradvac", "uw", "linear", "dwa", "imtl_l")  # over K here, as is graddrop
+PUBLISHED_AS_SUMS = ("pcgrad", "config", "gradvac", "uw", "linear", "dwa", "imtl_l")  # divided by K here, like graddrop
 CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 
 
@@ -44,7 +44,7 @@ def test_names() -> None:
     assert balancing.get("linear") is Linear
     with pytest.raises(ValueError, match=r"name must be one of pcgrad, nash.*got 'ucw'"):
         balancing.get("ucw")
-    for name in balancing.__all__:  # what is said to be exported is, and every method is exported
+    for name in balancing.__all__:  # every exported name exists, and every method is exported
         getattr(balancing, name)
     assert {balancing.get(name).__name__ for name in balancing.names()} < set(balancing.__all__)
     assert all(balancing.get(name).name == name for name in balancing.names())
@@ -70,7 +70,7 @@ def test_every_method_declares_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*PUBLISHED_AS_SUMS, "graddrop"])
 def test_sum_type_methods_keep_the_meaning_of_a_learning_rate(name: str) -> None:
-    """Without conflict, the weights of a sum-type method are the mean's, 1/K, up to the constant 1/2 of a fresh UW."""
+    """Without conflict, the weights of a sum-type method are 1/K, those of the mean; a new UW has half of that."""
     method = make(name, k=4)
     if name == "graddrop":
         J = torch.arange(1.0, 13).view(4, 3)
@@ -95,17 +95,17 @@ def test_any_gram_gives_finite_weights_and_any_scale_the_same_direction(name: st
     assert weights.isfinite().all()
     for exponent in (-66, 66):  # 1e-20 and 1e20
         scaled = make(name).weights(gram(J) * 4.0**exponent)
-        if name == "fairgrad":  # weights of degree -4/3 in J
+        if name == "fairgrad":  # the weights have degree -4/3 in J
             rtol = power(abs(exponent) * 4 / 3 * math.log(2))
             torch.testing.assert_close(scaled * 2.0 ** (exponent * 4 / 3), weights, rtol=rtol, atol=0)
-        else:  # of degree 0, NashMTL's -1: no bit changes
+        else:  # degree 0, or -1 for NashMTL: no bit changes
             assert torch.equal(scaled * (2.0**exponent if name == "nash" else 1), weights)
 
 
 @pytest.mark.parametrize("name", GRAM_METHODS)
 @pytest.mark.parametrize("k", [2, 5, 8])
 def test_what_a_method_declares_holds(name: str, k: int) -> None:
-    """conflict_free: no loss rises to first order. invariant: rescaling single losses leaves the direction."""
+    """conflict_free: no loss rises to first order. invariant: rescaling single losses does not change the direction."""
     about = balancing.get(name).about
     for seed in range(5):
         J = rows("conflicting", k, 20, seed)
@@ -122,8 +122,10 @@ def test_what_a_method_declares_holds(name: str, k: int) -> None:
 
 @pytest.mark.parametrize("name", GRAM_METHODS)
 def test_rows_in_another_order_give_the_same_direction(name: str) -> None:
-    """Methods that draw orders are left to the tests of their ops, which can hand in the permuted ones. Every kind of
-    rows, to rounding, is in test_gram_weights.py."""
+    """Methods that draw orders are tested with their ops, which can be given permuted orders.
+
+    test_gram_weights.py tests all kinds of rows up to rounding.
+    """
     if hasattr(balancing.get(name), "generator"):
         return
     for kind in ("random", "conflicting", "zeros", "duplicates"):
@@ -141,8 +143,10 @@ def test_one_gradient_is_its_own_direction(name: str) -> None:
 
 
 def test_graddrop() -> None:
-    """Each parameter gets the sum of its positive or of its negative gradients, over K, with the probability of its
-    mass."""
+    """Each parameter gets the sum of its positive or of its negative gradients, divided by K.
+
+    The probability of either is proportional to the sum.
+    """
     method = balancing.GradDrop(seed=3)
     J = torch.tensor([[3.0, 1.0, -2.0, 0.0], [-1.0, 2.0, -1.0, 0.0]])
     draws = 2 * torch.stack([method.direction(J) for _ in range(4000)])  # [4000, 4], the published sums
@@ -204,7 +208,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, update_every: int) ->
             first.weights(G)
         second = make(name, update_every=update_every)
         second.load_state_dict(copy.deepcopy(first.state_dict()))
-        second.load_state_dict(copy.deepcopy(second.state_dict()))  # saved again before its first call
+        second.load_state_dict(copy.deepcopy(second.state_dict()))  # save again before the first call
         for G, weights in zip(steps[stop:], want[stop:], strict=True):
             assert torch.equal(second.weights(G), weights)
     method.reset()
@@ -237,7 +241,7 @@ def test_a_poisoned_step_does_not_spoil_the_next_ones(name: str) -> None:
     method = make(name, update_every=2, nonfinite="poison")
     good = method.weights(first)
     method.weights()
-    assert method.weights(second * float("nan")).isnan().all()  # this step is skipped by the scaler
+    assert method.weights(second * float("nan")).isnan().all()  # a scaler skips this step
     assert torch.equal(method.weights(), good)
     fresh = make(name, update_every=2, nonfinite="poison")
     assert fresh.weights(second * float("nan")).isnan().all()
@@ -250,7 +254,7 @@ def test_pcgrad() -> None:
     state = torch.random.get_rng_state()
     for _ in range(3):
         assert torch.equal(ours.weights(G), ops.pcgrad_weights(G, generator=generator))
-    assert torch.equal(torch.random.get_rng_state(), state)  # the global generator is left alone
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global generator is not used
     assert not torch.equal(PCGrad(seed=8).weights(G), PCGrad(seed=7).weights(G))
     assert torch.equal(PCGrad().weights(G), PCGrad().weights(G))  # two ranks draw the same orders
     shared = torch.Generator().manual_seed(7)
@@ -277,7 +281,9 @@ def test_nash() -> None:
     norms = (NashMTL(max_norm=0.5).weights(batch[:3]) * batch.diagonal(dim1=-2, dim2=-1)[:3].sqrt())[:, 0]
     torch.testing.assert_close(norms, norms[:1].expand(3))
     assert NashMTL(max_norm=1.0).weights(batch[3]).tolist() == [0, 0]
-    opposed = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64)  # stationary: never stretched to max_norm
+    opposed = torch.tensor(
+        [[1.0, -1], [-1, 1]], dtype=torch.float64
+    )  # stationary: the direction is never stretched to max_norm
     assert torch.equal(NashMTL(max_norm=1.0).weights(opposed), ops.nash_weights(opposed))
     with pytest.raises(ValueError, match="max_norm must be positive"):
         NashMTL(max_norm=0.0)
@@ -294,7 +300,7 @@ def test_nash_with_cvxpy() -> None:
 
 @pytest.mark.parametrize("name", LOSS_METHODS)
 def test_loss_is_what_the_weights_say(name: str) -> None:
-    """The gradient of loss(losses) in the losses is weights(losses)."""
+    """The gradient of loss(losses) with respect to the losses is weights(losses)."""
     method = make(name, k=3)
     if isinstance(method, torch.nn.Module):
         with torch.no_grad():
@@ -320,7 +326,7 @@ def test_uncertainty_weighting() -> None:
     assert (group["lr"], group["weight_decay"]) == (0.025, 0.0)
 
     counts = torch.tensor([4, 4, 0])
-    uw.loss(losses, counts).backward()  # d/ds = 1/2 (1 - exp(-s) l / K), nothing for the empty cluster
+    uw.loss(losses, counts).backward()  # d/ds = 1/2 (1 - exp(-s) l / K), and 0 for the empty cluster
     torch.testing.assert_close(uw.log_variance.grad, torch.tensor([0.5 * (1 - 0.2), 0.5 * (1 - 1.0), 0.0]))
     assert uw(losses, counts) == uw.loss(losses, counts) == uw.loss(losses)
 
@@ -372,7 +378,10 @@ def test_empty_clusters_and_resumed_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_rescaled_losses_give_the_same_step(name: str) -> None:
-    """losses * 1e-20 .. 1e20 leave the ratios of weights_i losses_i; single factors do too where a method says so."""
+    """Factors 1e-20 and 1e20 on all losses keep the ratios of weights_i losses_i.
+
+    Factors on single losses keep them too if the method declares itself invariant.
+    """
     method = balancing.get(name)
     factors = [torch.full((3,), 1e-20), torch.full((3,), 1e20)]
     if method.about.invariant:
@@ -394,7 +403,7 @@ def test_random_loss_weighting() -> None:
     method = balancing.RandomLossWeighting(4, seed=1)
     losses = torch.ones(4)
     first = method.weights(losses)
-    assert torch.equal(method.weights(losses), first)  # weights alone draw once
+    assert torch.equal(method.weights(losses), first)  # without observe, weights are drawn only once
     torch.testing.assert_close(first.sum(), torch.tensor(1.0))
     method.loss(losses)
     assert not torch.equal(method.weights(losses), first)
@@ -403,7 +412,7 @@ def test_random_loss_weighting() -> None:
 
 
 def test_dynamic_weight_average() -> None:
-    """Liu et al., eq. 5, over K: softmax(r / T) with r the ratio of the last two epochs' means."""
+    """Liu et al., eq. 5, divided by K: softmax(r / T), r the ratio of the mean losses of the last two epochs."""
     method = balancing.DynamicWeightAverage(2, temperature=2.0, epoch=2)
     for losses in ([4.0, 2.0], [2.0, 2.0], [1.0, 2.0]):
         method.loss(torch.tensor(losses))
@@ -439,7 +448,7 @@ def test_imtl_l() -> None:
 
 
 def test_famo_is_the_published_update() -> None:
-    """Liu et al., algorithm 1, by autograd and torch's Adam."""
+    """Compare with Liu et al., algorithm 1, computed by autograd and torch's Adam."""
     method = balancing.FAMO(3, lr=0.025, weight_decay=0.01)
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.025, weight_decay=0.01)
@@ -458,7 +467,7 @@ def test_famo_is_the_published_update() -> None:
     with pytest.raises(RuntimeError, match="before the step"):
         method.update(after)
     for losses in (before, after, before):
-        method.loss(losses)  # without update, the next losses serve
+        method.loss(losses)  # without update, the losses of the next step are used
     assert not torch.equal(method.weights(torch.ones(3)), torch.full((3,), 1 / 3))
 
 
@@ -472,7 +481,7 @@ def test_smooth_tchebycheff() -> None:
     (want,) = torch.autograd.grad(smooth_maximum, losses)
     torch.testing.assert_close(method.weights(losses), want)
     method.loss(losses)
-    torch.testing.assert_close(method.weights(losses), want)  # the mean stays
+    torch.testing.assert_close(method.weights(losses), want)  # the mean does not change any more
 
 
 def test_linear() -> None:

@@ -1,4 +1,4 @@
-"""cluster_loss, cluster_loss_and_grad and cluster_mean against their float64 twins, and every way to misuse them."""
+"""cluster_loss, cluster_loss_and_grad and cluster_mean against their float64 twins, and misuse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def example(
     g = torch.Generator().manual_seed(B * 100 + k)
     pred = torch.randn(B, *shape, generator=g).to(device, dtype)
     target = torch.randn(B, *shape, generator=g).to(device, dtype)
-    cluster = torch.randint(0, max(k - 1, 1), (B,), generator=g).to(device)  # the last cluster stays empty
+    cluster = torch.randint(0, max(k - 1, 1), (B,), generator=g).to(device)  # the last cluster is empty
     weight = (torch.rand(B, generator=g) + 0.5).to(device, loss_dtype(dtype))
     return pred, target, cluster, weight
 
@@ -59,7 +59,7 @@ def test_matches_the_float64_twin(device: str, dtype: torch.dtype, kind: str, we
         torch.testing.assert_close(w.grad.double(), w64.grad, rtol=summed(dtype), atol=0)
 
     both = ops.cluster_loss_and_grad(pred, target, cluster, 4, w, cluster_weight=upstream, kind=kind, delta=0.7)
-    # Not the same bits: the compiler may contract a multiply and an add in one instantiation of the loop only.
+    # The bits may differ: the compiler may contract a multiply and an add in only one of the loop's instantiations.
     torch.testing.assert_close(both[0].double(), want.detach(), rtol=summed(dtype), atol=0)
     assert torch.equal(both[1], counts)
     torch.testing.assert_close(both[2].double(), x64.grad, rtol=rounded(dtype), atol=smallest(dtype))
@@ -205,7 +205,7 @@ def test_bad_input(case: str) -> None:
     make, error, text = BAD[case]
     for op in (ops.cluster_loss, ops.cluster_loss_and_grad):
         if case == "target grad" and op is ops.cluster_loss_and_grad:
-            continue  # it returns plain numbers: nothing could flow into target
+            continue  # its results do not require grad, so there is no gradient for target
         with pytest.raises(error, match=text):
             op(*make(*example()))
 
@@ -223,11 +223,11 @@ def test_bad_options() -> None:
 def test_subclasses_and_transforms() -> None:
     pred, target, cluster, _ = example()
 
-    class Mine(Tensor):
+    class Subclass(Tensor):
         pass
 
     with pytest.raises(TypeError, match=r"plain torch\.Tensor"):
-        ops.cluster_loss(pred.as_subclass(Mine), target, cluster, 4)
+        ops.cluster_loss(pred.as_subclass(Subclass), target, cluster, 4)
     with pytest.raises((TypeError, RuntimeError)):
         torch.func.grad(lambda x: ops.cluster_loss(x, target, cluster, 4)[0].sum())(pred)
     from torch._subclasses import FakeTensorMode
@@ -238,7 +238,7 @@ def test_subclasses_and_transforms() -> None:
 
 
 def test_a_scale_for_bad_ids_is_nan_and_never_an_address() -> None:
-    """What a backward on CUDA relies on, where the forward could not raise."""
+    """The backward on CUDA relies on this, because the forward cannot raise there."""
     from antdiff.ops.cluster_loss import _per_sample_scale
 
     scale = _per_sample_scale(torch.tensor([2.0, 6.0]), torch.tensor([0, -1, 1, 2, 1]), torch.tensor([1, 2]))

@@ -1,4 +1,4 @@
-"""combine against its float64 twin, over sizes, dtypes and outputs, and every way to misuse it."""
+"""combine against its float64 twin, for all sizes, dtypes and outputs, and misuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def weights_for(k: int, device: str = "cpu", seed: int = 0) -> Tensor:
 
 
 def check(out: Tensor, weights: Tensor, J: Tensor) -> None:
-    """Against float64, relative to sum_k |w_k J_kp|."""
+    """Compare ``out`` with the float64 twin, relative to sum_k |w_k J_kp|."""
     want = reference.combine(weights, J.double())
     size = reference.combine(weights.abs(), J.double().abs())
     assert out.shape == J.shape[1:]
@@ -58,7 +58,7 @@ def test_list(device: str, dtype: torch.dtype, k: int) -> None:
     for out, x in zip([outs[0], *outs[2:]], J, strict=True):
         assert out.dtype == result_dtype(dtype)
         check(out, w, x)
-        assert torch.equal(out, ops.combine(w, x.reshape(k, -1)).view(out.shape))  # bit for bit the matrix
+        assert torch.equal(out, ops.combine(w, x.reshape(k, -1)).view(out.shape))  # the same bits as for a matrix
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,4 @@
-"""What only a GPU has: graphs, streams, several devices, errors that arrive late, and sizes beyond 2^31."""
+"""Tests that only a GPU can run: graphs, streams, several devices, deferred errors, and sizes beyond 2^31."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import antdiff
 from antdiff import ops
 from antdiff.ops import reference
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason="no GPU here; the GPU gate runs these")]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU; the GPU gate runs these tests")]
 
 
 def inputs(device: str = "cuda", B: int = 40, k: int = 5) -> tuple[torch.Tensor, ...]:
@@ -36,7 +36,7 @@ def test_a_step_of_ops_replays_from_one_graph() -> None:
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up: modules loaded, the error word found
+    with torch.cuda.stream(stream):  # warm-up: loads the modules and allocates the error flag
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -69,7 +69,7 @@ def test_the_caller_s_stream_is_used() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # the stream is busy, so work on another stream would see the old J
+        torch.cuda._sleep(50_000_000)  # keeps the stream busy, so that work on another stream would read the old J
         J.mul_(2)
         G = ops.gram(J)
     stream.synchronize()
@@ -125,7 +125,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 def test_a_training_step_waits_for_nothing() -> None:
-    """sample, K gradients, Gram matrix, weights, combination: none of them synchronises."""
+    """Sampling, K gradients, Gram matrix, weights and combination: none of them synchronises with the host."""
     model = torch.nn.Linear(8, 8).cuda()
     clusters = antdiff.TimestepClusters.uniform(100, 5)
     sampler = antdiff.StratifiedTimesteps(clusters)

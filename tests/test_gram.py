@@ -1,4 +1,4 @@
-"""gram and gram_ against their float64 twin, over sizes, dtypes and layouts, and every way to misuse them."""
+"""gram and gram_ against their float64 twin, for all sizes, dtypes and layouts, and misuse."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from antdiff import ops
 from antdiff.ops import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(7,), (3, 5), (), (130, 70), (0,), (1, 4, 4), (2048,), (33, 9)]  # of parameters: P = 13,000 or so
+SHAPES = [(7,), (3, 5), (), (130, 70), (0,), (1, 4, 4), (2048,), (33, 9)]  # shapes of parameters; P is about 13,000
 
 
 def matrix(k: int, P: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed + 1000 * k + P)
-    shared = torch.randn(P, generator=g, dtype=torch.float64)  # rows with something in common, as gradients have
+    shared = torch.randn(P, generator=g, dtype=torch.float64)  # rows have a common part, as gradients do
     return (torch.randn(k, P, generator=g, dtype=torch.float64) + shared).to(device, dtype)
 
 
@@ -34,7 +34,10 @@ def pieces(k: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> l
 
 
 def oracle(J: Tensor | list[Tensor]) -> Tensor:
-    """The float64 twin; for float64 input itself, extended precision, since the twin's own roundings would show."""
+    """Return the float64 twin's result, or that of extended precision for float64 input.
+
+    For float64 input, the rounding errors of the twin would be as large as those of the op.
+    """
     if not isinstance(J, Tensor):
         return sum(oracle(x.unsqueeze(-1).flatten(1)) for x in J)
     if J.dtype != torch.float64:
@@ -75,7 +78,7 @@ def test_list_is_the_matrix_of_its_columns(device: str, dtype: torch.dtype, k: i
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large(device: str, dtype: torch.dtype) -> None:
-    # Many chunks, slabs and threads; float32 sums over all of P would be off by far more than the tolerance.
+    # This uses many chunks, slabs and threads. A float32 sum over all of P would exceed the tolerance by far.
     J = matrix(5, 1_000_003, dtype, device)
     check(ops.gram(J), oracle(J), dtype)
     check(ops.gram([J[:, :7].contiguous(), J[:, 7:].contiguous()]), oracle(J), dtype)
@@ -180,7 +183,7 @@ def test_opcheck_and_compile(device: str) -> None:
         assert ops.gram([torch.randn(4, 3), torch.randn(4, 2, 2)]).shape == (4, 4)
 
 
-class Mine(Tensor):
+class Subclass(Tensor):
     pass
 
 
@@ -204,7 +207,7 @@ BAD = {
     "sparse matrix": (J3.to_sparse(), TypeError, "J must be a dense"),
     "meta": (J3.to("meta"), TypeError, "J must"),
     "mixed meta": ([J3, J3.to("meta")], TypeError, r"J\[1\] must"),
-    "subclass": ([J3.as_subclass(Mine)], TypeError, "plain torch.Tensor"),
+    "subclass": ([J3.as_subclass(Subclass)], TypeError, "plain torch.Tensor"),
     "expanded": (torch.ones(10).expand(3, 10), ValueError, "must not overlap itself"),
     "expanded in a list": ([J3, torch.ones(3, 1).expand(3, 10)], ValueError, r"J\[1\] must not overlap itself"),
 }

@@ -30,7 +30,7 @@ from antdiff.ops.gram_weights import Method
 
 METHODS = get_args(Method)
 CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
-# In torchjd's order: the published direction of J = CONFLICT, computed by hand or to convergence.
+# The published direction for J = CONFLICT, computed by hand or iterated to convergence.
 FIXED = {
     "upgrad": [0.2924, 1.9006, 1.9006],
     "dualproj": [0.5556, 1.1111, 1.1111],
@@ -43,7 +43,7 @@ FIXED = {
 
 
 def published(method: Method) -> str:
-    """The reduction of the paper: ConFIG's direction is a sum."""
+    """Return the reduction of the paper: ConFIG's direction is a sum."""
     return "sum" if method == "config" else "mean"
 
 
@@ -52,13 +52,16 @@ def direction(J: Tensor, weights: Tensor) -> Tensor:
 
 
 def tolerance(method: Method, J: Tensor, w: Tensor) -> float:
-    """Of a direction with weights about ``w``, relative to its longest term (see :func:`assert_same_direction`)."""
+    """Return the tolerance of a direction with weights near ``w``, relative to its longest term.
+
+    See :func:`assert_same_direction`.
+    """
     k = len(J)
     if method == "aligned_mtl":
         return aligned(k, condition(J))
     if method in ("imtl_g", "config"):
         d = direction(J, w)
-        # IMTL-G divides by the sum of the weights, ConFIG multiplies by the sum of projections: either may cancel.
+        # IMTL-G divides by the sum of the weights, ConFIG multiplies by the sum of projections. Both sums may cancel.
         cancelled = w if method == "imtl_g" else J @ d
         terms = float(cancelled.abs().sum() / cancelled.sum().abs()) if w.any() else 1.0
         return equal_cosines(k, condition(unit_rows(J)), dependent=dependent(J)) * terms
@@ -67,9 +70,11 @@ def tolerance(method: Method, J: Tensor, w: Tensor) -> float:
 
 
 def assert_same_direction(method: Method, J: Tensor, got: Tensor, want: Tensor) -> None:
-    """The difference of two directions, relative to the longest term that either is the sum of. Terms of the mean count
-    among them for the methods that start from it; for Aligned-MTL, the length that its direction has if nothing in the
-    mean cancels."""
+    """Compare two directions, relative to the longest term of either.
+
+    For methods that start from the mean, the terms of the mean count too. For Aligned-MTL, the length that its
+    direction has if nothing in the mean cancels counts instead.
+    """
     terms = (torch.stack([got, want]).abs() * J.norm(dim=1)).max()
     if method in ("upgrad", "dualproj", "cagrad", "aligned_mtl"):
         least = J.norm(dim=1).max() ** 2 if method != "aligned_mtl" else spectrum(J)[0].min()
@@ -79,14 +84,14 @@ def assert_same_direction(method: Method, J: Tensor, got: Tensor, want: Tensor) 
 
 
 def spectrum(J: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvalues of J J^T that are not zero, and all over Aligned-MTL's threshold of zero."""
+    """Return the non-zero eigenvalues of J J^T, and all eigenvalues divided by Aligned-MTL's threshold for zero."""
     values = torch.linalg.svdvals(J) ** 2
     threshold = torch.finfo(J.dtype).eps * max(1, int((J.norm(dim=1) > 0).sum())) * values.max()
     return values[values >= threshold], values / threshold if threshold > 0 else values
 
 
 def assume_rank_is_clear(method: Method, J: Tensor) -> None:
-    """Aligned-MTL jumps where an eigenvalue crosses the threshold: within rounding of it no two computations agree."""
+    """Skip examples with an eigenvalue near Aligned-MTL's threshold, where the result is discontinuous."""
     ratios = spectrum(J)[1]
     assume(method != "aligned_mtl" or not ((ratios > 1 / 8) & (ratios < 8)).any())
 
@@ -113,7 +118,7 @@ def test_the_default_is_the_sum_over_k(k: int) -> None:
             generator = torch.Generator().manual_seed(0)
             steps.append(module.gradvac_weights(G, torch.zeros_like(G), generator=generator, reduction=reduction))
         torch.testing.assert_close(steps[0][0], steps[1][0] / k, rtol=1e-15, atol=0)
-        assert torch.equal(steps[0][1], steps[1][1]), "the targets know no reduction"
+        assert torch.equal(steps[0][1], steps[1][1]), "the targets do not depend on the reduction"
 
 
 @settings(max_examples=150, deadline=None)
@@ -121,19 +126,19 @@ def test_the_default_is_the_sum_over_k(k: int) -> None:
     kind=st.sampled_from(KINDS), k=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS)
 )
 def test_matches_the_twin(kind: str, k: int, seed: int, method: Method) -> None:
-    assume(not (method == "cagrad" and kind == "scaled"))  # the twin's range of nu ends
-    assume(not (method == "fairgrad" and kind in STATIONARY))  # there is no solution, and the twin has no ridge
+    assume(not (method == "cagrad" and kind == "scaled"))  # the range of nu in the twin is too small
+    assume(not (method == "fairgrad" and kind in STATIONARY))  # there may be no solution, and the twin has no ridge
     J = rows(kind, k, 12, seed)
     assume_rank_is_clear(method, J)
     mine, twin = (module.gram_weights(gram(J), method) for module in (ops, reference))
     assert_same_direction(method, J, mine, twin)
 
 
-# ---- cvxpy: the problems as the papers state them, on the gradients --------------------------------------------------
+# ---- cvxpy: the problems as stated in the papers, on the gradients ---------------------------------------------------
 
 
 def with_cvxpy(method: str, J: Tensor) -> Tensor:
-    """The direction [P]."""
+    """Return the direction [P]."""
     cp: Any = pytest.importorskip("cvxpy")
 
     def solve(objective: Any, constraints: list[Any]) -> None:
@@ -173,12 +178,12 @@ def test_cvxpy_finds_the_same_direction(method: Method, kind: str, k: int) -> No
         assert (got - with_cvxpy(method, J)).norm() <= CONIC_SOLVER * J.norm(dim=1).max()
 
 
-# ---- TorchJD, where it is right --------------------------------------------------------------------------------------
+# ---- TorchJD, where it is exact --------------------------------------------------------------------------------------
 
 
-# The peer's options, and how far it is from its own optimum: its projections onto the dual cone add 1e-4 to a scaled
-# G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver and FairGrad at a residual. The spectral
-# ones are exact: roundings times condition numbers of some hundreds.
+# TorchJD's class, its options, and how far its result is from the optimum. Its projections onto the dual cone add 1e-4
+# to a scaled G, MGDA takes 1 / t steps, CAGrad stops at the tolerance of a conic solver, and FairGrad at a residual.
+# The spectral methods are exact up to rounding errors times condition numbers of some hundreds.
 TORCHJD = {
     "upgrad": ("UPGrad", {}, 1e-3),
     "dualproj": ("DualProj", {}, 1e-3),
@@ -204,8 +209,11 @@ def peer(method: str) -> Any:
 @pytest.mark.parametrize("kind", ["random", "conflicting"])
 @pytest.mark.parametrize("method", TORCHJD)
 def test_torchjd_finds_the_same_direction(method: Method, kind: str, k: int) -> None:
-    """On independent gradients of ordinary size, where TorchJD is right. Below |J|^2 = 1e-4 its UPGrad is the mean and
-    its CAGrad zero; where rows are nearly dependent its IMTL-G and ConFIG cut singular values of G and J."""
+    """Compare on independent gradients of ordinary size, where TorchJD is exact.
+
+    Below |J|^2 = 1e-4 its UPGrad returns the mean and its CAGrad returns zero. For nearly dependent rows its IMTL-G and
+    ConFIG cut off singular values of G and J.
+    """
     J = rows(kind, k, 40)
     got = direction(J, ops.gram_weights(gram(J), method, reduction=published(method)))
     assert (got - peer(method)(J)).norm() <= TORCHJD[method][2] * J.norm(dim=1).max()
@@ -219,7 +227,7 @@ def test_small_gradients_stay_exact_where_torchjd_is_not(method: Method) -> None
     assert (peer(method)(J) - right).norm() > 0.1 * right.norm()
 
 
-# ---- optimality, whatever the rows -----------------------------------------------------------------------------------
+# ---- optimality for all kinds of rows --------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -236,7 +244,9 @@ def test_optimality_conditions(J: Tensor) -> None:
         assert (w[norms > 0] >= mean[norms > 0]).all()
         if method == "dualproj":
             used = w > 1 / k
-            assert (slack[used].abs() <= e * terms[used]).all(), "what was added is perpendicular"
+            assert (slack[used].abs() <= e * terms[used]).all(), (
+                "the added gradients are perpendicular to the direction"
+            )
     a = ops.gram_weights(G, "mgda")
     if (norms > 0).any():
         torch.testing.assert_close(a.sum(), torch.ones((), dtype=torch.float64), rtol=minimiser(k, 1), atol=0)
@@ -270,14 +280,14 @@ def test_equal_cosines_and_projections(J: Tensor) -> None:
         if method == "imtl_g":
             assert abs(float(w.sum()) - 1) <= e * float(w.abs().sum())
         else:
-            # |d| is the sum of the projections: relative to what is summed
+            # |d| is the sum of the projections; the error is relative to its terms.
             assert abs(float(d @ d - (J @ d).sum())) <= e * float((w.abs() * norms).sum() * norms.sum())
 
 
 @settings(max_examples=200, deadline=None)
 @given(J=examples(), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS))
 def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Method) -> None:
-    """Also where weights are not unique or hardly determined: the direction is."""
+    """The direction is unique even if the weights are not, or are poorly determined."""
     assume_rank_is_clear(method, J)
     p = torch.randperm(len(J), generator=torch.Generator().manual_seed(seed))
     weights, permuted = ops.gram_weights(gram(J), method), ops.gram_weights(gram(J[p]), method)
@@ -285,8 +295,10 @@ def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Met
 
 
 def test_opposed_gradients_have_no_equal_projections() -> None:
-    """Where 1 is perpendicular to the range of the correlations, rounding must not be blown up into a direction,
-    however small the least eigenvalue."""
+    """The vector 1 can be perpendicular to the range of the correlations.
+
+    Rounding errors must then not be amplified into a direction, however small the least eigenvalue is.
+    """
     for angle in (1.0, 1e-2, 1e-4):
         half = torch.tensor([[1.0, 0, 0], [1.0, angle, 0], [1.0, angle, angle]], dtype=torch.float64)
         J = torch.cat([half, -half]) * torch.tensor([[1.45], [0.95], [3.03], [1.45], [0.95], [3.03]]).double()
@@ -318,7 +330,7 @@ def test_cagrad_between_the_mean_and_the_dual_cone() -> None:
     w = ops.gram_weights(G, "cagrad", parameter=1.5)
     assert (J @ direction(J, w) >= -minimiser(5, worst_condition(J)) * J.norm(dim=1) * (w * J.norm(dim=1)).sum()).all()
     opposed = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
-    w = ops.gram_weights(gram(opposed), "cagrad", parameter=5.0)  # |J^T x| stays below c |g_0|: the limit
+    w = ops.gram_weights(gram(opposed), "cagrad", parameter=5.0)  # |J^T x| stays below c |g_0|, so x is the limit
     assert direction(opposed, w).norm() <= minimiser(2, worst_condition(opposed)) * (w * opposed.norm(dim=1)).max()
 
 
@@ -361,8 +373,8 @@ def test_gradvac_raises_a_cosine_to_its_target() -> None:
     weights, after = ops.gradvac_weights(gram(J), targets, beta=0.5, reduction="sum")
     cosine = -(0.5**0.5)
     torch.testing.assert_close(after[0, 1], torch.tensor(0.25 + 0.5 * cosine, dtype=torch.float64))
-    assert (targets == 0.5).all(), "not written to"
-    # Each p_i = g_i + c g_j has cosine 1/2 with g_j; undo the sum by solving for the two steps.
+    assert (targets == 0.5).all(), "the input is not written to"
+    # Each p_i = g_i + c g_j has cosine 1/2 with g_j. The weights of the sum give the two steps c.
     steps = weights.flip(0) - 1
     for i in range(2):
         p = J[i] + steps[i] * J[1 - i]

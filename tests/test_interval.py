@@ -1,4 +1,4 @@
-"""interval_partition and its relatives: golden values, enumeration, the reference twins, and misuse."""
+"""interval_partition and related ops: golden values, enumeration, the reference twins, and misuse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ fast = settings(max_examples=60, deadline=None)
 
 
 def enumerate_partitions(cost: Tensor, k: int, least: int, most: int) -> tuple[list[int] | None, float]:
-    """The best of all partitions; of equal ones the smallest last start, then the smallest second last, and so on."""
+    """Return the best of all partitions.
+
+    Ties go to the partition with the smallest last start, then the smallest second last start, and so on.
+    """
     T = cost.shape[0]
     best, found = INF, None
     for inner in combinations(range(1, T), k - 1):
@@ -45,7 +48,7 @@ def enumerate_partitions(cost: Tensor, k: int, least: int, most: int) -> tuple[l
 
 
 def random_costs(T: int, seed: int) -> Tensor:
-    """Whole numbers, negative ones too, a few +inf, and NaN below the diagonal, where nothing may look."""
+    """Return positive and negative integers, a few +inf, and NaN below the diagonal, which must not be read."""
     generator = torch.Generator().manual_seed(seed)
     cost = torch.randint(-4, 5, (T, T), generator=generator).double()
     cost[torch.rand(T, T, generator=generator) < 0.1] = INF
@@ -62,12 +65,15 @@ def test_golden_log_snr(name: str, k: str) -> None:
     want = GOLDEN[name]["median"][k]
     starts, total = ops.interval_partition_values(diffusion.log_snr(name), int(k))
     assert abs(total - want["total"]) < 0.6e-6  # printed to six decimals
-    if name != "flow":  # symmetric: mirrored optima tie, and rounding of the log-SNR decides
+    if name != "flow":  # its log-SNR is symmetric, so mirrored optima tie and rounding decides
         assert starts.tolist() == want["starts"]
 
 
 def half_even_centre_cost(x: Tensor) -> Tensor:
-    """The published script's centre, round((l + r + 1) / 2) with ties to even: not always the median."""
+    """Return the costs for the centre of the published script, round((l + r + 1) / 2) with ties to even.
+
+    This centre is not always the median.
+    """
     T = x.shape[0]
     l, r = torch.arange(T)[:, None], torch.arange(T)[None, :]
     centre = torch.round((l + r + 1).double() / 2).long().clamp(max=T - 1)
@@ -112,7 +118,7 @@ def test_any_cost_against_enumeration(T: int, data: st.DataObject) -> None:
 @fast
 @given(T=st.integers(2, 40), seed=st.integers(0, 2**32), data=st.data())
 def test_values_against_the_reference(T: int, seed: int, data: st.DataObject) -> None:
-    """Real numbers: the totals agree to rounding, and the starts found cost what they are said to."""
+    """For real numbers, the totals agree up to rounding, and the returned starts have the returned total cost."""
     k, p, weighted = data.draw(st.integers(1, T)), data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(T, dtype=torch.float64, generator=generator)
@@ -123,7 +129,7 @@ def test_values_against_the_reference(T: int, seed: int, data: st.DataObject) ->
     want, want_total = ops.reference.interval_partition_values(x, k, p=p, weight=weight)
     slack = prefix_summed(T) * (x.abs() ** p * (1 if weight is None else weight)).sum().item() * 2**p
     assert abs(total - want_total) <= slack
-    if (starts != want).any():  # only where both are optimal to rounding
+    if (starts != want).any():  # allowed only if both are optimal up to rounding
         again = sum(
             ops.reference.interval_partition_values(x[a:b], 1, p=p, weight=weight if weight is None else weight[a:b])[1]
             for a, b in zip(starts.tolist(), [*starts.tolist()[1:], T], strict=True)
@@ -134,12 +140,12 @@ def test_values_against_the_reference(T: int, seed: int, data: st.DataObject) ->
 @fast
 @given(T=st.integers(2, 60), seed=st.integers(0, 2**32), data=st.data())
 def test_divide_and_conquer_equals_the_scan_of_every_start(T: int, seed: int, data: st.DataObject) -> None:
-    """Starts and totals, ties included, for absolute distance on any monotone values and weights."""
+    """Starts and totals agree, including ties, for absolute distance on any monotone values and weights."""
     k = data.draw(st.integers(1, T))
     sizes = data.draw(st.integers(1, T // k)), data.draw(st.integers(-(-T // k), T))
     x = torch.randn(T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).sort().values
     if data.draw(st.booleans()):
-        x = torch.arange(T, dtype=torch.float64) * 0.1  # evenly spaced: ties everywhere, and 0.1 is inexact
+        x = torch.arange(T, dtype=torch.float64) * 0.1  # evenly spaced values give many ties, and 0.1 is inexact
     weight = torch.rand(T, dtype=torch.float64).add(1e-3) if data.draw(st.booleans()) else None
     results = []
     for scan in (False, True):
@@ -193,19 +199,20 @@ def test_weights_count_as_repetitions() -> None:
     for p in (1, 2):
         _, weighted = ops.interval_partition_values(x, 4, p=p, weight=counts.double())
         _, repeated = ops.interval_partition_values(x.repeat_interleave(counts), 4, p=p)
-        # Repetitions may be torn apart, weights may not; for k-medians and k-means tearing never pays.
+        # Repeated points may be split between intervals, weighted points may not. For k-medians and k-means, a split
+        # never lowers the cost.
         assert abs(weighted - repeated) <= prefix_summed(90) * 4 * (x.abs() ** p * counts).sum().item()
 
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_scale_and_shift(p: int) -> None:
-    """Only shape matters: any units give the same starts."""
+    """Scaling and shifting x does not change the starts."""
     x = diffusion.log_snr("linear", 200)
     starts, total = ops.interval_partition_values(x, 5, p=p)
     for scale in (2.0**-500, 2.0**-60, 2.0**80, -1.0):
         scaled, scaled_total = ops.interval_partition_values(x * scale, 5, p=p)
         assert scaled.tolist() == starts.tolist()
-        if scale != 2.0**-500:  # its square is below float64
+        if scale != 2.0**-500:  # its square underflows in float64
             assert scaled_total == pytest.approx(total * abs(scale) ** p, rel=prefix_summed(200))
 
 
@@ -236,15 +243,15 @@ def test_the_instruction_set_changes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "cost.pt")]
     environment = {**os.environ, "ANTDIFF_ISA": "generic"}
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    starts, total = ops.interval_partition(cost, 7)  # with the best that this processor has
+    starts, total = ops.interval_partition(cost, 7)  # with the best instruction set of this processor
     assert output == f"{starts.tolist()} {total.hex()}\n"
 
 
-# ---- what the published script gets wrong ----------------------------------------------------------------------------
+# ---- errors of the published script ----------------------------------------------------------------------------------
 
 
 def test_boundaries_are_not_off_by_one() -> None:
-    """Blocks of perfect affinity: the boundaries are where the blocks meet. The published script returns one less."""
+    """For blocks of perfect affinity, boundaries are where the blocks meet. The published script returns one less."""
     block = torch.bucketize(torch.arange(60), torch.tensor([18, 34, 47]), right=True)
     affinity = (block[:, None] == block).double()
     starts, total = ops.interval_partition_affinity(affinity, 4)
@@ -253,7 +260,7 @@ def test_boundaries_are_not_off_by_one() -> None:
 
 
 def test_the_last_interval_ends_where_the_points_do() -> None:
-    """Not at 1000, whatever T is."""
+    """The published script ends it at 1000 for any T."""
     for T in (7, 60, 1001, 2300):
         x = torch.zeros(T, dtype=torch.float64)
         x[-2:] = 1.0
@@ -272,7 +279,7 @@ def test_intervals_of_no_cost_are_taken() -> None:
 
 
 def test_the_first_interval_may_be_a_single_point() -> None:
-    """The published script's loop starts one too late for that."""
+    """The loop of the published script starts one too late for this."""
     x = torch.tensor([100.0, 1, 1, 1, 1, 0], dtype=torch.float64)
     assert ops.interval_partition_values(x, 2)[0].tolist() == [0, 1]
     affinity = torch.ones(6, 6, dtype=torch.float64)
@@ -384,7 +391,7 @@ def test_values_that_turn_have_no_weighted_median() -> None:
 
 
 def test_ctrl_c_stops_a_long_run() -> None:
-    """SIGINT, sent by a thread that can only run while the GIL is free, ends what would take minutes."""
+    """SIGINT ends a call that would take minutes. It is sent by a thread, which can run only if the GIL is released."""
     x = torch.rand(60_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

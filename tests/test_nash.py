@@ -1,4 +1,4 @@
-"""nash_weights, nash_residual and nash: the bargaining equation, two solvers against each other, and every misuse."""
+"""nash_weights, nash_residual and nash: the bargaining equation, two solvers against each other, and misuse."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SOLVABLE = [kind for kind in KINDS if kind not in STATIONARY]
 
 
 def correlations(G: Tensor) -> Tensor:
-    """Of the non-zero rows."""
+    """Return the correlation matrix of the non-zero rows."""
     live = G.diagonal() > 0
     scale = G.diagonal()[live].rsqrt()
     return G[live][:, live] * scale * scale[:, None]
 
 
 def condition(G: Tensor) -> float:
-    """Of the correlation matrix, infinite where it is singular to rounding."""
+    """Return the condition of the correlation matrix, infinite if it is singular up to rounding."""
     if not (G.diagonal() > 0).any():
         return 1.0
     values = torch.linalg.eigvalsh(correlations(G))
@@ -72,7 +72,7 @@ def test_solves_the_bargaining_equation(J: Tensor) -> None:
 def test_sizes(device: str, kind: str, k: int) -> None:
     G = gram(rows(kind, k, 200)).to(device)
     weights = ops.nash_weights(G)
-    # Duplicate rows make G singular, but no positive combination of them vanishes: the weights remain well determined.
+    # Duplicate rows make G singular, but no positive combination of them vanishes, so the weights stay well determined.
     c = condition(G.cpu()) if kind != "duplicates" else condition(G.cpu()[::2, ::2])
     assert ops.nash_residual(G, weights) <= nash(c)
     torch.testing.assert_close(ops.nash_residual(G, weights), reference.nash_residual(G, weights), rtol=0, atol=1e-14)
@@ -104,8 +104,10 @@ def test_nearly_opposed_rows_are_solved_not_regularised(device: str, gap: float)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 40])
 def test_pareto_stationary(device: str, k: int) -> None:
-    """Rows that a positive combination takes to zero: no solution, so finite weights and a short direction. With one
-    more row, independent of them, that row alone is left."""
+    """If a positive combination of rows is zero, there is no solution; weights are finite and the direction is short.
+
+    With one more row that is independent of these, only that row is left in the direction.
+    """
     J = rows("random", k, 2 * k)
     J[-1] = -(torch.arange(1, k, dtype=torch.float64)[:, None] * J[:-1]).sum(0)
     weights = ops.nash_weights(gram(J).to(device)).cpu()
@@ -134,7 +136,7 @@ def test_any_scale_gives_the_same_bits(device: str, kind: str) -> None:
     J = rows(kind, 5)
     G = gram(J).to(device)
     want = ops.nash_weights(G)
-    for exponent in (-390, -66, 66, 390):  # of J: 1e-117, 1e-20, 1e20, 1e117
+    for exponent in (-390, -66, 66, 390):  # factors of J: 1e-117, 1e-20, 1e20, 1e117
         assert torch.equal(ops.nash_weights(G * 4.0**exponent) * 2.0**exponent, want)
     each = 2.0 ** torch.tensor([-200, -100, 0, 100, 200], dtype=torch.float64, device=device)
     assert torch.equal(ops.nash_weights(G * each * each[:, None]) * each, want)
@@ -160,7 +162,7 @@ def test_small_cases(k: int) -> None:
 
 
 def test_gram_rounded_to_float32_is_survived() -> None:
-    """Singular matrices rounded this coarsely have eigenvalues near -1e-7; the ridge grows until it covers them."""
+    """Singular matrices rounded to float32 have eigenvalues near -1e-7. The ridge grows until it exceeds them."""
     for k in (3, 8, 20):
         for kind in KINDS:
             G = gram(rows(kind, k, 4)).float().double()
@@ -215,7 +217,7 @@ def test_one_call(device: str, dtype: torch.dtype) -> None:
     direction, weights = ops.nash(J)
     assert torch.equal(weights, ops.nash_weights(ops.gram(J)))
     want, want_weights = reference.nash(J.double())
-    # G is off by some float32 roundings of its entries, and the weights by as much times the condition number.
+    # G has some float32 rounding errors in its entries, and the weights have these times the condition number.
     error = 1e-5 if dtype != torch.float64 else combined(dtype, dtype, 5) + nash(condition(gram(J.double())))
     assert (direction - want).norm() <= error * (want_weights[:, None] * J).norm(dim=1).sum()
     pieces = [J[:, :32].reshape(5, 8, 4), None, J[:, 32:].contiguous()]

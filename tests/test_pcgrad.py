@@ -1,4 +1,4 @@
-"""pcgrad_weights and pcgrad against the algorithm on the gradients themselves, and every way to misuse them."""
+"""pcgrad_weights and pcgrad against the algorithm on the gradients themselves, and misuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFLICT = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 
 
 def pairwise(J: Tensor, perms: Tensor) -> Tensor:
-    """The paper's algorithm 1 on the gradients [k, P]: the direction [P]."""
+    """Run the paper's algorithm 1 on the gradients [k, P]; return the direction [P], a sum."""
     projected_rows = []
     for i, order in enumerate(perms.tolist()):
         p = J[i].clone()
@@ -62,7 +62,7 @@ def test_the_default_is_the_sum_over_k(device: str, k: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_never_visits_itself(device: str) -> None:
-    """After two projections <p_i, g_i> can be negative; implementations that visit j = i get the other direction."""
+    """After two projections <p_i, g_i> can be negative; implementations that visit j = i get a different direction."""
     J = DIAMOND.to(device)
     orders = torch.tensor([[j for j in range(4) if j != i] for i in range(4)], device=device)
     direction = ops.pcgrad_weights(J @ J.T, orders, reduction="sum") @ J
@@ -160,7 +160,7 @@ def test_batches(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_drawn_orders(device: str, k: int) -> None:
-    """Both twins draw the same orders from the same generator, and from the global one."""
+    """The op and its twin draw the same orders from the same generator, and from the global generator."""
     G = gram(rows("conflicting", k)).to(device)
     generator = torch.Generator(device)
     results = []
@@ -175,7 +175,7 @@ def test_drawn_orders(device: str, k: int) -> None:
 
 
 def test_orders_are_uniform() -> None:
-    """Each of the 6 orders of three other rows, in each row, about 500 times of 3000: within 5 standard deviations."""
+    """In every row, each of the 6 orders of three other rows occurs 500 times in 3000, within 5 standard deviations."""
     keys = torch.rand(3000, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     codes = reference.pcgrad_perms(keys) @ torch.tensor([16, 4, 1])  # [3000, 4]
     for i in range(4):
@@ -211,7 +211,7 @@ def test_one_call(device: str, dtype: torch.dtype) -> None:
     want, _ = reference.pcgrad(J.double(), perms, reduction="sum")
     scale = J.double().norm(dim=1).sum()
     assert direction.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # G is off by gram(dtype) and a coefficient by some times that: 1e-5 for float32 products
+    # G has an error of gram(dtype), and a coefficient some times that: 1e-5 for float32 products.
     exact = dtype == torch.float64
     assert (direction - want).norm() <= (projected(5) + combined(dtype, direction.dtype, 5) if exact else 1e-5) * scale
     out = [torch.empty(shape, device=device, dtype=direction.dtype) for shape in ((8, 4), (8,))]

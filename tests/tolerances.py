@@ -1,5 +1,8 @@
-"""Every tolerance of the tests, each with its derivation. u is the unit roundoff: half the gap between 1 and its
-successor (float64 1.1e-16, float32 6.0e-8, bfloat16 3.9e-3, float16 4.9e-4)."""
+"""All tolerances of the tests, each with its derivation.
+
+u is the unit roundoff, half the gap between 1 and the next larger number: float64 1.1e-16, float32 6.0e-8, bfloat16
+3.9e-3, float16 4.9e-4.
+"""
 
 from __future__ import annotations
 
@@ -14,123 +17,162 @@ UNIT_ROUNDOFF = {
 
 
 def rounded(dtype: torch.dtype) -> float:
-    """A result computed in at least float32 from exact inputs and rounded once to ``dtype``: u of dtype, plus about ten
-    roundings of the arithmetic type in between (a difference, a square, a scale), so 8 u for float32 and float64, and
-    2 u for half precision, where the arithmetic in float32 is exact by comparison."""
+    """Tolerance of a result that is computed in at least float32 from exact inputs and rounded once to ``dtype``.
+
+    There is one rounding to dtype, and about ten roundings in the arithmetic type before it (a difference, a square, a
+    scale). This gives 8 u for float32 and float64, and 2 u for half precision, for which float32 arithmetic is exact by
+    comparison.
+    """
     u = UNIT_ROUNDOFF[dtype]
     return 8 * u if dtype in (torch.float32, torch.float64) else 2 * u
 
 
 def summed(dtype: torch.dtype) -> float:
-    """A sum of same-signed terms accumulated in chains of at most 1024 in the arithmetic type (float32 for half
-    precision), float64 beyond: pairwise independent roundings grow like sqrt(1024) u = 32 u; 64 u leaves room for the
-    two roundings of each term."""
+    """Relative tolerance of a sum of terms with the same sign.
+
+    It is accumulated in chains of at most 1024 in the arithmetic type (float32 for half precision), and in float64
+    beyond. Pairwise independent roundings grow like sqrt(1024) u = 32 u; 64 u leaves room for the two roundings of each
+    term.
+    """
     return 64 * UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Absolute slack where a value rounded to ``dtype`` may be subnormal and loses relative accuracy: half a step of
-    the subnormals. Zero for the other dtypes, whose subnormals no test reaches."""
+    """Absolute tolerance for values that may be subnormal in ``dtype`` and therefore lose relative accuracy.
+
+    For float16 it is half the spacing of the subnormals. It is zero for the other dtypes, because no test reaches their
+    subnormals.
+    """
     return 2.0**-25 if dtype == torch.float16 else 0.0
 
 
 def gram(dtype: torch.dtype) -> float:
-    """An entry of G relative to |g_i| |g_j| (an inner product may cancel, so not relative to itself). Products and
-    chains of at most 256 in the arithmetic type, float64 beyond. A rounding error of a chain's partial sum is at most u
-    times that sum, whose size the Cauchy-Schwarz inequality bounds by the chain's share of |g_i| |g_j|; independent
-    errors add up like sqrt(256) u = 16 u within a chain and average out between chains. 32 u leaves a factor of two."""
+    """Tolerance of an entry of G, relative to |g_i| |g_j|. It is not relative to the entry, since that may cancel.
+
+    Products and chains of at most 256 are computed in the arithmetic type, and float64 is used beyond. The rounding
+    error of a partial sum of a chain is at most u times that sum. By the Cauchy-Schwarz inequality, the sum is at most
+    the chain's share of |g_i| |g_j|. Independent errors add up like sqrt(256) u = 16 u within a chain and average out
+    between chains. 32 u leaves a factor of two.
+    """
     return 32 * UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
 
 
 def combined(dtype: torch.dtype, out: torch.dtype, k: int) -> float:
-    """An element of w^T J relative to sum_k |w_k J_kp| (the sum may cancel): k products and k sums in the arithmetic
-    type, each off by u at most, one rounding of each weight, and one of the result to the dtype of ``out``."""
+    """Tolerance of an element of w^T J, relative to sum_k |w_k J_kp|, since the sum itself may cancel.
+
+    There are k products and k sums in the arithmetic type, each with a relative error of at most u, one rounding of
+    each weight, and one rounding of the result to the dtype of ``out``.
+    """
     u = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     return (2 * k + 1) * u + UNIT_ROUNDOFF[out]
 
 
 def prefix_summed(T: int) -> float:
-    """A cost made of differences of float64 prefix sums over T points, relative to the sum of all |terms|: each prefix
-    sum carries at most T u, a cost takes up to four of them, and values on the grid of the exact sums are off by up to
-    4 T u each: 8 T u."""
+    """Tolerance of a cost that is made of differences of float64 prefix sums over T points.
+
+    It is relative to the sum of all |terms|. Each prefix sum has an error of at most T u, and a cost uses up to four of
+    them. Values on the grid of the exact sums are off by up to 4 T u each. Together this gives 8 T u.
+    """
     return 8 * T * UNIT_ROUNDOFF[torch.float64]
 
 
 def projected(k: int) -> float:
-    """PCGrad's direction, or a coefficient in unit rows, relative to sum_i |g_i|, in float64 on both sides. Each of the
-    k - 1 projections of a row takes an inner product off by at most its length times u, and no projection lengthens
-    p_i, so a row is off by k times (dimension) u; 1000 u covers dimensions up to the tests' 100 and both sides."""
+    """Tolerance of PCGrad's direction, or of a coefficient for unit rows, relative to sum_i |g_i|, in float64.
+
+    Each of the k - 1 projections of a row uses an inner product whose error is at most its length times u. No
+    projection lengthens p_i, so a row has an error of k times (dimension) u. 1000 u covers the dimensions of the tests,
+    up to 100, and the errors of both results.
+    """
     return 1000 * k * UNIT_ROUNDOFF[torch.float64]
 
 
-# |a_i (G a)_i - 1| at which Newton stops.
+# Newton's method stops at this |a_i (G a)_i - 1|.
 NASH_RESIDUAL = 1e-12
 
 
 def nash(condition: float) -> float:
-    """A Nash weight relative to itself. The rounding of G and of G a, some u each, enters through the inverse of
-    I + B C B (B, C: weights and correlations), so at most times the condition number of C; the residual at which the
-    solver stops likewise. 16 for the constants."""
+    """Relative tolerance of a Nash weight.
+
+    The rounding errors of G and of G a, some u each, are amplified by the inverse of I + B C B, where B are the weights
+    and C the correlations. The amplification is at most the condition number of C. The same holds for the residual at
+    which the solver stops. The factor 16 covers the constants.
+    """
     return 16 * (NASH_RESIDUAL + 16 * UNIT_ROUNDOFF[torch.float64]) * condition
 
 
-# Clarabel stops at a duality gap of 1e-8. The objective is strongly convex with modulus 1 in log weights, so a gap of e
-# moves a weight by sqrt(2 e) relative: 1.5e-4. A factor of three for its feasibility tolerance.
+# Relative tolerance of a Nash weight from Clarabel, which stops at a duality gap of 1e-8. The objective is strongly
+# convex with modulus 1 in the log weights, so a gap of e moves a weight by sqrt(2 e) = 1.5e-4 relative to itself. A
+# factor of three is left for the feasibility tolerance.
 CLARABEL = 5e-4
 
 
 def minimiser(k: int, condition: float) -> float:
-    """The minimiser of a convex quadratic of the direction over rows g_i (UPGrad, DualProj, MGDA, CAGrad, FairGrad), or
-    its product with a unit row, relative to its longest term w_i |g_i|. Each of up to k terms carries some roundings,
-    its product in G and those of the triangular solves: 16 u, and 32 u for two solutions that are compared. Rounding of
-    the system enters through its inverse, at most ``condition``: that of the worst set of independent rows, since the
-    rows in use are one such set whatever the data (and a diagonal added to the system, as FairGrad's barrier is, makes
-    it no worse). However bad that is, the objective is right to rounding and strongly convex with modulus 1 in the
-    direction: a gap of e moves it by sqrt(2 e)."""
+    """Tolerance of the minimiser of a convex quadratic of the direction, relative to its longest term w_i |g_i|.
+
+    This concerns UPGrad, DualProj, MGDA, CAGrad and FairGrad, and also the product of the minimiser with a unit row.
+    Each of up to k terms has some rounding errors, from its product in G and from the triangular solves: 16 u, or 32 u
+    if two solutions are compared. Rounding errors of the system are amplified by its inverse, by at most ``condition``,
+    the condition of the worst set of independent rows: the rows in use are always such a set, and a diagonal added to
+    the system, like the barrier of FairGrad, does not increase the condition. For any condition, the objective is
+    correct up to rounding and strongly convex with modulus 1 in the direction, so a gap of e moves the direction by at
+    most sqrt(2 e).
+    """
     e = 32 * k * UNIT_ROUNDOFF[torch.float64]
     return min(e * condition, (2 * e) ** 0.5)
 
 
-# CAGrad ends its search for the one unknown when |d - g_0| is within 1e-13 of c |g_0|, on both sides.
+# CAGrad ends its search for its only unknown when |d - g_0| is within 1e-13 of c |g_0|; twice, for both results.
 CAGRAD_SEARCH = 2e-13
 
 
-# |(G w)_i w_i^(1/alpha) - 1| at which FairGrad's iteration stops. The Hessian of its objective in relative steps of w
-# is at least 1/alpha, so the weights are off by at most alpha times that.
+# FairGrad's iteration stops at this |(G w)_i w_i^(1/alpha) - 1|. The Hessian of its objective for relative steps of w
+# is at least 1/alpha, so the weights have an error of at most alpha times this.
 FAIRGRAD_RESIDUAL = 1e-12
 
 
 def aligned(k: int, condition: float) -> float:
-    """Aligned-MTL's direction relative to its length: G is right to k roundings of its largest eigenvalue, and the
-    inverse root of the least one that is not zero has its relative error, so times the condition of G on its range."""
+    """Tolerance of Aligned-MTL's direction relative to its length.
+
+    The error of G is k roundings of its largest eigenvalue. The inverse root of the smallest non-zero eigenvalue has
+    the relative error of that eigenvalue, which is larger by the condition of G on its range.
+    """
     return 32 * k * UNIT_ROUNDOFF[torch.float64] * condition
 
 
 def equal_cosines(k: int, condition: float, *, dependent: bool) -> float:
-    """C^+ 1 relative to its longest term, C the correlations: rounding of C times the ``condition`` of C on its range.
-    Where rows depend on each other, rounding tilts that range, and a pseudo-inverse takes the condition's square."""
+    """Tolerance of C^+ 1 relative to its longest term, where C are the correlations.
+
+    It is the rounding error of C times the ``condition`` of C on its range. If rows are linearly dependent, rounding
+    tilts the range, and the error of the pseudo-inverse contains the square of the condition.
+    """
     return 32 * k * UNIT_ROUNDOFF[torch.float64] * (condition**2 if dependent else condition)
 
 
 def power(log: float) -> float:
-    """x^e relative to itself, for |log x^e| up to ``log``: a rounding of the exponent moves it by log u, on both sides,
-    and each side takes a few roundings more."""
+    """Relative tolerance of x^e for |log x^e| up to ``log``.
+
+    Rounding the exponent changes the power by log u relative to itself. This happens in both results, and each has a
+    few more rounding errors.
+    """
     return (2 * log + 16) * UNIT_ROUNDOFF[torch.float64]
 
 
 def vanishing(k: int) -> float:
-    """GradVac's direction relative to sum_i |g_i|: it knows |p_i|^2 to 128 k u of the terms it is the difference of,
-    and lets be what is below; so each p_i may keep the root of that."""
+    """Tolerance of GradVac's direction relative to sum_i |g_i|.
+
+    GradVac computes |p_i|^2 as a difference of terms and treats it as zero below 128 k u of these terms. Each p_i may
+    therefore retain a length of the root of that.
+    """
     return (128 * k * UNIT_ROUNDOFF[torch.float64]) ** 0.5
 
 
-# K shares made of logarithms of losses up to 1e20, whose logarithm of 46 is right to 46 u; ten of these meet in a mean,
-# a softmax and a quotient.
+# Relative tolerance of K shares that are computed from logarithms of losses up to 1e20. The logarithm, 46, has an error
+# of 46 u; about ten such errors add up in a mean, a softmax and a quotient.
 LOG_SHARES = 10 * 46 * UNIT_ROUNDOFF[torch.float64]
 
-# A scalar that Adam has brought to rest in float32: its steps vanish with the gradient, whose own roundings, some u
-# relative to its terms, are what is left.
+# Tolerance of a scalar that Adam has trained to convergence in float32. Its steps vanish with the gradient, so what
+# remains are the rounding errors of the gradient, some u relative to its terms.
 ADAM_AT_REST = 16 * UNIT_ROUNDOFF[torch.float32]
 
-# Clarabel's gap and feasibility tolerances of 1e-8 move a minimiser by their square root, and a few times that.
+# Clarabel's tolerances of 1e-8 for gap and feasibility move a minimiser by a few times their square root.
 CONIC_SOLVER = 5e-4
