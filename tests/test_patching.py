@@ -329,16 +329,15 @@ def test_patching_takes_any_balancing_method() -> None:
     def losses(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return reduce((run(net, x, t, y) - x).square(), "b ... -> b", "mean") + mop.balancing_loss()
 
-    gradients = ClusterGradients(net, 3, route="split")
-    jacobian = gradients(losses, (x, t, y), cluster)
-    J = jacobian.rows
-    assert sum(row is not None for row in J) == 3  # prompts, the gate's weight and bias
+    cluster_gradients = ClusterGradients(net, 3, route="split")
+    jacobian = cluster_gradients(losses, (x, t, y), cluster)
+    assert sum(row is not None for row in jacobian.rows) == 3  # prompts, the gate's weight and bias
     for i in range(3):
         mop.zero_grad()
         losses(*(value[cluster == i] for value in (x, t, y))).mean().backward()
-        for row, p in zip((row for row in J if row is not None), mop.parameters(), strict=True):
+        for row, p in zip((row for row in jacobian.rows if row is not None), mop.parameters(), strict=True):
             torch.testing.assert_close(row[i], p.grad, rtol=1e-4, atol=1e-7)  # float32 through a whole network
-    weights = ops.pcgrad_weights(ops.gram(J), generator=torch.Generator().manual_seed(0))
+    weights = ops.pcgrad_weights(jacobian.gram(), generator=torch.Generator().manual_seed(0))
     jacobian.combine(weights)
     assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
 

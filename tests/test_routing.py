@@ -301,18 +301,16 @@ def test_composes_with_pcgrad_through_cluster_gradients(name: str) -> None:
     def losses(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return reduce((run(net, x, t) - noise).square(), "b ... -> b", "mean")
 
-    gradients = ClusterGradients(net, 3)
-    jacobian = gradients(losses, (x, t, noise), cluster)
-    J = jacobian.rows
+    cluster_gradients = ClusterGradients(net, 3)
+    jacobian = cluster_gradients(losses, (x, t, noise), cluster)
     for i in range(3):
         net.zero_grad()
         losses(*(value[cluster == i] for value in (x, t, noise))).mean().backward()
-        for row, p in zip(J, net.parameters(), strict=True):
+        for row, p in zip(jacobian.rows, net.parameters(), strict=True):
             assert row is not None
             want = torch.zeros_like(p) if p.grad is None else p.grad
             torch.testing.assert_close(row[i], want, rtol=1e-10, atol=1e-14)  # float64 through a whole network
-    G = ops.gram(J)
-    weights = ops.pcgrad_weights(G, generator=torch.Generator().manual_seed(0))
+    weights = ops.pcgrad_weights(jacobian.gram(), generator=torch.Generator().manual_seed(0))
     jacobian.combine(weights)
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
 
