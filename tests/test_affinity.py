@@ -385,7 +385,7 @@ def test_gap_correlation_is_minus_one_where_affinity_falls_with_the_gap() -> Non
     ("call", "error", "message"),
     [
         (lambda: task_affinity(net(), images(), 1), ValueError, "timesteps must be from 2 to T=1000; got 1"),
-        (lambda: task_affinity(net(), images(), [5, 5]), ValueError, "timesteps must be two or more, ascending in 0"),
+        (lambda: task_affinity(net(), images(), [5, 5]), ValueError, "timesteps must be at least two, ascending in 0"),
         (lambda: task_affinity(net(), images(), [5, 1000]), ValueError, "ascending in 0 .. T-1=999"),
         (lambda: task_affinity(net(), images(), [0.5, 2.0]), TypeError, "timesteps must be an int or a list of ints"),
         (lambda: task_affinity(net(), images(5)), ValueError, "data must have an even number N >= 2 .* got N=5"),

@@ -147,7 +147,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     # the run itself is the joint model, since steps and seed are its own; two clusters, two budgets
     names = [str(folder.relative_to("r/analysis/transfer/seed0")) for folder in folders]
     assert names == ["cluster0-iterations", "cluster1-iterations", "cluster0-samples", "cluster1-samples"]
-    assert "one seed: nothing is said" in capsys.readouterr().out
+    assert "one seed: no statement possible" in capsys.readouterr().out
     summary = json.loads(Path("r/analysis/transfer/summary.json").read_text())
     assert summary["ntg_fd"]["samples"]["intervals"][0]["low"] is None
     with np.load("r/analysis/transfer/transfer.npz") as archive:

@@ -104,12 +104,12 @@ def test_a_gap_is_paired_by_seed_and_its_sign_is_told() -> None:
     assert gap.verdicts() == [
         "the specialist is better: negative transfer",
         "the joint model is better: positive transfer, or a specialist of too few steps",
-        "no gap beyond the seeds' noise",
+        "no gap beyond the noise of the seeds",
     ]
     same = TransferGap(joint, joint + change, "iterations").verdicts()
     assert same[0].endswith("negative transfer, or more practice on its interval")
     assert same[1].endswith("positive transfer")
-    assert set(TransferGap(joint[:1], joint[:1] + 1, "samples").verdicts()) == {"one seed: nothing is said"}
+    assert set(TransferGap(joint[:1], joint[:1] + 1, "samples").verdicts()) == {"one seed: no statement possible"}
     torch.testing.assert_close(gap.relative.mean, (change / joint).mean(0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,15 @@ def test_a_late_reading_covers_the_last_steps_of_the_window() -> None:
         late.read()
 
 
+def test_a_method_without_weights_has_none_in_its_row() -> None:
+    telemetry, (step,) = Telemetry(K, window=2), steps(1)
+    losses, counts, _, J = step
+    telemetry.add(losses, counts, None, ops.gram(J))
+    row = telemetry.read()
+    unknown = {key for key, value in row.items() if math.isnan(value)}
+    assert unknown == {"update_norm", *(f"weight_{i}" for i in range(K))}
+
+
 def test_one_cluster_has_no_pairs() -> None:
     telemetry = Telemetry(1, window=1)
     telemetry.add(torch.ones(1), torch.ones(1), torch.ones(1), torch.full((1, 1), 4.0))
@@ -190,7 +200,7 @@ def test_misuse() -> None:
     telemetry = Telemetry(2, window=1)
     with pytest.raises(ValueError, match=r"gram must have shape \[2, 2\] for k=2; got \[3, 3\]"):
         telemetry.add(torch.ones(2), torch.ones(2), torch.ones(2), torch.eye(3))
-    with pytest.raises(ValueError, match="state must be of k=2 and window=1"):
+    with pytest.raises(ValueError, match="state must have k=2 and window=1"):
         telemetry.load_state_dict(Telemetry(2, window=2).state_dict())
 
 
@@ -382,12 +392,10 @@ def test_the_loop_of_the_docs_runs(capsys: pytest.CaptureFixture[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(0, 1000, (100, 20), generator=generator)
     names: dict[str, Any] = {
-        "ops": ops,
         "clusters": clusters,
         "device": "cpu",
-        "cg": antdiff.ClusterGradients(model, 5),
+        "backward": antdiff.BalancedBackward(model, antdiff.balancing.PCGrad(), 5),
         "loss_fn": lambda x0, t: (model(x0)[:, 0] - t / 1000).square(),
-        "balancer": antdiff.balancing.PCGrad(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "batches": [(torch.rand(20, 3, generator=generator), row, clusters.cluster_of(row)) for row in t],
     }

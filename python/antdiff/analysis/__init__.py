@@ -1,6 +1,6 @@
-"""What the gradients and losses of a model's timesteps say: while it trains, and afterwards.
+"""Measurements of the gradients and losses of timesteps: telemetry of a training loop, and analyses of a trained model.
 
-Telemetry of a training loop; task affinity, conflict and negative transfer of a trained model.
+The analyses are task affinity, conflict and negative transfer.
 """
 
 from antdiff.analysis.affinity import TaskAffinity, epsilon_loss, task_affinity

@@ -1,9 +1,9 @@
 """Task affinity: do the gradients of two timesteps point the same way?
 
 Go et al., "Addressing Negative Transfer in Diffusion Models", NeurIPS 2023 (arXiv 2306.00354), the first observation:
-TAS(s, t) is the mean over checkpoints of cos(grad L_s, grad L_t). What differs here: gradients are taken from two
-independent halves of the data, so that noise does not shrink the cosines, and are streamed into rows that stay within
-a stated memory, sketched where they must be.
+TAS(s, t) is the mean over checkpoints of cos(grad L_s, grad L_t). This implementation differs in two points. Gradients
+are taken from two independent halves of the data, so that noise does not shrink the cosines. They are streamed into
+rows that stay within a given memory, and are sketched where necessary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import describe
 from antdiff._files import digest, write_npz
 from antdiff.analysis import estimate
 from antdiff.analysis.plan import Plan, make_plan
@@ -37,19 +38,19 @@ _FORMAT = "antdiff.TaskAffinity-1"
 
 @dataclass
 class TaskAffinity:
-    """Affinities of timesteps, and what they were made from. Tensors are float64 on the CPU unless said.
+    """Affinities of timesteps, and the data they come from. Tensors are float64 on the CPU unless stated otherwise.
 
     Attributes:
-        affinity: ``[n, n]``, noise-corrected cosines, the mean over checkpoints; NaN where no checkpoint has one.
-        timesteps: int64 ``[n]``, the grid.
-        log_snr: ``[T]``, of all timesteps.
-        raw: ``[n, n]``, cosines of the whole data's gradients, not corrected; the mean over checkpoints.
-        checkpoints: ``[C, n, n]``: ``affinity`` of each checkpoint.
-        products: ``[C, n]``: <a_i, b_i>, the denominators, each an unbiased squared norm of the timestep's gradient.
-        signal: ``[C, n]``: the split-half cosine, 1 where the gradient is all signal and 0 where it is all noise.
-        layers: ``[L, n, n]``: ``affinity`` of each group of parameters alone.
-        layer_names: of the L groups.
-        stats: plain numbers: sizes, counts, memory, and, where sketched, the bound on the sketch's error.
+        affinity: ``[n, n]``, noise-corrected cosines, mean over checkpoints. NaN where no checkpoint has a value.
+        timesteps: int64 ``[n]``, the grid of timesteps.
+        log_snr: ``[T]``, log-SNR of all timesteps.
+        raw: ``[n, n]``, cosines of the gradients of all data without correction, mean over checkpoints.
+        checkpoints: ``[C, n, n]``, ``affinity`` of each checkpoint.
+        products: ``[C, n]``, <a_i, b_i>, the denominators: unbiased estimates of the squared gradient norms.
+        signal: ``[C, n]``, the split-half cosine: 1 if the gradient is all signal, 0 if it is all noise.
+        layers: ``[L, n, n]``, ``affinity`` of each group of parameters alone.
+        layer_names: names of the L groups.
+        stats: plain numbers: sizes, counts, memory and, with a sketch, the bound on its error.
     """
 
     affinity: Tensor
@@ -69,17 +70,17 @@ class TaskAffinity:
         return len(self.log_snr)
 
     def full(self) -> Tensor:
-        """``[T, T]``: interpolated to all timesteps, see :func:`antdiff.analysis.estimate.interpolate`."""
+        """Return the affinities of all timesteps, ``[T, T]``; see :func:`antdiff.analysis.estimate.interpolate`."""
         return estimate.interpolate(self.affinity, self.timesteps, self.T)
 
     def clusters(self, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
-        """Gradient clusters: ``TimestepClusters.from_affinity`` of :meth:`full`."""
+        """Return gradient clusters: ``TimestepClusters.from_affinity`` of :meth:`full`."""
         return TimestepClusters.from_affinity(self.full(), k, min_size=min_size, max_size=max_size)
 
     def gap_correlations(
         self, *, resamples: int = 500, generator: torch.Generator | None = None
     ) -> dict[str, estimate.Correlation]:
-        """Spearman's correlations of affinity with the gap in ``"t"`` and in ``"log_snr"``: the first observation."""
+        """Return Spearman's correlations of affinity with the gap in ``"t"`` and in ``"log_snr"``."""
         positions = {"t": self.timesteps, "log_snr": self.log_snr[self.timesteps]}
         return {
             name: estimate.gap_correlation(self.affinity, x, resamples=resamples, generator=generator)
@@ -87,14 +88,14 @@ class TaskAffinity:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an npz: every attribute under its name; whole or, on an error, not at all."""
+        """Write every attribute under its name into an npz file, atomically."""
         arrays = {name: value.numpy() for name, value in vars(self).items() if isinstance(value, Tensor)}
         texts = {"layer_names": np.array(self.layer_names), "stats": np.array(json.dumps(self.stats))}
         write_npz(Path(path), {"format": np.array(_FORMAT), **arrays, **texts})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskAffinity:
-        """Reads what :meth:`save` wrote. A ValueError if it is something else."""
+        """Read a file written by :meth:`save`; raise a ValueError for any other file."""
         try:
             with np.load(path) as archive:
                 if str(archive["format"]) != _FORMAT:
@@ -107,10 +108,10 @@ class TaskAffinity:
 
 
 def epsilon_loss(log_snr: Tensor) -> Loss:
-    """The denoising loss of a variance-preserving schedule: ``loss(model, x0, noise, t, *conditions)`` -> ``[b]``.
+    """Return the denoising loss of a variance-preserving schedule, ``loss(model, x0, noise, t, *conditions) -> [b]``.
 
-    ``x_t = sqrt(sigmoid(l)) x_0 + sqrt(sigmoid(-l)) noise`` with l = log_snr[t], and the mean squared error of
-    ``model(x_t, t, *conditions)`` as an estimate of the noise.
+    It is the mean squared error of ``model(x_t, t, *conditions)`` as an estimate of the noise, where
+    ``x_t = sqrt(sigmoid(l)) x_0 + sqrt(sigmoid(-l)) noise`` and l = log_snr[t].
     """
     signal, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()  # [T]
 
@@ -139,38 +140,38 @@ def task_affinity(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> TaskAffinity:
-    """Cosines of the gradients of the denoising losses of different timesteps, averaged over checkpoints.
+    """Measure the cosines of the gradients of the denoising losses at different timesteps, averaged over checkpoints.
 
-    All timesteps see the same images and the same noise, split at random into two halves. A gradient is streamed into a
-    row as it is, or sketched; see :mod:`antdiff.analysis.projection` for the sketch and its error bound. Costs one
-    forward and backward for every image, timestep and checkpoint. The model is in eval mode meanwhile (no dropout); its
-    mode, weights and ``.grad`` are as before afterwards.
+    All timesteps see the same images and the same noise, split at random into two halves. Each gradient is streamed
+    into a row, exact or sketched; see :mod:`antdiff.analysis.projection` for the sketch and its error bound. The cost
+    is one forward and backward per image, timestep and checkpoint. The model is in eval mode meanwhile (no dropout).
+    Its mode, weights and ``.grad`` are restored.
 
     Args:
-        model: the network; samples must be independent of one another (no BatchNorm in training).
-        data: clean samples, float ``[N, ...]`` with N even, or a sequence of such and of conditions ``[N, ...]`` that
-            ``loss`` and ``model`` take after t. Draw them as training does: they are taken as independent draws.
-        timesteps: the grid: how many, evenly spaced from 0 to T-1, or which.
-        log_snr: name of a schedule, or ``[T]``. Sets T, and the default loss.
+        model: network whose samples do not interact (no BatchNorm in training mode).
+        data: clean samples, float ``[N, ...]`` with N even, or a sequence of them and of conditions ``[N, ...]``, which
+            ``loss`` and ``model`` take after t. Draw them as in training: they are assumed to be independent draws.
+        timesteps: the grid: a number of timesteps, evenly spaced from 0 to T-1, or the timesteps themselves.
+        log_snr: name of a schedule, or ``[T]``. It determines T and the default loss.
         loss: ``loss(model, x0, noise, t, *conditions)`` -> per-sample losses ``[b]``; default :func:`epsilon_loss`.
-        checkpoints: state dicts of ``model`` to average over, loaded one after the other; default its weights as they
-            are.
-        groups: the group (layer) of a parameter, by name, for affinities of each group; default a single group;
-            :func:`antdiff.analysis.module_groups` gives top-level modules.
-        sketch: None: exact. An int d: groups of more than d parameters are sketched to d numbers. ``"auto"``: exact if
-            2 n P numbers fit the memory, else the largest power of two that does (at most 16,384).
-        memory: bytes to stay within, for everything but the network, its activations on ``batch_size`` samples, and the
+        checkpoints: state dicts of ``model`` to average over, loaded one after another; default the current weights.
+        groups: maps the name of a parameter to its group (layer), for the affinities of each group; default a single
+            group. :func:`antdiff.analysis.module_groups` groups by top-level module.
+        sketch: None is exact. With an int d, groups of more than d parameters are sketched to d numbers. ``"auto"`` is
+            exact if 2 n P numbers fit into the memory; otherwise d is the largest power of two that fits, at most
+            16,384.
+        memory: limit in bytes for everything except the network, its activations on ``batch_size`` samples, and the
             data.
-        batch_size: samples of a forward.
-        folder: where to keep the state, so that the same call goes on if interrupted (``loss`` is not checked to be the
-            same), and exact rows that do not fit the memory: there 2 n P numbers take disk space instead.
-        generator: of the halves, the noise and the sketch, on the CPU; default one of seed 0, so that a repeated call
-            goes on.
-        progress: show a bar.
+        batch_size: samples per forward pass.
+        folder: folder of the state. The same call then resumes an interrupted one (whether ``loss`` is the same is not
+            checked), and exact rows that do not fit into the memory take 2 n P numbers of disk space instead.
+        generator: random numbers of the halves, the noise and the sketch, on the CPU; default one of seed 0, so that a
+            repeated call can resume.
+        progress: whether to show a progress bar.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit (the message says which, and the remedy), memory that does
-            not suffice, or a folder with the state of another computation.
+        TypeError, ValueError: an invalid argument (the message names it and the remedy), too little memory, or a folder
+            with the state of another computation.
     """
     levels = levels_of(log_snr)
     grid = _grid(timesteps, len(levels))
@@ -201,12 +202,14 @@ def task_affinity(
             model.load_state_dict(before)
         model.train(training)
     if not found:
-        raise ValueError("checkpoints must hold at least one state dict; got none.")
+        raise ValueError(
+            "checkpoints must hold at least one state dict; got none. Leave it out for the current weights."
+        )
     return _average(found, grid, levels, projection.groups, plan, len(samples[0]))
 
 
 class _Stream:
-    """The rows of one checkpoint after another, a block of timesteps at a time, and their inner products."""
+    """Computes the rows of one checkpoint after another, in blocks of timesteps, and their inner products."""
 
     def __init__(
         self, model: nn.Module, loss: Loss, halves: list[list[Tensor]], grid: Tensor, batch_size: int, plan: Plan,
@@ -214,11 +217,11 @@ class _Stream:
     ) -> None:  # fmt: skip
         self.model, self.loss, self.halves, self.grid, self.batch_size = model, loss, halves, grid, batch_size
         self.plan, self.projection, self.store = plan, projection, store
-        # Each slice of the split route is one timestep's: no network is too odd for it, and no activations are kept.
+        # The split route runs one timestep per slice. It supports every network and keeps no activations.
         self.gradients = ClusterGradients(model, plan.block, route="split", dtype=plan.dtype, group="local")
 
     def run(self, checkpoint: int, progress: bool) -> dict[str, Tensor]:
-        """The estimates of the weights that the model has now."""
+        """Return the estimates for the current weights of the model."""
         weights = _weights(self.model)
         result = self.store.finished(checkpoint, weights)
         if result is not None:
@@ -236,7 +239,7 @@ class _Stream:
         return result
 
     def _gradients(self, ts: Tensor, samples: list[Tensor], out: Tensor) -> None:
-        """out [k, D]: the gradients of the mean loss over the samples at each of ts [k]."""
+        """Write the gradients of the mean loss over the samples, at each of ts [k], to out [k, D]."""
         k, device = len(ts), next(self.model.parameters()).device
 
         def losses(t: Tensor, x0: Tensor, noise: Tensor, *conditions: Tensor) -> Tensor:
@@ -273,10 +276,10 @@ class _Stream:
 
 
 def gram_of_rows(rows: Tensor, slab: int) -> Tensor:
-    """``rows rows^T`` in float64, ``slab`` columns at a time. For many rows: few are ``ops.gram``'s."""
+    """Return ``rows rows^T`` in float64, summed from ``slab`` columns at a time. ``ops.gram`` takes only few rows."""
     G = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for part in rows.split(slab, dim=1):
-        part = part.double()  # products of float32 are exact in it
+        part = part.double()  # products of float32 are exact in float64
         G.addmm_(part, part.T)
     return (G + G.T) / 2
 
@@ -299,8 +302,8 @@ def _average(
         "nan_share": float(affinity.isnan().double().mean()),
     }
     if "sketch_sd" in found[0]:
-        # All checkpoints are sketched by the same signs, so their errors need not average out: the deviation of the
-        # mean is at most the mean of the deviations, whatever their correlation.
+        # All checkpoints are sketched with the same signs, so their errors may be correlated. Whatever the correlation,
+        # the deviation of the mean is at most the mean of the deviations.
         sd = stacked("sketch_sd").nanmean(0)
         off = sd[torch.triu(torch.ones_like(sd), 1).bool()]
         off = off[off.isfinite()]
@@ -334,12 +337,11 @@ def mean_within(affinity: Tensor, clusters: TimestepClusters) -> float:
 
 
 def levels_of(log_snr: object) -> Tensor:
-    """Log-SNR float64 [T] on the CPU, of a named schedule or as given; a TypeError for anything else."""
+    """Return log-SNR as float64 [T] on the CPU, from the name of a schedule or a tensor."""
     if isinstance(log_snr, str):
         return named_log_snr(log_snr)
     if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point() or log_snr.dim() != 1 or not len(log_snr):
-        came = f"{log_snr.dtype} {list(log_snr.shape)}" if isinstance(log_snr, Tensor) else type(log_snr).__name__
-        raise TypeError(f"log_snr must be the name of a schedule or a float tensor [T]; got {came}.")
+        raise TypeError(f"log_snr must be the name of a schedule or a float tensor [T]; got {describe(log_snr)}.")
     return log_snr.detach().to("cpu", torch.float64)
 
 
@@ -347,20 +349,22 @@ def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
     if isinstance(timesteps, int) and not isinstance(timesteps, bool):
         if not 2 <= timesteps <= T:
             raise ValueError(f"timesteps must be from 2 to T={T}; got {timesteps}.")
-        return torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()  # distinct, as steps are >= 1
+        return (
+            torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()
+        )  # distinct, since the spacing is >= 1
     grid = torch.as_tensor(timesteps)
     if grid.dtype not in (torch.int64, torch.int32) or grid.dim() != 1:
         raise TypeError(f"timesteps must be an int or a list of ints; got {grid.dtype} of shape {list(grid.shape)}.")
     grid = grid.long().cpu()
     if len(grid) < 2 or bool((grid.diff() <= 0).any()) or not 0 <= int(grid[0]) <= int(grid[-1]) < T:
-        raise ValueError(f"timesteps must be two or more, ascending in 0 .. T-1={T - 1}; got {grid.tolist()}.")
+        raise ValueError(f"timesteps must be at least two, ascending in 0 .. T-1={T - 1}; got {grid.tolist()}.")
     return grid
 
 
 def _samples(data: Tensor | Sequence[Tensor]) -> list[Tensor]:
     samples = [data] if isinstance(data, Tensor) else list(data)
     if not samples or not all(isinstance(x, Tensor) and x.dim() for x in samples):
-        raise TypeError("data must be a float tensor [N, ...], or a sequence of it and of conditions [N, ...].")
+        raise TypeError("data must be a float tensor [N, ...], or a sequence of one and of conditions [N, ...].")
     if not samples[0].is_floating_point():
         raise TypeError(f"data must be float, scaled as in training; got {samples[0].dtype}.")
     N = len(samples[0])
@@ -373,7 +377,7 @@ def _samples(data: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _halves(samples: list[Tensor], generator: torch.Generator) -> list[list[Tensor]]:
-    """Two halves of (x0, noise, *conditions)."""
+    """Return two random halves of (x0, noise, *conditions)."""
     x0, *conditions = samples
     order = torch.randperm(len(x0), generator=generator)  # [N]
     noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
@@ -384,7 +388,7 @@ def _halves(samples: list[Tensor], generator: torch.Generator) -> list[list[Tens
 
 
 def _weights(model: nn.Module) -> str:
-    """Names the weights and buffers."""
+    """Return a digest of the weights and buffers."""
     return digest(*(part for item in model.state_dict().items() for part in item))
 
 
@@ -392,7 +396,7 @@ def _fingerprint(
     named: list[tuple[str, nn.Parameter]], halves: list[list[Tensor]], grid: Tensor, levels: Tensor,
     projection: Projection, batch_size: int,
 ) -> str:  # fmt: skip
-    """Names all that the rows depend on, apart from weights and loss."""
+    """Return a digest of everything that the rows depend on, except the weights and the loss."""
     parameters = repr([(name, p.dtype, tuple(p.shape)) for name, p in named])
     tensors = (x for half in halves for x in half)
     return digest(_FORMAT, str(batch_size), projection.digest(), parameters, grid, levels, *tensors)
@@ -400,7 +404,7 @@ def _fingerprint(
 
 @contextmanager
 def _bar(total: int, done: int, title: str, progress: bool) -> Iterator[Callable[[int], Any]]:
-    """What to call with the number of timesteps that are done."""
+    """Yield a function that advances the progress bar by a number of timesteps."""
     if not progress:
         yield lambda steps: None
         return

@@ -1,4 +1,4 @@
-"""What may be said of a mean over few seeds."""
+"""Confidence intervals of means over few repetitions."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 class Interval(NamedTuple):
-    """A mean over independent repetitions and its two-sided 95 % Student interval. float64, one shape."""
+    """A mean over independent repetitions and its two-sided 95 % Student interval. All are float64 of one shape."""
 
     mean: Tensor
-    low: Tensor  # NaN with fewer than two repetitions: the spread is then not known
+    low: Tensor  # NaN with fewer than two repetitions, whose spread is unknown
     high: Tensor
 
     @property
     def beyond_zero(self) -> Tensor:
-        """Whether the interval leaves zero out; False where it is not known."""
+        """Whether the interval excludes zero. False where the interval is unknown."""
         return (self.low > 0) | (self.high < 0)
 
 
 def student_interval(values: Tensor, confidence: float = 0.95) -> Interval:
-    """Mean and interval of ``values [S, ...]`` over the first dimension; NaN entries are left out of both.
+    """Return the mean and interval of ``values [S, ...]`` over the first dimension. NaN entries are ignored.
 
-    Entries are taken to be independent and about normal: training seeds, or independent draws of the data. One interval
-    at a time: among twenty of them, one leaves the truth out.
+    Entries are assumed to be independent and approximately normal: training seeds, or independent draws of the data.
+    The confidence holds for a single interval. Among twenty intervals, one is expected to miss the true value.
     """
     from scipy.stats import t as student
 

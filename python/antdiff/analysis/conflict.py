@@ -1,8 +1,9 @@
-"""Conflict between clusters: how often their gradients point against each other, in batches and in expectation.
+"""Conflict between clusters: how often their gradients oppose each other, in batches and in expectation.
 
-A batch's gradients are noisy, and noise makes cosines small, not negative on average: a share of conflicts near one
-half in batches can come from no conflict at all. So both are measured: what a balancing method sees in each batch, and
-the cosine of the expected gradients, from products of gradients of different batches, whose noise is independent.
+The gradients of a batch are noisy, and noise makes cosines small, but not negative on average. A share of conflicts
+near one half in batches may therefore come from noise alone. This module measures both the conflicts in each batch, as
+seen by a balancing method, and the cosine of the expected gradients. The latter uses products of gradients of different
+batches, whose noise is independent.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from antdiff.gradients import ClusterGradients
 
 @dataclass
 class Conflict:
-    """Conflict of K clusters over S independent repetitions. float64 on the CPU.
+    """Conflict of K clusters over S independent repetitions. All tensors are float64 on the CPU.
 
     Attributes:
-        cosine: ``[S, K, K]``: cosines of the expected gradients, noise-corrected: with C_ij the mean of <g_i, h_j> over
-            pairs of different batches g, h, ``C_ij / sqrt(C_ii C_jj)``; NaN where C_ii or C_jj is not positive.
-        batch_cosine: ``[S, K, K]``: mean cosine of the gradients of one batch.
-        rate: ``[S, K, K]``: share of batches in which the inner product is negative; the diagonal is 0.
+        cosine: ``[S, K, K]``, noise-corrected cosines of the expected gradients, ``C_ij / sqrt(C_ii C_jj)``. C_ij is
+            the mean of <g_i, h_j> over pairs of different batches g, h. NaN where C_ii or C_jj is not positive.
+        batch_cosine: ``[S, K, K]``, mean cosine of the gradients of one batch.
+        rate: ``[S, K, K]``, share of batches in which the inner product is negative. The diagonal is 0.
     """
 
     cosine: Tensor
@@ -37,16 +38,16 @@ class Conflict:
     rate: Tensor
 
     def share(self) -> Interval:
-        """Share of the pairs of clusters that conflict in a batch, over repetitions."""
+        """Return the share of pairs of clusters that conflict in a batch, with its interval over repetitions."""
         k = self.rate.shape[-1]
         return student_interval(self.rate.sum((1, 2)) / max(1, k * (k - 1)))
 
     def expected(self) -> Interval:
-        """``[K, K]``: :attr:`cosine` over repetitions."""
+        """Return the mean of :attr:`cosine` and its interval over repetitions, each ``[K, K]``."""
         return student_interval(self.cosine)
 
     def conflicting_pairs(self) -> int:
-        """Pairs of clusters whose expected gradients conflict: the whole interval of their cosine is below zero."""
+        """Count the pairs whose expected gradients conflict: the interval of their cosine is entirely below zero."""
         return int((self.expected().high < 0).triu(1).sum())
 
 
@@ -62,28 +63,32 @@ def cluster_conflict(
     repeats: int = 5,
     generator: torch.Generator | None = None,
 ) -> Conflict:
-    """Measures conflict between ``clusters`` for the model as it is, in eval mode, which is restored.
+    """Measure the conflict between ``clusters`` with the current weights of the model.
 
-    Images are drawn with replacement, timesteps in equal shares for each cluster, so that all have the same noise.
-    Holds 2 K gradients. Costs ``repeats * batches`` training steps.
+    Images are drawn with replacement, and timesteps in equal shares per cluster, so that all clusters have the same
+    noise. The model is in eval mode meanwhile; its mode is restored. The memory is 2 K gradients, the cost is
+    ``repeats * batches`` training steps.
 
     Args:
-        model: the network, with independent samples.
+        model: network whose samples do not interact.
         data: clean images to draw from, float ``[N, ...]``.
-        clusters: K of them, at most ``batch_size``.
+        clusters: K clusters, where K is at most ``batch_size``.
         log_snr, loss: as for :func:`antdiff.analysis.task_affinity`.
-        batch_size: images a batch: the smaller, the more conflict is noise.
-        batches: a repetition, at least 2.
-        repeats: S, independent ones; their spread gives the intervals.
-        generator: of everything, on the CPU; default torch's global one.
+        batch_size: images per batch. In smaller batches, more of the conflict is noise.
+        batches: batches per repetition, at least 2.
+        repeats: S, the number of independent repetitions. Their spread gives the intervals.
+        generator: all random numbers, on the CPU; default torch's global generator.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError, ValueError: an invalid argument.
     """
     levels = levels_of(log_snr)
     k, B = clusters.k, as_count("batch_size", batch_size, clusters.k)
     if len(levels) != clusters.T:
-        raise ValueError(f"clusters must cover the T={len(levels)} timesteps of log_snr; got T={clusters.T}.")
+        raise ValueError(
+            f"clusters must cover the T={len(levels)} timesteps of log_snr; got T={clusters.T}. "
+            "Pass the log_snr that the clusters were made for."
+        )
     if not data.is_floating_point() or data.dim() < 2 or not len(data):
         raise TypeError(f"data must be float [N, ...], scaled as in training; got {data.dtype} {list(data.shape)}.")
     as_count("batches", batches, 2), as_count("repeats", repeats)
@@ -95,7 +100,7 @@ def cluster_conflict(
         return per_sample(model, x0, noise, t)
 
     def grams() -> tuple[Tensor, Tensor]:
-        """Of every batch of a repetition, [batches, K, K], and of the sum of their gradients, [K, K]."""
+        """Return the Gram matrices of the batches of a repetition, [batches, K, K], and of their summed gradients."""
         total: list[Tensor | None] | None = None
         each = []
         for _ in range(batches):
@@ -125,9 +130,14 @@ def cluster_conflict(
 
 
 def conflict_of(each: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:class:`Conflict`'s three matrices of one repetition, from the Gram matrices of its R batches and of their sum.
+    """Return the three matrices of :class:`Conflict` for one repetition of R batches.
 
-    ``sum_{r != s} <g_i^r, g_j^s> = <sum_r g_i^r, sum_s g_j^s> - sum_r <g_i^r, g_j^r>``: two Gram matrices are enough.
+    Two Gram matrices suffice, since
+    ``sum_{r != s} <g_i^r, g_j^s> = <sum_r g_i^r, sum_s g_j^s> - sum_r <g_i^r, g_j^r>``.
+
+    Args:
+        each: ``[R, K, K]``, the Gram matrices of the batches.
+        total: ``[K, K]``, the Gram matrix of the sum of their gradients.
     """
     R = len(each)
     C = (total - each.sum(0)) / (R * (R - 1))  # [K, K]

@@ -1,4 +1,4 @@
-"""How many gradients are held at once, and whether they are sketched, so that the memory asked for suffices."""
+"""The memory plan of task affinity: how many gradients are held at once, and whether they are sketched."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 from antdiff.analysis.projection import column_layout
 
-_LARGEST_SKETCH = 2**14  # standard deviation below 0.8 %: less than the data's own noise
+_LARGEST_SKETCH = 2**14  # standard deviation below 0.8 %, less than the noise of the data
 _SMALLEST_SKETCH = 2**8
-_LARGEST_BLOCK = 16  # more rows a block save nothing: the split route goes through them one by one
+_LARGEST_BLOCK = 16  # larger blocks save nothing, since the split route handles their rows one by one
 
 
 class Plan(NamedTuple):
-    """What :func:`make_plan` decided."""
+    """The decisions of :func:`make_plan`."""
 
-    dim: int | None  # d of the sketch
+    dim: int | None  # d, the size of the sketch; None if nothing is sketched
     block: int  # K: timesteps whose gradients are held at once
-    slab: int  # columns that the Gram matrix takes at a time
-    bytes: int  # of all that is held at once, at most
+    slab: int  # columns per step of the Gram matrix
+    bytes: int  # upper bound on the memory held at once
     dtype: torch.dtype  # of gradients and rows
 
 
@@ -34,22 +34,23 @@ def make_plan(
     memory: int,
     on_disk: bool,
 ) -> Plan:
-    """The largest block that fits ``memory`` bytes for ``n`` timesteps, exact or sketched as asked.
+    """Return the plan with the largest block that fits into ``memory`` bytes for ``n`` timesteps.
 
-    Counted: the block's gradients and one more, the rows (2 n D numbers, unless they are kept on the disk), the signs
-    of the sketch (a byte a parameter), one slab of the Gram matrix in float64, and the n x n arrays of the estimates.
+    The memory counts the gradients of the block and one more, the rows (2 n D numbers, unless they are on the disk),
+    the signs of the sketch (one byte per parameter), one slab of the Gram matrix in float64, and the n x n arrays of
+    the estimates.
 
     Raises:
-        TypeError, ValueError: a bad sketch or memory, no trainable parameters, or a memory that does not suffice.
+        TypeError, ValueError: an invalid sketch or memory, no trainable parameters, or too little memory.
     """
     if isinstance(memory, bool) or not isinstance(memory, int):
-        raise TypeError(f"memory must be an int, in bytes; got {type(memory).__name__}.")
+        raise TypeError(f"memory must be an int, in bytes; got {type(memory).__name__}. Pass a Python int.")
     if sketch is not None and sketch != "auto" and (isinstance(sketch, bool) or not isinstance(sketch, int)):
         raise TypeError(f"sketch must be an int, 'auto' or None; got {sketch!r}.")
     if isinstance(sketch, int) and sketch < 1:
         raise ValueError(f"sketch must be at least 1; got {sketch}.")
     if not named:
-        raise ValueError("model must have a parameter that requires grad; got none. Unfreeze one.")
+        raise ValueError("model must have a parameter that requires grad; it has none. Unfreeze one.")
     dtype = torch.float64 if any(p.dtype == torch.float64 for _, p in named) else torch.float32
     sizes: dict[str, int] = {}
     for name, p in named:
@@ -57,12 +58,12 @@ def make_plan(
     P, item = sum(sizes.values()), dtype.itemsize
 
     def held(dim: int | None, block: int, in_memory: bool) -> tuple[int, int]:
-        """Bytes, and columns of a slab, which takes an eighth of the memory at most."""
+        """Return the bytes held, and the columns of a slab, which takes at most an eighth of the memory."""
         columns = column_layout(sizes, dim)[-1].stop
         slab = max(1, min(columns, 2**16, memory // 8 // (2 * n * 8)))
         signs = sum(size for size in sizes.values() if dim is not None and size > dim)
-        # At the estimates: the Gram matrix of a group, their sum and one more, [2n, 2n]; of [n, n] some 16 temporaries
-        # and the results of each group, twice when they are put together.
+        # The estimates hold three [2n, 2n] arrays (the Gram matrix of a group, their sum and a temporary), some 16
+        # temporaries [n, n], and one result [n, n] per group, twice while they are stacked.
         square = (3 * 4 + 16 + 2 * len(sizes)) * n * n * 8
         rows = 2 * n * columns * item if in_memory else 0
         return (block + 1) * P * item + rows + signs + 2 * 2 * n * slab * 8 + square, slab
@@ -76,8 +77,8 @@ def make_plan(
         dim = None  # nothing to sketch
     least, _ = held(dim, 1, not on_disk)
     if least > memory:
-        remedy = "Give more, fewer timesteps" + ("" if dim is not None else ", sketch='auto'")
-        remedy += "." if on_disk else ", or a folder, which holds the rows instead."
+        remedy = "Give more memory, fewer timesteps" + ("" if dim is not None else ", sketch='auto'")
+        remedy += "." if on_disk else ", or a folder, which then holds the rows."
         raise ValueError(
             f"memory must be at least {least} bytes for {n} timesteps of {P} parameters; got {memory}. {remedy}"
         )

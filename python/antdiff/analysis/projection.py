@@ -1,16 +1,17 @@
-"""From the gradients of a block, one tensor ``[K, *shape]`` a parameter, to rows of numbers: whole or sketched.
+"""Projection of gradients, one tensor ``[K, *shape]`` per parameter, to rows of numbers, exact or sketched.
 
 The sketch is a CountSketch (Charikar, Chen and Farach-Colton, 2002) whose hash is cheap to apply: each parameter is cut
-into pieces of at most d numbers, and each piece is multiplied by random signs, rotated by a random shift and added to
-the same d numbers. Two numbers of one piece never meet, two of different pieces with probability 1/d, whatever they
-are. With signs s that are independent, for any symmetric matrix M the estimate of <M, x y^T> that the sketch gives is
-off by ``sum_{j<l, h(j)=h(l)} 2 s_j s_l M_jl``: of mean zero, and of variance
+into pieces of at most d numbers. Each piece is multiplied by random signs, rotated by a random shift and added to the
+same d numbers. Two numbers of the same piece never collide; any two numbers of different pieces collide with
+probability 1/d. The signs s are independent. For any symmetric matrix M, the sketched estimate of <M, x y^T> therefore
+has the error ``sum_{j<l, h(j)=h(l)} 2 s_j s_l M_jl``, with mean zero and variance
 
     Var <= (4/d) sum_{j<l} M_jl^2 <= (2/d) |M|_F^2,    so    Var <Sx, Sy> <= (|x|^2 |y|^2 + <x, y>^2) / d
 
-(M = (x y^T + y x^T) / 2), since products of signs have mean zero unless they pair up, and pairs meet with probability
-1/d at most. Groups of parameters are sketched apart, d numbers each: their errors are independent, and the diagonal
-blocks of M have no larger norm than M, so the bound holds for the whole as well. Cost: one pass over J.
+for M = (x y^T + y x^T) / 2. The reason is that products of signs have mean zero unless they pair up, and that pairs
+collide with probability at most 1/d. Each group of parameters has a sketch of d numbers of its own. The errors of
+groups are independent, and the diagonal blocks of M have no larger norm than M, so the bound also holds for the whole.
+The cost is one pass over J.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ from antdiff._files import digest
 
 
 class Columns(NamedTuple):
-    """Where a group of parameters lies in a row."""
+    """The columns of a group of parameters in a row."""
 
     name: str
     start: int
     stop: int
-    size: int  # numbers of the gradient; more than stop - start where sketched
+    size: int  # size of the gradient; more than stop - start if the group is sketched
 
 
 class Projection:
-    """How J of a model becomes rows ``[K, columns]``.
+    """Projects the gradients J of a model to rows ``[K, columns]``.
 
     Args:
-        model: its trainable parameters are those of J, in order.
-        group_of: the group of a parameter, by name.
-        dim: d. Groups of at most d numbers are kept whole, larger ones sketched; None: all are kept whole.
-        generator: of signs and shifts, on the CPU.
+        model: model whose trainable parameters are those of J, in order.
+        group_of: maps the name of a parameter to its group.
+        dim: d. Groups of at most d numbers are kept exact and larger ones are sketched. None keeps all groups exact.
+        generator: random numbers of the signs and shifts, on the CPU.
 
     Attributes:
-        groups: in the order in which they first occur.
-        columns: numbers in a row, D.
-        dim: d, or None where nothing is sketched.
+        groups: the groups, in the order of their first parameter.
+        columns: D, the length of a row.
+        dim: d, or None if nothing is sketched.
     """
 
     def __init__(
         self, model: nn.Module, group_of: Callable[[str], str], dim: int | None, generator: torch.Generator
     ) -> None:
         sizes: dict[str, int] = {}
-        places = []  # of each parameter: its group and its offset in it
+        places = []  # group of each parameter, and its offset in the group
         for name, p in model.named_parameters():
             owner = group_of(name)
             places.append((owner, sizes.get(owner, 0)))
@@ -64,7 +65,7 @@ class Projection:
         self.dim = dim if dim is not None and any(size > dim for size in sizes.values()) else None
         self._parts: list[tuple[Columns, int, Tensor | None, list[int]]] = []
         for (name, offset), p in zip(places, model.parameters(), strict=True):
-            group = by_name.get(name, Columns(name, 0, 0, 0))  # one whose parameters are all frozen has no columns
+            group = by_name.get(name, Columns(name, 0, 0, 0))  # a group of frozen parameters has no columns
             width, signs, shifts = group.stop - group.start, None, []
             if p.requires_grad and group.size > width:
                 signs = torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1  # [m]
@@ -72,7 +73,7 @@ class Projection:
             self._parts.append((group, offset, signs, shifts))
 
     def write(self, J: Sequence[Tensor | None], out: Tensor) -> None:
-        """Fills ``out [k, columns]`` from the first k rows of J, which may lie on another device."""
+        """Fill ``out [k, columns]`` from the first k rows of J, which may be on another device."""
         k = len(out)
         if self.dim is not None:
             out.zero_()
@@ -86,7 +87,7 @@ class Projection:
                 _fold(x, signs, shifts, out[:, group.start : group.stop])
 
     def digest(self) -> str:
-        """Names the layout and the random numbers."""
+        """Return a digest of the layout and the random numbers."""
         parts: list[str | Tensor] = [repr(self.groups)]
         for _, offset, signs, shifts in self._parts:
             parts += [f"{offset} {shifts}"] if signs is None else [f"{offset} {shifts}", signs]
@@ -94,7 +95,7 @@ class Projection:
 
 
 def _fold(x: Tensor, signs: Tensor, shifts: Sequence[int], out: Tensor) -> None:
-    """out [k, d] += the pieces of x [k, m], each times its signs and rotated by its shift."""
+    """Add the pieces of x [k, m], multiplied by their signs and rotated by their shifts, to out [k, d]."""
     d = out.shape[1]
     for piece, shift in enumerate(shifts):
         part = x[:, piece * d : (piece + 1) * d] * signs[piece * d : (piece + 1) * d]  # [k, <= d]
@@ -105,7 +106,7 @@ def _fold(x: Tensor, signs: Tensor, shifts: Sequence[int], out: Tensor) -> None:
 
 
 def column_layout(sizes: dict[str, int], dim: int | None) -> list[Columns]:
-    """The columns of each group, from the numbers in each."""
+    """Return the columns of each group, from the sizes of the groups."""
     groups, start = [], 0
     for name, size in sizes.items():
         stop = start + (size if dim is None else min(size, dim))
@@ -115,10 +116,10 @@ def column_layout(sizes: dict[str, int], dim: int | None) -> list[Columns]:
 
 
 def module_groups(model: nn.Module) -> Callable[[str], str]:
-    """Groups parameters by top-level module: from the names of a model's parameters to the name of their module.
+    """Group parameters by top-level module. Return a function from the name of a parameter to the name of its module.
 
-    Wrappers around a single module are looked through, and the entries of a ModuleList or Sequential count as modules
-    of their own (``down_blocks.0``, ``down_blocks.1``, ...).
+    Wrappers around a single module are skipped. Each entry of a ModuleList or Sequential counts as one module
+    (``down_blocks.0``, ``down_blocks.1``, ...).
     """
     top, prefix = model, ""
     while True:

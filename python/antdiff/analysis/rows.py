@@ -1,4 +1,4 @@
-"""What a computation has done so far, on the disk, so that an interrupted one goes on where it stopped, bit for bit."""
+"""The state of a computation on the disk, from which an interrupted one resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from antdiff._files import write_atomically, write_npz
 
 
 class ResumableRows:
-    """The gradients' rows ``[2, n, D]``, in memory or, given a folder, in a file there, and how many are done.
+    """The rows of gradients ``[2, n, D]``, in memory or in a file, and how many of them are done.
 
-    A folder holds ``rows.bin``, ``progress.json`` (what is computed, for which checkpoint, how many timesteps are done)
-    and ``checkpoint-<c>.npz`` of each checkpoint that is finished. Rows reach the disk before the progress that counts
-    them, and a file is replaced whole or not at all.
+    The folder holds ``rows.bin``, ``progress.json`` (the computation, the checkpoint, and how many of its timesteps are
+    done) and one ``checkpoint-<c>.npz`` per finished checkpoint. Rows reach the disk before the progress that counts
+    them, and the other files are replaced atomically.
 
     Args:
-        folder: where to keep them; made if missing. None: in memory, and nothing is kept.
-        fingerprint: names all that the rows depend on, apart from the weights.
-        shape, dtype: of the rows.
+        folder: folder of the state, created if it is missing. None keeps the rows in memory and saves nothing.
+        fingerprint: identifies everything that the rows depend on, except the weights.
+        shape, dtype: shape and dtype of the rows.
 
     Raises:
         ValueError: the folder holds the state of another computation.
@@ -43,15 +43,15 @@ class ResumableRows:
             if self._state.get("fingerprint") != fingerprint:
                 raise self._other("other data, noise, timesteps, loss settings, network or sketch")
         size = int(np.prod(shape)) * dtype.itemsize
-        whole = rows.exists() and rows.stat().st_size == size
-        kind = np.dtype(str(dtype).removeprefix("torch."))
-        self._file = np.memmap(rows, kind, "r+" if whole else "w+", shape=shape)
+        complete = rows.exists() and rows.stat().st_size == size
+        numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+        self._file = np.memmap(rows, numpy_dtype, "r+" if complete else "w+", shape=shape)
         self.rows = torch.from_numpy(self._file)
-        if not whole:
+        if not complete:
             self._state.pop("done", None)
 
     def finished(self, checkpoint: int, weights: str) -> dict[str, Tensor] | None:
-        """What :meth:`finish` was given for this checkpoint; None if it is yet to be done."""
+        """Return the results of this checkpoint, or None if it is not finished."""
         path = self._result(checkpoint)
         if path is None or not path.exists():
             return None
@@ -61,7 +61,7 @@ class ResumableRows:
             return {name: torch.from_numpy(archive[name]) for name in archive.files if name != "weights"}
 
     def done(self, checkpoint: int, weights: str) -> int:
-        """Timesteps of this checkpoint whose rows are there."""
+        """Return the number of timesteps of this checkpoint whose rows are complete."""
         if self._state.get("checkpoint") != checkpoint or "done" not in self._state:
             return 0
         if self._state["weights"] != weights:
@@ -69,7 +69,7 @@ class ResumableRows:
         return int(self._state["done"])
 
     def advance(self, checkpoint: int, weights: str, done: int) -> None:
-        """Keeps that the first ``done`` timesteps of this checkpoint have their rows."""
+        """Record that the rows of the first ``done`` timesteps of this checkpoint are complete."""
         if self._file is None or self.folder is None:
             return
         self._file.flush()
@@ -77,7 +77,7 @@ class ResumableRows:
         write_atomically(self.folder / "progress.json", json.dumps(state).encode())
 
     def finish(self, checkpoint: int, weights: str, arrays: dict[str, Tensor]) -> None:
-        """Keeps the results of this checkpoint."""
+        """Save the results of this checkpoint."""
         path = self._result(checkpoint)
         if path is not None:
             write_npz(path, {"weights": np.array(weights), **{k: v.numpy() for k, v in arrays.items()}})
@@ -86,4 +86,6 @@ class ResumableRows:
         return None if self.folder is None else self.folder / f"checkpoint-{checkpoint}.npz"
 
     def _other(self, what: str) -> ValueError:
-        return ValueError(f"{self.folder} holds the state of another computation ({what}): give another, or delete it.")
+        return ValueError(
+            f"{self.folder} holds the state of another computation ({what}). Give another folder, or delete this one."
+        )

@@ -1,17 +1,17 @@
-"""The negative transfer gap: is a timestep better off alone?
+"""The negative transfer gap (NTG): does joint training make a timestep worse?
 
-Go et al. (NeurIPS 2023), the second observation. A specialist is trained on one interval of timesteps only, a joint
-model on all of them, and
+This is the second observation of Go et al. (NeurIPS 2023). A specialist is trained on one interval of timesteps only
+and a joint model on all timesteps. With a metric for which lower is better,
 
-    NTG = metric(specialist) - metric(joint),    the metric one of which less is better,
+    NTG = metric(specialist) - metric(joint).
 
-so that **NTG < 0 is negative transfer**: on its interval the specialist beats the joint model, which learning the other
-timesteps has made worse there. NTG > 0: the joint model gains from the others.
+**NTG < 0 is negative transfer**: the specialist beats the joint model on its interval, because learning the other
+timesteps has made the joint model worse there. NTG > 0 means that the joint model gains from the other timesteps.
 
-The sign depends on what "trained as long" means. With equal iterations the specialist sees T / |I| times as many
-samples of its interval as the joint model, so a negative gap mixes transfer with plain practice. With equal samples of
-the interval it takes |I| / T of the steps, and a positive gap can come from too few of them. Negative with equal
-samples is negative transfer beyond doubt; positive with equal iterations is positive transfer.
+The sign depends on the training budget. With equal iterations, the specialist sees T / |I| times as many samples of its
+interval as the joint model, so a negative gap may also come from more practice. With equal samples of the interval, it
+takes |I| / T of the steps, and a positive gap may come from too few steps. A negative gap with equal samples is
+therefore clear evidence of negative transfer, and a positive gap with equal iterations of positive transfer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ BUDGETS: tuple[Budget, ...] = ("iterations", "samples")
 
 @dataclass
 class TransferGap:
-    """Specialists of K intervals against the joint model, over S training seeds, by a metric of which less is better.
+    """Specialists of K intervals compared with the joint model, over S training seeds. A lower metric is better.
 
     Attributes:
-        joint: float64 ``[S, K]``: of the joint model, on (or with its own chain, for sample quality) each interval.
-        specialist: ``[S, K]``: of the specialist, trained with the same seed.
-        budget: "iterations": as many steps as the joint model; "samples": as many samples of the interval.
+        joint: float64 ``[S, K]``, the metric of the joint model on each interval (of its own chain for sample quality).
+        specialist: ``[S, K]``, the metric of the specialist trained with the same seed.
+        budget: "iterations" means as many steps as the joint model, "samples" as many samples of the interval.
 
     Raises:
-        ValueError: two shapes that differ, or not [S, K].
+        ValueError: the shapes differ or are not [S, K], or an unknown budget.
     """
 
     joint: Tensor
@@ -55,16 +55,16 @@ class TransferGap:
 
     @property
     def gap(self) -> Interval:
-        """NTG ``[K]``, paired by seed."""
+        """NTG ``[K]``, paired by seed, with its interval."""
         return student_interval(self.specialist - self.joint)
 
     @property
     def relative(self) -> Interval:
-        """NTG as a share of the joint model's metric, ``[K]``."""
+        """NTG relative to the joint model's metric, ``[K]``, with its interval."""
         return student_interval(self.specialist / self.joint - 1)
 
     def verdicts(self) -> list[str]:
-        """What each interval's gap says, in words."""
+        """Return the interpretation of each interval's gap, in words."""
         gap = self.gap
         return [
             _verdict(float(mean), bool(sure), self.budget, len(self.joint))
@@ -74,9 +74,9 @@ class TransferGap:
 
 def _verdict(mean: float, sure: bool, budget: Budget, seeds: int) -> str:
     if seeds < 2:
-        return "one seed: nothing is said"
+        return "one seed: no statement possible"
     if not sure:
-        return "no gap beyond the seeds' noise"
+        return "no gap beyond the noise of the seeds"
     if mean < 0:
         practice = "" if budget == "samples" else ", or more practice on its interval"
         return f"the specialist is better: negative transfer{practice}"
