@@ -297,7 +297,7 @@ def test_permuted_rows_give_the_same_direction(J: Tensor, seed: int, method: Met
 def test_opposed_gradients_have_no_equal_projections() -> None:
     """The vector 1 can be perpendicular to the range of the correlations.
 
-    Rounding errors must then not be amplified into a direction, however small the least eigenvalue is.
+    Rounding errors must then not be amplified into a direction, for any size of the least eigenvalue.
     """
     for angle in (1.0, 1e-2, 1e-4):
         half = torch.tensor([[1.0, 0, 0], [1.0, angle, 0], [1.0, angle, angle]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Argument checks that several packages share. They import torch and the standard library alone."""
+"""Argument checks that several packages share. They need only torch and the standard library."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same_device(a: torch.device, b: torch.device) -> bool:
     ``torch.Generator("cuda").device`` has no index, while a tensor's device always has one (``cuda:0``). Indices are
     therefore compared only where both devices have one.
     """
-    return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
+    return a == b or (a.type == b.type and (a.index is None or b.index is None))
 
 
 def check_generator(generator: object, device: torch.device) -> None:

@@ -166,9 +166,8 @@ def _solve_with_cvxpy(G: Tensor) -> Tensor:
     if not rows.any():
         return weights
     scale = G.diagonal()[rows].rsqrt()
-    C = (
-        G[rows][:, rows] * scale * scale[:, None]
-    )  # the correlation matrix: the problem is the same for any scaling of rows
+    # The correlation matrix: scaling rows does not change the problem.
+    C = G[rows][:, rows] * scale * scale[:, None]
     C = (C + C.T) / 2
     b = _minimise(C)
     if b is None:
