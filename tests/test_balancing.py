@@ -281,9 +281,8 @@ def test_nash() -> None:
     norms = (NashMTL(max_norm=0.5).weights(batch[:3]) * batch.diagonal(dim1=-2, dim2=-1)[:3].sqrt())[:, 0]
     torch.testing.assert_close(norms, norms[:1].expand(3))
     assert NashMTL(max_norm=1.0).weights(batch[3]).tolist() == [0, 0]
-    opposed = torch.tensor(
-        [[1.0, -1], [-1, 1]], dtype=torch.float64
-    )  # stationary: the direction is never stretched to max_norm
+    # These rows are stationary, and the direction is never stretched to max_norm.
+    opposed = torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64)
     assert torch.equal(NashMTL(max_norm=1.0).weights(opposed), ops.nash_weights(opposed))
     with pytest.raises(ValueError, match="max_norm must be positive"):
         NashMTL(max_norm=0.0)
