@@ -1,7 +1,7 @@
-"""Prints the GPU architectures whose machine code lies in a binary, and how many kernel objects each has.
+"""Print the GPU architectures of the machine code in a binary, and the number of kernel objects per architecture.
 
-Reads the fat-binary containers themselves (magic 0xba55ed50, then entries that state their kind and architecture), so
-neither a GPU nor cuobjdump is needed; the payload may be compressed.
+This script reads the fat-binary containers directly (magic 0xba55ed50, then entries that state their kind and their
+architecture). It needs neither a GPU nor cuobjdump, and the payload may be compressed.
 """
 
 import struct
@@ -9,12 +9,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-HEADER = struct.Struct("<IHHQ")  # magic, version, header size, size of what follows
-ENTRY = struct.Struct("<HHIQ12xI")  # kind (1 PTX, 2 code), version, header, payload size, ..., arch
+HEADER = struct.Struct("<IHHQ")  # magic, version, header size, size of the entries
+ENTRY = struct.Struct("<HHIQ12xI")  # kind (1 PTX, 2 code), version, header size, payload size, ..., architecture
 MAGIC = struct.pack("<IH", 0xBA55ED50, 1)
 
 
 def architectures(binary: bytes) -> Counter[str]:
+    """Count the kernel objects in a binary per architecture."""
     found: Counter[str] = Counter()
     at = binary.find(MAGIC)
     while at >= 0:

@@ -137,6 +137,7 @@ def test_every_file_prints_the_commands_that_are_tested() -> None:
 
     assert commands((ROOT / "csrc" / "bindings" / "tensor.cpp").read_text()) == {info.COMMANDS["cuda"]}
     assert commands((ROOT / "python" / "antdiff" / "ops" / "_extension.py").read_text()) == {info.COMMANDS["extension"]}
+    assert info.COMMANDS["torch"] in (ROOT / "python" / "antdiff" / "ops" / "_extension.py").read_text()
     assert readme_commands()
     for path in ("README.md", "CONTRIBUTING.md", ".ci/run", "benchmarks/gpu_gate.sh", "pyproject.toml"):
         assert "cmake.define." not in (ROOT / path).read_text(), f"{path}: use the environment variables"

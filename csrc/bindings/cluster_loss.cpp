@@ -15,7 +15,7 @@ LossKind kind_of(const std::string& kind) {
 
 DType loss_dtype(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }
 
-// Checks what every form shares and fills it in. pred and target are [B, ...], N elements a sample.
+// Checks and sets the parameters that all functions share. pred and target are [B, ...], with N elements per sample.
 struct Call {
   Tensor pred, cluster;
   ClusterLossParams p;
@@ -42,13 +42,13 @@ struct Call {
     target.require_dtype(p.dtype, "the dtype of pred").require_same_device(pred).require_same_shape(pred);
     p.N = 1;
     for (int64_t i = 1; i < pred.dim(); ++i) p.N *= pred.size(i);
-    if (p.N == 0) throw_value("pred must have at least one element a sample; got " + pred.describe() + ".");
+    if (p.N == 0) throw_value("pred must have at least one element per sample; got " + pred.describe() + ".");
     p.pred = pred.data();
     p.target = target.data();
     p.kind = kind_of(kind);
     p.delta = delta;
   }
-  // Outputs come from antdiff.ops itself, so their shapes are right by construction.
+  // antdiff.ops allocates the outputs, so their shapes are correct by construction.
   void results(py::handle losses, py::handle counts, py::handle per_sample) {
     p.losses = Tensor(losses, "losses").data();
     p.counts = Tensor(counts, "counts").as<int64_t>();

@@ -12,7 +12,7 @@ struct Range {
   bool written;
 };
 
-// No output may share memory with J or with another output: the kernels read and write in no particular order.
+// Throw if an output shares memory with J or with another output, since the kernels read and write in no fixed order.
 void refuse_overlap(const JacobianView& jacobian, const std::vector<Tensor>& outs) {
   std::vector<Range> ranges;
   ranges.reserve(jacobian.tensors.size() + outs.size());
@@ -23,23 +23,23 @@ void refuse_overlap(const JacobianView& jacobian, const std::vector<Tensor>& out
   for (const Tensor& x : jacobian.tensors) add(x, jacobian.dtype, false);
   for (const Tensor& x : outs) add(x, x.dtype(), true);
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *reach = nullptr, *write_reach = nullptr;  // of the ranges so far, the one that ends last
+  const Range *reach = nullptr, *write_reach = nullptr;  // the range so far, and the written one, that ends last
   for (const Range& r : ranges) {
     const Range* other = r.written ? reach : write_reach;
     if (other && other->end > r.begin)
       throw_value((r.written ? r : *other).tensor->name() + " must not share memory with " +
-                  (r.written ? *other : r).tensor->name() + ". Pass tensors of their own.");
+                  (r.written ? *other : r).tensor->name() + ". Pass separate tensors.");
     if (!reach || r.end > reach->end) reach = &r;
     if (r.written && (!write_reach || r.end > write_reach->end)) write_reach = &r;
   }
 }
 
-// `out` is a list as long as J, None where J is None; shapes are those of J's entries without their first dimension.
+// `out` is a list as long as J, with None where J has None. Its shapes are those of J without the first dimension.
 void combine(py::handle weights, py::handle J, py::handle out) {
   JacobianView jacobian(J);
   Tensor w(weights, "weights");
   w.require_dtype(DType::f64, "the dtype of G and its weights")
-      .require_shape({jacobian.K}, ("[k] with k=" + std::to_string(jacobian.K) + ", one weight a row of J").c_str())
+      .require_shape({jacobian.K}, ("[k] with k=" + std::to_string(jacobian.K) + ", one weight per row of J").c_str())
       .require_same_device(jacobian.first());
   const auto list = py::reinterpret_borrow<py::list>(out);
   const auto source = py::reinterpret_borrow<py::list>(J);

@@ -1,5 +1,6 @@
-// The part of DLPack 1.x's public C ABI that antdiff uses: a tensor's description, and the exchange API through which
-// PyTorch (2.10 and later) hands descriptions out. Declared here so that the build needs no framework.
+// The part of the public C ABI of DLPack 1.x that antdiff uses: the description of a tensor, and the exchange API
+// through which PyTorch (2.10 and later) provides descriptions. It is declared here so that the build needs no
+// framework.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@ struct DLPackVersion {
   uint32_t major, minor;
 };
 struct DLDevice {
-  int32_t device_type, device_id;  // 1 is the CPU, 2 CUDA
+  int32_t device_type, device_id;  // 1 is the CPU, 2 is CUDA
 };
 struct DLDataType {
   uint8_t code, bits;  // code 0: int, 2: float, 4: bfloat
@@ -36,7 +37,7 @@ struct DLPackExchangeAPI {
                                   void (*)(void*, const char*, const char*));
   int (*managed_tensor_from_py_object_no_sync)(void*, DLManagedTensorVersioned**);
   int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned*, void**);
-  int (*dltensor_from_py_object_no_sync)(void*, DLTensor*);  // borrows: valid while the object lives
+  int (*dltensor_from_py_object_no_sync)(void*, DLTensor*);  // a borrowed view, valid while the object lives
   int (*current_work_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 

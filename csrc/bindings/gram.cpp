@@ -30,7 +30,7 @@ void bind_gram(py::module_& m) {
   m.def("gram", &gram, py::arg("out"), py::arg("J"), py::arg("accumulate"), py::arg("scratch"));
 #if defined(ANTDIFF_WITH_CUDA)
   m.def("gram_scratch", &cuda_gram_scratch, py::arg("k"), py::arg("device"));
-#else  // the call that follows names the remedy
+#else  // the next call, _C.gram, raises an error with the remedy
   m.def("gram_scratch", [](int64_t, int) -> int64_t { return 0; }, py::arg("k"), py::arg("device"));
 #endif
 }

@@ -12,7 +12,8 @@ constexpr const char* kNames[kGramMethods] = {"upgrad", "dualproj", "aligned_mtl
 GramMethod method_of(const std::string& name) {
   for (int i = 0; i < kGramMethods; ++i)
     if (name == kNames[i]) return GramMethod(i);
-  throw_value("method must be a method of antdiff.ops.gram_weights; got '" + name + "'.");
+  throw_value("method must be a method of antdiff.ops.gram_weights; got '" + name +
+              "'. See its documentation for the names.");
 }
 
 void weights(py::handle gram, const std::string& method, double option, py::handle keys_, py::handle targets_,
@@ -23,7 +24,7 @@ void weights(py::handle gram, const std::string& method, double option, py::hand
   if (c.p.method == GramMethod::gradvac) {
     Tensor keys(keys_, "keys"), targets(targets_, "targets");
     c.p.keys = keys.require_same_shape(c.gram).require_same_device(c.gram).as<double>();
-    targets.require_dtype(DType::f64, "cosines are kept in the precision of gram");
+    targets.require_dtype(DType::f64, "cosines have the precision of gram");
     c.p.targets = targets.require_same_shape(c.gram).require_same_device(c.gram).as<double>();
   }
   c.scratch(scratch);

@@ -9,14 +9,14 @@ namespace antdiff {
 namespace {
 
 const double* cpu_doubles(const Tensor& t, std::initializer_list<int64_t> shape, const char* rule) {
-  t.require_dtype(DType::f64, "the dynamic program compares sums").require_shape(shape, rule);
+  t.require_dtype(DType::f64, "the dynamic program compares sums in double precision").require_shape(shape, rule);
   if (!t.is_cpu())
-    throw_value(t.name() + " must be on the CPU, where clustering runs; got " + t.describe() + ". Call .cpu().");
+    throw_value(t.name() + " must be on the CPU, where the partition runs; got " + t.describe() + ". Call .cpu().");
   return t.as<double>();
 }
 
-// Ctrl-C: Python notes the signal; only a thread that holds the GIL can ask whether it came. 50 ms is no wait for a
-// person and costs nothing.
+// Return a callback that is true after Ctrl-C. Python records the signal, and only a thread that holds the GIL can
+// query it. Querying every 50 ms costs nothing, and a person does not notice the delay.
 std::function<bool()> keyboard_interrupt() {
   using Clock = std::chrono::steady_clock;
   return [last = Clock::now()]() mutable {
@@ -28,7 +28,7 @@ std::function<bool()> keyboard_interrupt() {
   };
 }
 
-// Sizes and outputs come from antdiff.ops.interval, checked.
+// antdiff.ops.interval has checked the sizes and allocated the outputs.
 IntervalParams params(int64_t T, int64_t k, int64_t min_size, int64_t max_size, py::handle starts, py::handle totals) {
   IntervalParams p;
   p.T = T;
@@ -51,11 +51,12 @@ Status without_gil(Solve&& solve) {
 
 void raise(const Status& status, const IntervalParams& p, const double* cost) {
   if (status.code == Status::Code::infeasible)
-    throw_value("cost must allow a partition of T=" + std::to_string(p.T) + " points into k=" + std::to_string(p.K) +
-                " intervals of " + std::to_string(p.min_size) + " to " + std::to_string(p.max_size) +
-                " points; +inf forbids every one. Allow more intervals, or change k or the sizes.");
+    throw_value(
+        "cost must allow a partition of T=" + std::to_string(p.T) + " points into k=" + std::to_string(p.K) +
+        " intervals of " + std::to_string(p.min_size) + " to " + std::to_string(p.max_size) +
+        " points; got +inf entries that forbid every partition. Allow more intervals, or change k or the sizes.");
   if (status.code == Status::Code::not_finite && status.where < 0)
-    throw_value("cost must sum without overflow; some total is beyond float64. Scale it down.");
+    throw_value("cost must sum without overflow; got a total beyond the range of float64. Scale cost down.");
   if (status.code == Status::Code::not_finite)
     throw_value("cost must be finite, or +inf to forbid an interval, where r >= l; got " +
                 std::string(cost[status.where] != cost[status.where] ? "NaN" : "-inf") + " at [l, r] = [" +

@@ -12,7 +12,7 @@ JacobianView::JacobianView(py::handle J) {
     tensors.emplace_back(entry, list.size() == 1 ? "J" : "J[" + std::to_string(i) + "]");
     Tensor& x = tensors.back();
     if (x.dim() < 1)
-      throw_value(x.name() + " must be [k, ...], one row a cluster; got a 0-d tensor. Stack the gradients.");
+      throw_value(x.name() + " must be [k, ...], one row per cluster; got a 0-d tensor. Stack the gradients.");
     if (tensors.size() == 1) {
       dtype = x.require_float().dtype();
       K = x.size(0);
@@ -20,7 +20,7 @@ JacobianView::JacobianView(py::handle J) {
     } else {
       x.require_dtype(dtype, "the dtype of the other entries of J").require_same_device(first());
       if (x.size(0) != K)
-        throw_value(x.name() + " must have k=" + std::to_string(K) + " rows, as the other entries of J; got " +
+        throw_value(x.name() + " must have k=" + std::to_string(K) + " rows, like the other entries of J; got " +
                     x.describe() + ".");
     }
     pieces.push_back({x.data(), x.numel() / K, nullptr});

@@ -1,4 +1,4 @@
-// antdiff._C: what Python can call. One bind_ function a family of ops, in the order of the data's way.
+// The Python module antdiff._C. One bind_ function per family of ops, in the order in which a training step uses them.
 #include "bindings/tensor.h"
 #include "cpu/isa.h"
 
@@ -15,7 +15,7 @@ void bind_interval(py::module_& m);
 
 namespace {
 
-// How this binary was built, and the instruction set that it uses here. Read by antdiff.info and by tests.
+// Describe how this binary was built, and the instruction set that it uses on this processor.
 py::dict build_info() {
   py::dict d;
   d["version"] = ANTDIFF_VERSION;
@@ -38,7 +38,7 @@ py::dict build_info() {
   return d;
 }
 
-// The bits of DeviceError that kernels on this device have set since the last call. Waits for the device.
+// Return the bits of DeviceError that kernels on this device have set since the last call. Waits for the device.
 uint32_t take_errors(int device) {
   uint32_t errors = 0;
 #if defined(ANTDIFF_WITH_CUDA)

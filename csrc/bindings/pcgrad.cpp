@@ -11,8 +11,9 @@ void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, boo
   Problems<PcgradParams> c(gram, poison, out);
   if (perms_.is_none()) {
     Tensor drawn(keys, "keys");
-    drawn.require_dtype(DType::f64, "as drawn").require_same_device(c.gram);
-    if (drawn.numel() != c.gram.numel()) throw_value("keys must have the shape of gram; got " + drawn.describe() + ".");
+    drawn.require_dtype(DType::f64, "as antdiff.ops draws them").require_same_device(c.gram);
+    if (drawn.numel() != c.gram.numel())
+      throw_value("keys must have the shape of gram; got " + drawn.describe() + ". Draw one key per entry of gram.");
     c.p.keys = drawn.as<double>();
   } else {
     Tensor perms(perms_, "perms");
@@ -22,7 +23,7 @@ void weights(py::handle gram, py::handle perms_, py::handle keys, bool mean, boo
     for (int64_t i = 0; ok && i < dim - 1; ++i) ok = perms.size(i) == c.gram.size(i);
     if (!ok)
       throw_value("perms must have shape [..., k, k-1] for gram [..., k, k]; got " + perms.describe() + " for gram " +
-                  c.gram.describe() + ". Leave perms out to draw the orders.");
+                  c.gram.describe() + ". Omit perms to draw the orders at random.");
     c.p.perms = perms.as<int64_t>();
   }
   c.p.mean = mean;

@@ -12,7 +12,7 @@ std::string number(double x) {
   return std::isnan(x) ? "nan" : text;
 }
 
-// "[0, 2, 1]" for flat index `where` into the first `dims` dimensions of a tensor.
+// Return the index, for example "[0, 2, 1]", of flat index `where` into the first `dims` dimensions of a tensor.
 std::string place(const Tensor& tensor, int64_t dims, int64_t where) {
   std::string text;
   for (int64_t i = dims - 1; i >= 0; --i) {
@@ -32,9 +32,9 @@ std::string place(const Tensor& tensor, int64_t dims, int64_t where) {
   if (i == j)
     throw_value("gram must have a non-negative diagonal (squared norms); " + got +
                 ". Compute it with antdiff.ops.gram.");
-  throw_value("gram must be a Gram matrix J J^T, symmetric with |G_ij| <= |g_i| |g_j|; " + got + " beside " +
-              number(G[j * K + i]) + " mirrored and " + number(G[i * K + i]) + ", " + number(G[j * K + j]) +
-              " on the diagonal. Compute it with antdiff.ops.gram.");
+  throw_value("gram must be a Gram matrix J J^T, symmetric with |G_ij| <= |g_i| |g_j|; " + got +
+              ", where the mirrored entry is " + number(G[j * K + i]) + " and the diagonal entries are " +
+              number(G[i * K + i]) + " and " + number(G[j * K + j]) + ". Compute it with antdiff.ops.gram.");
 }
 
 }  // namespace
@@ -43,9 +43,9 @@ void check_problems(const Status& status, const Tensor& gram) {
   if (status.code == Status::Code::bad_gram) throw_bad_gram(gram, status.where);
   if (status.code == Status::Code::bad_perms) {
     const int64_t dims = gram.dim() - 2;
-    throw_value("perms must list, in row i, the k-1 rows other than i, each once; some row does not" +
+    throw_value("perms must list in row i the k-1 other rows, each once; got a row that does not" +
                 (dims ? " in problem " + place(gram, dims, status.where) : std::string()) +
-                ". Leave perms out to draw the orders.");
+                ". Omit perms to draw the orders at random.");
   }
   check(status);
 }

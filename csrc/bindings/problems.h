@@ -1,4 +1,4 @@
-// What the ops on batches of K x K problems share: the checked gram and weights, and the errors of values.
+// Shared by the ops on batches of K x K problems: the checked gram and weights, and the errors for invalid values.
 #pragma once
 
 #include <string>
@@ -7,14 +7,14 @@
 
 namespace antdiff {
 
-// gram float64 [..., K, K] and weights [..., K] (allocated by antdiff.ops), n problems.
+// gram float64 [..., K, K] and weights [..., K] of n problems. antdiff.ops allocates the weights.
 template <class Params>
 struct Problems {
   Tensor gram;
   Params p;
 
   Problems(py::handle gram_, bool poison, py::handle weights) : gram(gram_, "gram") {
-    gram.require_dtype(DType::f64, "the balancing arithmetic is in double precision, as antdiff.ops.gram returns it");
+    gram.require_dtype(DType::f64, "balancing computes in double precision, which antdiff.ops.gram returns");
     const int64_t dim = gram.dim();
     if (dim < 2 || gram.size(dim - 1) != gram.size(dim - 2) || gram.size(dim - 1) < 1)
       throw_value("gram must have shape [..., k, k] with k >= 1; got " + gram.describe() +
@@ -30,7 +30,7 @@ struct Problems {
   }
 };
 
-// Turns the report of a CPU launcher into a ValueError that names the entry of gram, or the problem of perms.
+// Turn the Status of a CPU launcher into a ValueError that names the entry of gram, or the problem with invalid perms.
 void check_problems(const Status& status, const Tensor& gram);
 
 }  // namespace antdiff

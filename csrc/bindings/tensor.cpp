@@ -66,13 +66,14 @@ void throw_type(const std::string& message) { throw py::type_error(message); }
 void throw_value(const std::string& message) { throw py::value_error(message); }
 
 Tensor::Tensor(py::handle object, std::string name) : name_(std::move(name)) {
-  // Exact types only: a FakeTensor or another subclass has no data pointer of its own and would crash below.
+  // Accept exact types only: a FakeTensor or another subclass may have no data pointer of its own and would crash
+  // below.
   PyTypeObject* type = Py_TYPE(object.ptr());
   if (type != torch().tensor && type != torch().parameter)
     throw_type(name_ + " must be a plain torch.Tensor; got " + type->tp_name +
                ". Convert it first (DTensor: .to_local(); NumPy: torch.from_numpy).");
   if (torch().api->dltensor_from_py_object_no_sync(object.ptr(), &view_)) {
-    // torch explains in its own words why it cannot describe the tensor (sparse, meta, quantised, conjugated...).
+    // The message of torch says why it cannot describe the tensor: sparse, meta, quantised, conjugated, ...
     py::error_already_set cause;
     throw_type(name_ + " must be a dense tensor with storage on the CPU or a CUDA device; torch says: " +
                std::string(py::str(cause.value())) + ". Use .to_dense(), .resolve_conj() or a real device.");
@@ -146,7 +147,7 @@ const Tensor& Tensor::require_same_shape(const Tensor& other) const {
   if (!same)
     throw_value(name_ + " must have the shape of " + other.name_ + ", " +
                 shape_text(other.view_.shape, other.view_.ndim) + "; got " + describe() +
-                ". Broadcast it yourself if that is meant.");
+                ". Expand it explicitly if broadcasting is intended.");
   return *this;
 }
 
@@ -163,8 +164,9 @@ void check(const Status& status, const std::string& id_name, int64_t k) {
     case Status::Code::ok:
       return;
     case Status::Code::bad_id:
-      throw_value(id_name + " must be int64 [B] with 0 <= id < k; got id " + std::to_string(status.value) + " with k=" +
-                  std::to_string(k) + " at row " + std::to_string(status.where) + ". Map ids to 0..k-1, or raise k.");
+      throw_value(id_name + " must be int64 [B] with 0 <= id < k; got id " + std::to_string(status.value) +
+                  " with k=" + std::to_string(k) + " at row " + std::to_string(status.where) +
+                  ". Map the ids to 0..k-1, or increase k.");
     case Status::Code::interrupted:
       throw py::error_already_set();
     case Status::Code::cuda:

@@ -1,8 +1,7 @@
-// torch.Tensor as the bindings see it: a borrowed, checked view. Nothing else in the project knows both Python and
-// data.
+// A borrowed, checked view of a torch.Tensor. Only the bindings use both Python objects and the data of tensors.
 //
-// Every check that metadata allows is made here, and every failure names the argument, the rule, what came and the
-// remedy. Outputs are allocated in Python with torch.empty and passed in, so that they are ordinary tensors.
+// All checks that need only metadata are made here. Every error names the argument, the rule, what was passed and the
+// remedy. Python allocates the outputs with torch.empty and passes them in, so that they are ordinary tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,12 +19,13 @@ namespace antdiff {
 
 namespace py = pybind11;
 
-// A dimension in a shape that a tensor must have; kAny matches every size.
+// In a required shape, kAny matches every size.
 constexpr int64_t kAny = -1;
 
 class Tensor {
  public:
-  // Views `object`, which must be a plain torch.Tensor or torch.nn.Parameter with storage, dense and contiguous.
+  // Create a view of `object`, which must be a plain torch.Tensor or torch.nn.Parameter, dense, contiguous and with
+  // storage.
   Tensor(py::handle object, std::string name);
 
   const std::string& name() const { return name_; }
@@ -34,7 +34,7 @@ class Tensor {
   int64_t numel() const { return numel_; }
   bool is_cpu() const { return view_.device.device_type == 1; }
 
-  // Each throws TypeError or ValueError in the form "<name> must be <rule>; got <what came>. <remedy>".
+  // Each of these throws TypeError or ValueError of the form "<name> must be <rule>; got <description>. <remedy>".
   const Tensor& require_float() const;  // one of DType
   const Tensor& require_int64() const;
   const Tensor& require_dtype(DType dtype, const char* rule) const;
@@ -48,27 +48,27 @@ class Tensor {
   T* as() const {
     return static_cast<T*>(data());
   }
-  Stream stream() const;  // the CUDA stream PyTorch is using on this tensor's device
+  Stream stream() const;  // the current CUDA stream of PyTorch on the device of this tensor
   std::string describe() const;
 
  private:
   DLTensor view_{};
   std::string name_;
   int64_t numel_ = 1;
-  bool is_float_ = false;  // whether the dtype is one of DType, and then dtype_ names it
+  bool is_float_ = false;  // whether the dtype is a DType, which dtype_ then holds
   DType dtype_ = DType::f32;
 };
 
 [[noreturn]] void throw_type(const std::string& message);
 [[noreturn]] void throw_value(const std::string& message);
 
-// Turns a launcher's report into an exception; `k` and `name` describe a bad id.
+// Turn the Status of a launcher into an exception. `id_name` and `k` describe a bad id.
 void check(const Status& status, const std::string& id_name = "cluster", int64_t k = 0);
 
 }  // namespace antdiff
 
-// Runs the CPU or the CUDA launcher, by the device of `tensor`, without the GIL. A wheel built without CUDA names the
-// command that rebuilds it.
+// Run the CPU or the CUDA launcher, chosen by the device of `tensor`, without the GIL on the CPU. A build without CUDA
+// throws an error that names the command to rebuild.
 #if defined(ANTDIFF_WITH_CUDA)
 #define ANTDIFF_LAUNCH(tensor, op, ...)                 \
   ([&]() -> ::antdiff::Status {                         \

@@ -1,5 +1,6 @@
-// Small convex quadratic programs over x >= 0, solved exactly by the active-set method of Lawson and Hanson ("Solving
-// Least Squares Problems", 1974, chapter 23) on the Gram matrix: each step solves one linear system on the rows in use.
+// Small convex quadratic programs over x >= 0. The active-set method of Lawson and Hanson ("Solving Least Squares
+// Problems", 1974, chapter 23) solves them exactly on the Gram matrix. Each step solves one linear system on the rows
+// in use, which are the rows whose x is positive.
 #pragma once
 
 #include <cfloat>
@@ -11,12 +12,14 @@
 
 namespace antdiff {
 
-// What is this far below the terms it is the sum of is rounding, a multiple of K: of a gradient, or of a pivot.
+// Relative threshold, scaled by K. A slope or pivot this small compared with its summands is rounding error and is
+// treated as zero.
 constexpr double kActiveSetRounding = 8 * DBL_EPSILON;
 
 constexpr int64_t nonnegative_qp_workspace(int64_t K) { return K * K + 3 * K; }
 
-// Solves H_PP z = -c_P for the rows P = order[0..size). False if the newest row, the last, depends on the others.
+// Solve H_PP z = -c_P for the rows P = order[0..size). Return false if the last row of `order`, which is the newest,
+// depends linearly on the others.
 ANTDIFF_HD bool solve_in_use(const double* H, const double* c, int64_t K, const double* order, int64_t size, double* M,
                              double* z) {
   for (int64_t a = 0; a < size; ++a) {
@@ -29,7 +32,8 @@ ANTDIFF_HD bool solve_in_use(const double* H, const double* c, int64_t K, const 
   return M[size * size - 1] > kActiveSetRounding * double(K) * H[newest * K + newest];
 }
 
-// The row whose entry lowers the objective most steeply, or -1 at the optimum. `state` is 0 for the rows to look at.
+// Return the row whose entry lowers the objective most steeply, or -1 at the optimum. Only rows with state 0 are
+// candidates.
 ANTDIFF_HD int64_t row_to_enter(const double* H, const double* c, int64_t K, const double* x, const double* state) {
   int64_t best = -1;
   double steepest = 0;
@@ -49,15 +53,17 @@ ANTDIFF_HD int64_t row_to_enter(const double* H, const double* c, int64_t K, con
   return best;
 }
 
-// x [K] = argmin 1/2 x^T H x + c^T x over x >= 0, for H [K, K] positive semidefinite with a positive diagonal and c in
-// its range, so that there is a minimum. Where H is singular x is one of several minimisers, all with the same H x.
-// Every row that enters lowers the objective, and rows in use stay linearly independent, so no ridge is needed.
+// Compute x [K] = argmin 1/2 x^T H x + c^T x over x >= 0. H [K, K] must be positive semidefinite with a positive
+// diagonal, and c must lie in its range, so that a minimum exists. If H is singular, x is one of several minimisers,
+// which all have the same H x. Every row that enters lowers the objective, and the rows in use stay linearly
+// independent, so no ridge is needed.
 ANTDIFF_HD_CALL void nonnegative_qp(const double* H, const double* c, int64_t K, double* x, double* work) {
   double *M = work, *order = M + K * K, *state = order + K, *z = state + K;
-  enum : int { out = 0, in = 1, blocked = 2 };  // blocked: found dependent on the rows in use, until those change
+  enum : int { out = 0, in = 1, blocked = 2 };  // blocked: depends on the rows in use, until those change
   for (int64_t i = 0; i < K; ++i) x[i] = state[i] = 0;
   int64_t size = 0;
-  // In exact arithmetic no set of rows recurs, and a few times K steps suffice; rounding is not to loop for ever.
+  // In exact arithmetic no set of rows recurs, and a few times K steps suffice. The bound guards against an endless
+  // loop caused by rounding.
   for (int64_t step = 0; step < 16 * K + 16; ++step) {
     const int64_t entering = row_to_enter(H, c, K, x, state);
     if (entering < 0) return;
@@ -69,7 +75,7 @@ ANTDIFF_HD_CALL void nonnegative_qp(const double* H, const double* c, int64_t K,
     }
     state[entering] = in;
     for (bool feasible = false; !feasible && size > 0;) {
-      double fraction = 1;  // of the way from x to z until a row in use reaches zero
+      double fraction = 1;  // how far x can move towards z before a row in use reaches zero
       for (int64_t a = 0; a < size; ++a) {
         const double from = x[int64_t(order[a])];
         if (!(z[a] > 0)) fraction = fmin(fraction, from / (from - z[a]));
@@ -78,7 +84,8 @@ ANTDIFF_HD_CALL void nonnegative_qp(const double* H, const double* c, int64_t K,
       int64_t kept = 0;
       for (int64_t a = 0; a < size; ++a) {
         const int64_t i = int64_t(order[a]);
-        const bool leaves = !(z[a] > 0) && !(x[i] / (x[i] - z[a]) > fraction);  // the same division: one row at least
+        // This repeats the division above bit for bit, so at least one row leaves.
+        const bool leaves = !(z[a] > 0) && !(x[i] / (x[i] - z[a]) > fraction);
         x[i] = leaves ? 0 : x[i] + fraction * (z[a] - x[i]);
         state[i] = leaves ? out : in;
         if (!leaves) order[kept++] = double(i);
@@ -94,11 +101,11 @@ ANTDIFF_HD_CALL void nonnegative_qp(const double* H, const double* c, int64_t K,
 
 constexpr int64_t min_norm_workspace(int64_t K) { return nonnegative_qp_workspace(K) + 3 * K; }
 
-// a [K] = the point of the simplex with the least a^T R a, for a Gram matrix R [K, K], which is overwritten.
+// Compute a [K], the point of the simplex with the smallest a^T R a, for a Gram matrix R [K, K]. R is overwritten.
 //
-// The simplex needs no constraint of its own: x = argmin a^T R a + (sigma . x - 1)^2 over x >= 0, divided by its sum,
-// is that point, for any sigma > 0 (Lawson and Hanson's reduction of least distance to least squares). With the length
-// of the shortest row as the unit of sigma, rows of any lengths stay resolved.
+// The simplex needs no constraint of its own. For any sigma > 0, x = argmin x^T R x + (sigma . x - 1)^2 over x >= 0,
+// divided by its sum, is that point (Lawson and Hanson reduce least distance to least squares in this way). sigma is
+// measured in units of the length of the shortest row, which keeps rows of very different lengths resolved.
 ANTDIFF_HD_CALL void min_norm_point(double* R, int64_t K, double* a, double* work) {
   double *scale = work, *sigma = scale + K, *c = sigma + K, *rest = c + K;
   double largest = 0;

@@ -1,4 +1,4 @@
-// Linear systems of the small solvers.
+// The linear solver of the K x K methods.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,10 @@
 
 namespace antdiff {
 
-// Solves M x = x in place for symmetric positive definite M [K, K], of which only the upper triangle is read (and
-// overwritten): M = U^T diag(pivots)^-1 U, rows of U unscaled, so there is one division a row and no square root.
-// False on a pivot that is not positive. The caller syncs before; after the call all members may read x.
+// Solve M y = x in place, with y replacing x, for a symmetric positive definite M [K, K]. Only the upper triangle of M
+// is read, and it is overwritten: M = U^T diag(pivots)^-1 U with unscaled rows of U, which costs one division per row
+// and no square root. Return false if a pivot is not positive. The caller must sync the team before the call. After the
+// call all members may read x.
 template <class Team>
 ANTDIFF_HD bool cholesky_solve(double* M, double* x, int64_t K, Team team) {
   for (int64_t j = 0; j < K; ++j) {

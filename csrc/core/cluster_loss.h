@@ -1,4 +1,5 @@
-// Per-cluster mean of per-sample errors: parameters of the launchers, and the error terms host and device share.
+// Per-cluster means of per-sample errors: the parameters of the launchers, and the error terms that host and device
+// share.
 //
 //   losses[i] = 1/counts[i] * sum over samples b of cluster i of weight[b] * mean_n error(pred[b, n] - target[b, n])
 #pragma once
@@ -12,7 +13,7 @@ namespace antdiff {
 
 enum class LossKind : int8_t { mse, huber, l1 };
 
-// error(d) and its derivative. Huber is quadratic up to |d| = delta and linear from there, as in torch's huber_loss.
+// error(d) and its derivative. Huber is quadratic up to |d| = delta and linear beyond, as in torch's huber_loss.
 template <LossKind kind, class A>
 ANTDIFF_HD A error_value(A d, A delta) {
   if (kind == LossKind::mse) return d * d;
@@ -23,18 +24,18 @@ ANTDIFF_HD A error_value(A d, A delta) {
 template <LossKind kind, class A>
 ANTDIFF_HD A error_slope(A d, A delta) {
   if (kind == LossKind::mse) return A(2) * d;
-  // The subgradient at 0 is 0. NaN fails both comparisons, so it is added back to stay NaN.
+  // The subgradient at 0 is 0. NaN fails both comparisons, so d is added back to propagate it.
   const A sign = A(d > A(0)) - A(d < A(0)) + (d != d ? d : A(0));
   if (kind == LossKind::l1) return sign;
   return (d < A(0) ? -d : d) <= delta ? d : delta * sign;
 }
 
-// Everything is contiguous and on one device. Loss dtype: that of Accumulate<T> (float for half precision).
+// All arrays are contiguous and on one device. The loss dtype is accumulate_t<T>: float for half precision, else T.
 struct ClusterLossParams {
   DType dtype = DType::f32;
   LossKind kind = LossKind::mse;
   double delta = 1.0;                // huber only
-  int64_t B = 0, N = 0, K = 0;       // samples, elements a sample, clusters
+  int64_t B = 0, N = 0, K = 0;       // samples, elements per sample, clusters
   const void* pred = nullptr;        // [B, N]
   const void* target = nullptr;      // [B, N]
   const int64_t* cluster = nullptr;  // [B]
@@ -44,12 +45,12 @@ struct ClusterLossParams {
   int64_t* counts = nullptr;   // [K]
   void* per_sample = nullptr;  // [B] loss dtype: unweighted mean error
   double* scratch = nullptr;   // CUDA only: [cluster_loss_tiles(B, N)] partial sums
-  // backward, and the fused pass (where it holds the caller's cluster weights)
+  // backward, and the fused pass, which reads the caller's cluster weights from grad_losses
   const void* grad_losses = nullptr;  // [K] loss dtype
   void* grad_pred = nullptr;          // [B, N] in dtype
 };
 
-// A CUDA block handles one tile of one sample; its partial sum has a place of its own, so nothing is atomic.
+// A CUDA block handles one tile of one sample. Each partial sum has its own slot in `scratch`, so nothing is atomic.
 constexpr int64_t kClusterLossTile = 4096;
 inline int64_t cluster_loss_tiles(int64_t B, int64_t N) { return B * ((N + kClusterLossTile - 1) / kClusterLossTile); }
 

@@ -1,4 +1,4 @@
-// Element types of tensors as the kernels see them, and their conversions to the type they accumulate in.
+// The element types of tensors, and conversions to and from the type in which the kernels accumulate.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace antdiff {
 
 enum class DType : int8_t { f32, f64, f16, bf16 };
 
-// Storage only: arithmetic happens in float (or double) after to_float, as on the GPU.
+// Storage only. Arithmetic happens in float or double after to_float, as on the GPU.
 struct Half {
   uint16_t bits;
 };
@@ -50,9 +50,9 @@ ANTDIFF_HD float to_float(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Shift the 15 magnitude bits under a float's exponent, then let one multiplication by 2^112 move the bias from 15
-  // to 127: exact for normals and subnormals alike. Infinities and NaN (exponent 31) are patched. Branch-free, so it
-  // vectorises where the compiler has no f16c.
+  // Shift the 15 magnitude bits into the exponent and mantissa of a float, then multiply by 2^112 to move the bias from
+  // 15 to 127. This is exact for normal and subnormal numbers. Infinity and NaN (exponent 31) are patched afterwards.
+  // The code has no branch, so it vectorises without f16c.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   float f = detail::bits_to_float(magnitude) * 0x1p112f;
   uint32_t u = detail::float_to_bits(f);
@@ -61,7 +61,7 @@ ANTDIFF_HD float to_float(Half x) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even. NaN stays NaN.
 template <class T>
 ANTDIFF_HD T from_float(float x);
 template <>
@@ -84,10 +84,10 @@ ANTDIFF_HD Half from_float<Half>(float x) {
   if (magnitude > 0x7f800000u) {
     h = 0x7e00u;  // NaN
   } else if (magnitude >= 0x477ff000u) {
-    h = 0x7c00u;  // from 65520 up: rounds to infinity
+    h = 0x7c00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // Below 2^-14 the result is subnormal, in units of 2^-24: adding 0.5 aligns the float's last bit with that unit
-    // and the addition itself rounds to nearest even.
+    // Below 2^-14 the result is subnormal, in units of 2^-24. Adding 0.5 aligns the last bit of the float with that
+    // unit, and the addition itself rounds to nearest even.
     h = detail::float_to_bits(detail::bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -110,7 +110,7 @@ ANTDIFF_HD double from_float<double>(double x) {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Type in which elements of T are accumulated where one addition chain is short.
+// The type in which a short chain of additions of T is accumulated.
 template <class T>
 struct Accumulate {
   using type = float;
@@ -122,7 +122,7 @@ struct Accumulate<double> {
 template <class T>
 using accumulate_t = typename Accumulate<T>::type;
 
-// Calls f(T{}) with the C++ type behind a tag.
+// Call f(T{}) with the C++ type T of a dtype tag.
 template <class F>
 auto dispatch(DType dtype, F&& f) {
   switch (dtype) {

@@ -1,7 +1,7 @@
-// The two passes over J: the Gram matrix G = J J^T, and the combination w^T J. Parameters of the launchers.
+// Parameters of the launchers for the two passes over J: the Gram matrix G = J J^T, and the combination w^T J.
 //
-// J is K x P, one row a cluster. It comes as a list of pieces, one a parameter tensor (one piece for a plain matrix): a
-// piece holds its K rows one after the other, so nothing needs to be concatenated.
+// J is K x P with one row per cluster. It is a list of pieces, one per parameter tensor (one piece for a plain matrix).
+// Each piece stores its K rows one after the other, so nothing needs to be concatenated.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,14 @@
 namespace antdiff {
 
 struct RowPiece {
-  const void* rows = nullptr;  // [K, numel], row r at rows + r * numel
+  const void* rows = nullptr;  // [K, numel], row r starts at rows + r * numel
   int64_t numel = 0;           // elements of one row
-  void* out = nullptr;         // [numel], where the combination goes; unused by gram
+  void* out = nullptr;         // [numel], output of the combination; unused by gram
 };
 
-// G[i, j] = sum_p J[i, p] J[j, p], symmetric. Float64 input is multiplied and summed in float64; everything else is
-// multiplied in float32, summed in float32 over chains of at most kGramChain products, and in float64 from there.
+// G[i, j] = sum_p J[i, p] J[j, p], symmetric. Float64 input is multiplied and summed in float64. All other input is
+// multiplied in float32, summed in float32 over chains of at most kGramChain products, and summed in float64 across
+// chains.
 struct GramParams {
   DType dtype = DType::f32;
   int64_t K = 0;
@@ -27,12 +28,12 @@ struct GramParams {
   bool accumulate = false;    // add to `gram` instead of overwriting it
   double* scratch = nullptr;  // CUDA only: [cuda_gram_scratch(K, device)]
 };
-// Rounding errors of a chain of n float32 products grow like sqrt(n) u (n u at worst): 256 keeps one chain's error near
-// 1e-6, and G averages over the P / 256 chains of each entry.
+// The rounding error of a chain of n float32 products grows like sqrt(n) u, and like n u at worst. With 256 the error
+// of one chain is near 1e-6, and each entry of G averages over P / 256 chains.
 constexpr int64_t kGramChain = 256;
 
-// out[p] = sum_k weights[k] J[k, p], in float32 (float64 for float64 input), rounded once to out_dtype. Every row is
-// read, also one of weight 0: 0 * inf is NaN, so a diverged row never turns into a finite update.
+// out[p] = sum_k weights[k] J[k, p], computed in float32 (float64 for float64 input) and rounded once to out_dtype.
+// Rows of weight 0 are read too: 0 * inf is NaN, so a diverged row never turns into a finite update.
 struct CombineParams {
   DType dtype = DType::f32;
   DType out_dtype = DType::f32;  // dtype, or f32

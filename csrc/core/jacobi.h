@@ -1,4 +1,5 @@
-// The symmetric eigenproblem of a small matrix, by cyclic Jacobi rotations (Golub and Van Loan, section 8.5).
+// Eigenvalues and eigenvectors of a small symmetric matrix by cyclic Jacobi rotations (Golub and Van Loan, section
+// 8.5).
 #pragma once
 
 #include <cfloat>
@@ -9,11 +10,11 @@
 
 namespace antdiff {
 
-// Sweeps are quadratic near the end: six to eight serve K = 8, ten K = 64.
+// Convergence is quadratic near the end: K = 8 takes six to eight sweeps, K = 64 takes ten.
 constexpr int kJacobiSweeps = 40;
 
-// Diagonalises A [K, K]: on return its diagonal holds the eigenvalues, in no order, and column j of V [K, K] the unit
-// eigenvector of A_jj. An eigenvalue is right to a few roundings of the largest.
+// Diagonalise A [K, K]. On return the diagonal of A holds the eigenvalues in no particular order, and column j of V [K,
+// K] is the unit eigenvector of A_jj. Eigenvalues are accurate to a few roundings of the largest one.
 ANTDIFF_HD_CALL void jacobi_eigen(double* A, double* V, int64_t K) {
   double norm = 0;
   for (int64_t i = 0; i < K; ++i)

@@ -1,9 +1,9 @@
-// A Gram matrix G = J J^T as the balancing methods read it: checked, symmetrised and scaled.
+// The Gram matrix G = J J^T as the balancing methods read it: checked, symmetrised and scaled.
 //
 //   S = D G D,  D = diag(d_i),  d_i = 2^-h with S_ii in [1, 4);  d_i = 0 for a zero row
 //
-// The scales are powers of two, so no entry is rounded: a method gives the same bits for J and for J with its rows
-// multiplied by powers of two, and nothing over- or underflows where G itself did not.
+// The scales d_i are powers of two, so no entry is rounded. A method therefore gives the same bits for J and for J with
+// its rows multiplied by powers of two, and nothing overflows or underflows unless G itself did.
 #pragma once
 
 #include <cmath>
@@ -13,23 +13,24 @@
 
 namespace antdiff {
 
-// How far the two halves of G may differ, and |G_ij| exceed |g_i| |g_j|, in units of |g_i| |g_j|: above the rounding of
-// a Gram matrix accumulated in half precision, below any matrix that is not one.
+// How far G_ij and G_ji may differ, and how far |G_ij| may exceed |g_i| |g_j|, in units of |g_i| |g_j|. This is above
+// the rounding of a Gram matrix accumulated in half precision, and below the error of a matrix that is no Gram matrix.
 constexpr double kGramSlack = 1.0 / 16;
 
 ANTDIFF_HD bool is_finite(double x) { return x - x == 0; }
 
-// d with d * d * x in [1, 4), a power of two; 0 for x = 0; NaN unless x is finite and not negative.
+// Return the power of two d with d * d * x in [1, 4). Return 0 for x = 0, and NaN if x is negative or not finite.
 ANTDIFF_HD double power_of_two_scale(double x) {
   if (!(x >= 0) || !is_finite(x)) return NAN;
   if (x == 0) return 0;
   int exponent;
   (void)frexp(x, &exponent);  // x in [2^(exponent - 1), 2^exponent)
   --exponent;
-  return ldexp(1.0, -(exponent - (exponent & 1)) / 2);  // halves towards minus infinity
+  return ldexp(1.0, -(exponent - (exponent & 1)) / 2);  // the half is rounded towards minus infinity
 }
 
-// S_ij, or NaN if G_ij shows that G is no Gram matrix. What stands beside a zero diagonal entry is taken as zero too.
+// Return S_ij, or NaN if G_ij shows that G is no Gram matrix. Rows and columns with a zero diagonal entry are taken as
+// zero.
 ANTDIFF_HD double scaled_entry(const double* G, const double* d, int64_t K, int64_t i, int64_t j) {
   const double here = G[i * K + j], there = G[j * K + i];
   if (!is_finite(here) || !is_finite(there)) return NAN;
@@ -40,7 +41,8 @@ ANTDIFF_HD double scaled_entry(const double* G, const double* d, int64_t K, int6
   return fabs(a - b) <= kGramSlack * norms && fabs(s) <= (1 + kGramSlack) * norms ? s : NAN;
 }
 
-// Fills S [K, K] and d [K]. False if G is no Gram matrix (finite, symmetric, diagonal >= 0, |G_ij| <= |g_i| |g_j|).
+// Fill S [K, K] and d [K]. Return false if G is no Gram matrix: finite, symmetric, diagonal >= 0, |G_ij| <= |g_i|
+// |g_j|.
 template <class Team>
 ANTDIFF_HD bool scale_gram(const double* G, int64_t K, double* S, double* d, Team team) {
   for (int64_t i = team.rank(); i < K; i += team.size()) d[i] = power_of_two_scale(G[i * K + i]);
@@ -51,7 +53,7 @@ ANTDIFF_HD bool scale_gram(const double* G, int64_t K, double* S, double* d, Tea
       S[i * K + j] = scaled_entry(G, d, K, i, j);
       bad |= S[i * K + j] != S[i * K + j];
     }
-    if (bad) S[i * K + i] = NAN;  // the mark that the others look for
+    if (bad) S[i * K + i] = NAN;  // the other members of the team look for this mark
   }
   team.sync();
   bool ok = true;

@@ -1,6 +1,6 @@
-// Cluster loss on the CPU. Parallel over samples; bytes moved: pred and target once, grad_pred written once.
-// A sample is summed in 16 lanes over short runs and in double across runs; a cluster in double, in sample order: the
-// result does not depend on the number of threads.
+// Cluster loss on the CPU. Parallel over samples. Bytes moved: pred and target are read once, grad_pred is written
+// once. A sample is summed in 16 lanes over short runs, and in double across runs. A cluster is summed in double, in
+// sample order. The result does not depend on the number of threads.
 #include "core/cluster_loss.h"
 
 #include "cpu/isa.h"
@@ -11,10 +11,10 @@ namespace antdiff {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kRun = 1024;       // elements summed in the accumulation type before going to double
-constexpr int64_t kGrain = 1 << 16;  // elements a thread should at least have
+constexpr int64_t kRun = 1024;       // elements summed in the accumulation type before the sum goes to double
+constexpr int64_t kGrain = 1 << 16;  // minimum number of elements per thread
 
-// One sample: returns the sum of errors if `value`, and writes factor * slope into grad if `slope`.
+// One sample. Return the sum of errors if `value`, and write factor * slope of the error to `grad` if `slope`.
 template <class T, LossKind kind, bool value, bool slope>
 struct Sample {
   using A = accumulate_t<T>;
@@ -63,7 +63,7 @@ void all_samples(const ClusterLossParams& p) {
   parallel_for(p.B, threads_for(p.B * p.N, kGrain), [&](int64_t b) {
     A factor = 0;
     if (slope) {
-      const int64_t i = p.cluster[b];  // counts[i] >= 1, since b belongs to i
+      const int64_t i = p.cluster[b];  // counts[i] >= 1, since sample b belongs to cluster i
       factor = A(double(static_cast<const A*>(p.grad_losses)[i]) * double(weight_of<A>(p, b)) /
                  (double(p.counts[i]) * double(p.N)));
     }
@@ -91,8 +91,9 @@ void count(const ClusterLossParams& p) {
   for (int64_t b = 0; b < p.B; ++b) ++p.counts[p.cluster[b]];
 }
 
-// losses from per_sample and counts. K accumulators would need memory, so clusters are summed one after the other when
-// K is beyond a small buffer: B * K / 64 reads of the ids, still far less than one pass over the data.
+// Compute losses from per_sample and counts. The sums are kept in a buffer of 64 clusters, so that no memory is
+// allocated. A larger K takes several passes over the ids: B * K / 64 reads, which is still far less than one pass over
+// the data.
 template <class A>
 void reduce(const ClusterLossParams& p) {
   constexpr int64_t kBlock = 64;
@@ -114,7 +115,7 @@ Status cpu_cluster_loss_forward(const ClusterLossParams& p) {
   count(p);
   dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
-    if (p.pred) all_samples<T, true, false>(p);  // null: per_sample was given (cluster_mean)
+    if (p.pred) all_samples<T, true, false>(p);  // pred is null if per_sample is the input (cluster_mean)
     reduce<accumulate_t<T>>(p);
   });
   return {};

@@ -1,8 +1,9 @@
-// Combination of J's rows on the CPU. Parallel over columns; bytes moved: J once, the result written once.
+// Combination of the rows of J on the CPU. Parallel over columns. Bytes moved: J is read once, the result is written
+// once.
 //
-// A run of columns is summed in a buffer that stays in the cache, four rows at a time: few streams at once, and one
-// load and store of the sum for four rows. A column is summed in row order whatever the partition: the number of
-// threads changes no bit.
+// A run of columns is summed in a buffer that stays in the cache, four rows at a time. This reads few streams at once,
+// and loads and stores the sum once per four rows. A column is always summed in row order, so the number of threads
+// does not change a bit.
 #include "core/gram.h"
 
 #include <algorithm>
@@ -15,8 +16,8 @@
 namespace antdiff {
 namespace {
 
-constexpr int64_t kGrain = 1 << 17;  // elements of J a thread should at least have
-constexpr int64_t kRun = 512;  // columns summed at once; the rows' next run is already on its way to the same cache
+constexpr int64_t kGrain = 1 << 17;  // minimum number of elements of J per thread
+constexpr int64_t kRun = 512;  // columns summed at once; the next run of the rows is prefetched into the same cache
 
 template <class T, class O>
 struct Run {
@@ -55,7 +56,7 @@ struct Run {
       for (int r = 0; r < R; ++r)
         __builtin_prefetch(
             reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(rows + r * numel + p) + kRun * sizeof(T)), 0, 3);
-#pragma GCC unroll 1  // or the loop is unrolled before it can be vectorised
+#pragma GCC unroll 1  // otherwise the loop is unrolled before it can be vectorised
       for (int64_t l = 0; l < kLine; ++l) {
         A s = sum[p + l];
 #pragma GCC unroll 4
@@ -75,7 +76,7 @@ void combine(const CombineParams& p) {
   std::vector<A> weights(p.weights, p.weights + p.K);
   const int threads = threads_for(p.K * P, kGrain);
   parallel_for(threads, threads, [&](int64_t t) {
-    // Thread t has columns [start, stop) of the concatenated pieces.
+    // Thread t handles columns [start, stop) of the concatenated pieces.
     int64_t start = P / kRun * t / threads * kRun, stop = t + 1 == threads ? P : P / kRun * (t + 1) / threads * kRun;
     for (const RowPiece* piece = p.pieces; stop > 0; ++piece) {
       const int64_t to = std::min(stop, piece->numel);

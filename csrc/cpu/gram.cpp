@@ -1,12 +1,14 @@
-// Gram matrix on the CPU. Parallel over a fixed partition of the columns; bytes moved: J once.
+// Gram matrix on the CPU. Parallel over a fixed partition of the columns. Bytes moved: J is read once.
 //
-// A slab of columns of all K rows is multiplied in register tiles, float32 and float64 where they lie, while the next
-// slab is asked for: K rows are too many streams for the hardware's prefetchers, which also stop at every page. Half
-// precision, and slabs that run on across small pieces, are first copied into a buffer in the type they are multiplied
-// in: a store an element, and one loop for every layout.
+// A slab of columns of all K rows is multiplied in register tiles, while the next slab is prefetched. Software
+// prefetches are needed because K rows are too many streams for the hardware prefetchers, which also stop at every
+// page. Float32 and float64 rows are multiplied in place. Half-precision rows, and slabs that span several small
+// pieces, are first copied into a buffer of the type in which they are multiplied. This costs one store per element,
+// and one loop serves every layout.
 //
-// Each vector lane is a chain of at most kGramChain products in the multiplied type; from there on sums are float64.
-// They belong to a chunk of columns, not to a thread: the result does not depend on the number of threads.
+// Each vector lane sums a chain of at most kGramChain products in the type of the products. Sums across chains are
+// float64. They belong to a chunk of columns and not to a thread, so the result does not depend on the number of
+// threads.
 #include "core/gram.h"
 
 #include <algorithm>
@@ -20,22 +22,22 @@
 namespace antdiff {
 namespace {
 
-constexpr int64_t kGrain = 1 << 17;       // elements of J a thread should at least have
-constexpr int64_t kMostChunks = 128;      // partial Gram matrices at most
-constexpr int64_t kLeastChunk = 1 << 13;  // columns a chunk should at least have
-// A slab. Small, since it shares a cache of 32 or 48 KB with the next one, already on its way. Many rows need more, or
-// their tiles would be too short.
+constexpr int64_t kGrain = 1 << 17;       // minimum number of elements of J per thread
+constexpr int64_t kMostChunks = 128;      // maximum number of partial Gram matrices
+constexpr int64_t kLeastChunk = 1 << 13;  // minimum number of columns per chunk
+// Size of a slab. It is small because it shares a cache of 32 or 48 KB with the next slab, which is being prefetched.
+// Many rows need larger slabs, since their tiles would be too short otherwise.
 constexpr int64_t kSlabBytes = 1 << 13;
 constexpr int64_t kLeastSlab = 256, kMostSlab = 2048;  // columns
 
 template <class A, int lanes>
 struct Vector {
   typedef A type __attribute__((vector_size(lanes * sizeof(A)), may_alias));
-  typedef A loose __attribute__((vector_size(lanes * sizeof(A)), may_alias, aligned(sizeof(A))));  // at any address
+  typedef A loose __attribute__((vector_size(lanes * sizeof(A)), may_alias, aligned(sizeof(A))));  // unaligned
 };
 
-// A register tile covers at most M x M entries of G, a vector of sums each, so that sums and operands fit the
-// registers: 32 of 64 bytes with AVX-512, 16 of 32 bytes with AVX2.
+// A register tile covers at most M x M entries of G, with one vector of sums per entry. Sums and operands fit the
+// registers: 32 registers of 64 bytes with AVX-512, 16 registers of 32 bytes with AVX2.
 template <class A, int bytes, int M>
 struct Shape {
   static constexpr int lanes = bytes / int(sizeof(A)), most = M;
@@ -54,7 +56,7 @@ struct LaneSum<1> {
   ANTDIFF_INLINE static double of(const Vector<double, 1>::type& v) { return v[0]; }
 };
 
-// Rows are split into blocks of at most M rows, as even as can be, the larger ones first.
+// The rows are split as evenly as possible into blocks of at most M rows, with the larger blocks first.
 struct Blocks {
   int64_t count, size, larger;
   ANTDIFF_INLINE Blocks(int64_t K, int64_t most) : count((K + most - 1) / most), size(K / count), larger(K % count) {}
@@ -62,19 +64,19 @@ struct Blocks {
   ANTDIFF_INLINE int rows(int64_t b) const { return int(size + (b < larger)); }
 };
 
-// What a tile asks for while it computes: some rows of the next slab.
+// The rows of the next slab that a tile prefetches while it computes.
 struct Ahead {
-  uintptr_t rows;  // address of the first
-  int64_t count;   // rows; none at the end of a list
+  uintptr_t rows;  // address of the first row
+  int64_t count;   // number of rows, 0 at the end of the list
   int64_t stride;  // bytes between rows
-  int64_t bytes;   // of an element
+  int64_t bytes;   // size of an element
   ANTDIFF_INLINE void ask(int64_t column) const {
     for (int64_t r = 0; r < count; ++r)
       __builtin_prefetch(reinterpret_cast<const void*>(rows + uintptr_t(r * stride + column * bytes)), 0, 3);
   }
 };
 
-// The products of one chunk. X [K, slab] is the buffer, `sums` [K, K] vectors, of which the upper triangle is used.
+// The products of one chunk. X [K, slab] is the buffer. `sums` is [K, K] vectors, of which the upper triangle is used.
 template <class T, class S>
 struct Chunk {
   using A = accumulate_t<T>;
@@ -82,7 +84,7 @@ struct Chunk {
   using V = typename Vector<A, lanes>::type;
   using Loose = typename Vector<A, lanes>::loose;
 
-  // sums[i, j] += x_i . y_j for I rows at x and J rows at y, n columns (a multiple of lanes); j >= i on the diagonal.
+  // sums[i, j] += x_i . y_j for I rows at x, J rows at y and n columns (a multiple of lanes). On the diagonal j >= i.
   template <int I, int J, bool diagonal>
   ANTDIFF_INLINE static void tile(const A* x, const A* y, int64_t slab, int64_t n, V* sums, int64_t K, Ahead ahead) {
     V s[I][J];
@@ -117,7 +119,7 @@ struct Chunk {
         const int64_t i = blocks.first(r), j = blocks.first(c);
         const A *x = X + i * slab, *y = X + j * slab;
         V* to = sums + i * K + j;
-        // Every tile asks for its share of the next slab's rows, at most four.
+        // Every tile prefetches its share of the rows of the next slab, at most four.
         Ahead ahead = next;
         const int64_t from = next.count * t / tiles;
         ahead.rows += uintptr_t(from * next.stride);
@@ -137,7 +139,7 @@ struct Chunk {
               tile<M, M, true>(x, y, slab, n, to, K, ahead);
           }
         } else {
-          switch (10 * blocks.rows(r) + blocks.rows(c)) {  // sizes differ by one at most
+          switch (10 * blocks.rows(r) + blocks.rows(c)) {  // block sizes differ by at most one
             case 22:
               tile<2, 2, false>(x, y, slab, n, to, K, ahead);
               break;
@@ -157,7 +159,7 @@ struct Chunk {
       }
   }
 
-  // G += the sums of all lanes, upper triangle; the lanes start again from zero.
+  // Add the sums of all lanes to the upper triangle of G, and set the lanes to zero.
   ANTDIFF_INLINE static void flush(V* sums, int64_t K, double* G) {
     for (int64_t i = 0; i < K; ++i)
       for (int64_t j = i; j < K; ++j) {
@@ -167,23 +169,23 @@ struct Chunk {
       }
   }
 
-  // to[0:n] = from[0:n].
+  // Copy from[0:n] to to[0:n], converting each element to the accumulation type.
   ANTDIFF_INLINE static void widen(const T* __restrict from, A* __restrict to, int64_t n) {
     constexpr int64_t kBlock = 64 / sizeof(T);
     int64_t p = 0;
     for (; p + kBlock <= n; p += kBlock) {
-#pragma GCC unroll 1  // or the loop is unrolled before it can be vectorised
+#pragma GCC unroll 1  // otherwise the loop is unrolled before it can be vectorised
       for (int64_t l = 0; l < kBlock; ++l) to[p + l] = to_float(from[p + l]);
     }
     for (; p < n; ++p) to[p] = to_float(from[p]);
   }
 
-  // Whether `width` columns can be multiplied where they lie: in their own type, whole vectors, all in one piece.
+  // Return whether `width` columns can be multiplied in place: in their own type, as whole vectors, within one piece.
   ANTDIFF_INLINE static bool in_place(const RowPiece& piece, int64_t offset, int64_t width) {
     return std::is_same<T, A>::value && width % lanes == 0 && piece.numel - offset >= width;
   }
 
-  // The next `width` columns of the pieces, copied into X [K, slab]; moves piece and offset on.
+  // Copy the next `width` columns of the pieces into X [K, slab], and advance `piece` and `offset`.
   ANTDIFF_INLINE static void fill(const RowPiece*& piece, int64_t& offset, int64_t K, int64_t width, int64_t slab,
                                   A* X) {
     for (int64_t filled = 0; filled < width;) {
@@ -195,7 +197,7 @@ struct Chunk {
     }
   }
 
-  // G (upper triangle) += J J^T over columns [start, stop) of the concatenated pieces.
+  // Add J J^T over columns [start, stop) of the concatenated pieces to the upper triangle of G.
   ANTDIFF_INLINE static void run(const GramParams* p, int64_t start, int64_t stop, int64_t slab, A* X, A* lane_sums,
                                  double* G) {
     const int64_t K = p->K;
@@ -219,7 +221,7 @@ struct Chunk {
           for (int64_t c = width; c < used; ++c) X[k * slab + c] = 0;
       }
       Ahead next{0, 0, 0, int64_t(sizeof(T))};
-      if (piece != end) {  // rows shorter than a slab: then some lines are asked for in vain
+      if (piece != end) {  // if rows are shorter than a slab, some prefetched lines are not needed
         next.rows = reinterpret_cast<uintptr_t>(static_cast<const T*>(piece->rows) + offset);
         next.count = K;
         next.stride = piece->numel * int64_t(sizeof(T));
@@ -236,7 +238,7 @@ struct alignas(64) Line {
   char bytes[64];
 };
 
-// Workspaces of one thread: the slab's buffer and the lanes' sums, both multiples of a line.
+// Workspace of one thread: the buffer of the slab and the sums of the lanes, both multiples of a cache line.
 template <class A>
 struct Workspace {
   int64_t slab, buffer, sums;  // columns; elements; elements

@@ -15,9 +15,9 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 __extension__ typedef __int128 int128;
 
-// ---- which cells can be on a path ----------------------------------------------------------------------------------
+// ---- the cells that can be on a path --------------------------------------------------------------------------------
 
-// Cell (j, r) covers points 0..r with j+1 intervals. These bounds follow from the sizes alone; every cell inside them
+// Cell (j, r) covers points 0..r with j+1 intervals. These bounds follow from the sizes alone. Every cell inside them
 // has at least one start inside [first_start, last_start], and all bounds grow with r.
 struct Cells {
   int64_t T, K, min, max;
@@ -38,9 +38,9 @@ struct Cells {
   int64_t last_start(int64_t j, int64_t r) const { return std::min(last_end(j - 1) + 1, r - min + 1); }
 };
 
-// ---- cells from a cost that can be asked for any [l, r] ------------------------------------------------------------
+// ---- cells from a cost that is a function of [l, r] ----------------------------------------------------------------
 
-constexpr int64_t kPollEvery = 1 << 14;  // cost evaluations between two looks at `interrupted`
+constexpr int64_t kPollEvery = 1 << 14;  // cost evaluations between two calls of `interrupted`
 
 template <class Cost>
 class Solver {
@@ -67,7 +67,7 @@ class Solver {
     return trace();
   }
 
-  // Reads the optimum (each optimum with `all`) off the finished table.
+  // Read the optimum (every optimum with `all`) from the finished table.
   Status trace() {
     for (int64_t k = p_.all ? 1 : p_.K; k <= p_.K && !stopped_; ++k) {
       double& total = p_.totals[p_.all ? k - 1 : 0];
@@ -138,7 +138,8 @@ class Solver {
 
 // ---- cells from rows of costs: the dense dynamic program -----------------------------------------------------------
 
-// D[j][r] = min(D[j][r], D[j-1][l-1] + c(l, r)) for one l and all ends r: contiguous in r, so it fills vectors.
+// D[j][r] = min(D[j][r], D[j-1][l-1] + c(l, r)) for one l and all ends r. The loop is contiguous in r, so it
+// vectorises.
 struct Relax {
   ANTDIFF_INLINE static void run(const double* __restrict row, double before, double* __restrict layer, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
@@ -148,7 +149,7 @@ struct Relax {
   }
 };
 
-// How many entries are NaN or -inf.
+// Count the entries that are NaN or -inf.
 struct CountBad {
   ANTDIFF_INLINE static int64_t run(const double* row, int64_t n) {
     int64_t bad = 0;
@@ -157,9 +158,9 @@ struct CountBad {
   }
 };
 
-constexpr int64_t kTile = 2048;  // 16 KiB of a row: it stays in the L1 cache while all layers use it
+constexpr int64_t kTile = 2048;  // 16 KiB of a row, which stay in the L1 cache while all layers use them
 
-// `cost_rows(l, &row)` points `row` at costs with row[r] = c(l, r) for r >= l, or returns a bad Status.
+// `cost_rows(l, &row)` points `row` to costs with row[r] = c(l, r) for r >= l, or returns a Status that is not ok.
 template <class Cost, class CostRows>
 Status solve_dense(const Cost& cost, CostRows&& cost_rows, const IntervalParams& p) {
   Solver<Cost> solver(cost, p);
@@ -206,8 +207,9 @@ int log2_ceil(int64_t n) {
   return bits;
 }
 
-// Rounds to the grid on which sums of T numbers below 2^e are exact. Adding 1.5 * 2^52 grid steps pushes everything
-// finer than the grid out of the double. (A grid below the smallest double is 0, and nothing needs rounding.)
+// Round to the grid on which sums of T numbers below 2^e are exact. Adding 1.5 * 2^52 grid steps shifts everything
+// finer than the grid out of the double. If the grid is finer than the smallest double, the constant is 0 and nothing
+// needs rounding.
 class Grid {
  public:
   Grid(int e, int64_t T) : push_(std::ldexp(1.5, 52 + e + log2_ceil(T) - 51)) {}
@@ -225,7 +227,7 @@ struct AffinityCost {
   Grid grid;
 
   double at(int64_t c, int64_t t) const { return grid(affinity[c * T + t]); }
-  double operator()(int64_t l, int64_t r) const {  // exact, so four chains give what one would
+  double operator()(int64_t l, int64_t r) const {  // sums are exact, so four chains give the result of one
     const int64_t c = (l + r + 1) / 2;
     double sum[4] = {};
     int64_t t = l;
@@ -237,8 +239,8 @@ struct AffinityCost {
   double natural(double total) const { return total; }
 };
 
-// Each centre c keeps the sum over [l, 2c-l-1] (what lies inside 0..T-1), which shrinks at both ends as l grows. That
-// interval and [l, 2c-l] are the two with start l and centre c.
+// Each centre c keeps the sum over the part of [l, 2c-l-1] inside 0..T-1, which shrinks at both ends as l grows. This
+// interval and [l, 2c-l] are the two intervals with start l and centre c.
 class AffinityCostRows {
  public:
   explicit AffinityCostRows(const AffinityCost& cost) : cost_(cost), inner_(cost.T), row_(cost.T) {
@@ -267,7 +269,8 @@ class AffinityCostRows {
 
 // ---- absolute error ------------------------------------------------------------------------------------------------
 
-// Of sorted numbers, the sum of distances to the median is the upper half's sum less the lower half's: four look-ups.
+// For sorted numbers, the sum of distances to the median is the sum of the upper half minus the sum of the lower half,
+// which takes four look-ups.
 class AbsoluteCost {
  public:
   AbsoluteCost(const double* x, int64_t T) : sum_(T + 1) {
@@ -284,7 +287,8 @@ class AbsoluteCost {
   std::vector<double> sum_;  // [T + 1]
 };
 
-// With weights a cost is a sum of products: exact in 128-bit integers, x in steps of 2^-50 max|x|, w of 2^-61 T max w.
+// With weights a cost is a sum of products, which is exact in 128-bit integers with x in steps of 2^-50 max|x| and w in
+// steps of 2^-61 T max w.
 class WeightedAbsoluteCost {
  public:
   WeightedAbsoluteCost(const double* x, const double* weight, int64_t T) : x_(T), w_(T + 1), wx_(T + 1) {
@@ -306,7 +310,7 @@ class WeightedAbsoluteCost {
   double natural(int128 total) const { return std::ldexp(double(total), shift_); }
 
  private:
-  // The first m that has at least half of the weight of [l, r] at or below it.
+  // Return the first m that has at least half of the weight of [l, r] at or below it.
   int64_t median(int64_t l, int64_t r) const {
     const int64_t total = w_[r + 1] - w_[l], below = w_[l];
     while (l < r) {
@@ -326,8 +330,8 @@ class WeightedAbsoluteCost {
 
 // ---- squared error -------------------------------------------------------------------------------------------------
 
-// From prefix sums of w, w x and w x^2 of x about its mean (less cancellation), scaled to |x| <= 1, w <= 1 (no
-// overflow).
+// Uses prefix sums of w, w x and w x^2. x is taken about its mean, which reduces cancellation, and scaled to |x| <= 1,
+// w <= 1, which avoids overflow.
 class SquaredCost {
  public:
   SquaredCost(const double* x, const double* weight, int64_t T) : w_(T + 1), wx_(T + 1), wxx_(T + 1) {

@@ -1,7 +1,8 @@
-// One binary for every x86-64: a loop body is compiled three times and the best version the processor has is called.
+// One binary for every x86-64 processor: each loop body is compiled three times, and the best version that the
+// processor supports is called.
 //
-// A body is a struct with `ANTDIFF_INLINE static R run(Args...)`; `multiversion<Body>(args...)` runs it. The body must
-// be inlined whole into each version, so it calls nothing that is not ANTDIFF_INLINE itself (no lambdas, no std::).
+// A body is a struct with `ANTDIFF_INLINE static R run(Args...)`, and `multiversion<Body>(args...)` runs it. The body
+// must be inlined completely into each version, so it may call only ANTDIFF_INLINE functions (no lambdas, no std::).
 #pragma once
 
 #include <cstdlib>
@@ -14,7 +15,8 @@ namespace antdiff {
 
 enum class Isa { generic, avx2, avx512 };
 
-// The best instruction set present; ANTDIFF_ISA=generic|avx2 in the environment lowers it (tests, bug reports).
+// Return the best instruction set of the processor. ANTDIFF_ISA=generic or avx2 in the environment lowers it, for tests
+// and bug reports.
 inline Isa isa() {
   static const Isa found = [] {
     Isa best = Isa::generic;

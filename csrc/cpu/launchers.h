@@ -1,5 +1,5 @@
-// Every CPU launcher. Each has a CUDA twin of the same name in cuda/launchers.h, except interval clustering, which runs
-// once before training.
+// All CPU launchers. Each has a CUDA counterpart in cuda/launchers.h, except interval clustering, which runs once
+// before training.
 #pragma once
 
 #include "core/cluster_loss.h"
@@ -23,18 +23,18 @@ Status cpu_pcgrad_weights(const PcgradParams& p);
 Status cpu_nash_weights(const NashParams& p);
 Status cpu_gram_weights(const GramWeightsParams& p);
 
-// ---- interval clustering ---------------------------------------------------------------------------------------------
+// ---- interval clustering -------------------------------------------------------------------------------------------
 
-// Any cost [T, T], row-major, entries with r < l ignored, +inf forbids an interval. Status: not_finite for NaN or -inf
-// (`where` is the flat index, or -1 where sums overflow), infeasible.
+// Any cost [T, T], row-major. Entries with r < l are ignored, and +inf forbids an interval. Returns not_finite for NaN
+// or -inf (`where` is the flat index, or -1 if sums overflow), or infeasible.
 Status cpu_interval_cost(const double* cost, const IntervalParams& p);
 
-// c(l, r) = -sum of affinity[centre][l..r], centre = (l + r + 1) / 2, from affinity [T, T], finite. A row of costs at a
-// time is made from running sums: no second T x T.
+// c(l, r) = -sum of affinity[centre][l..r] with centre = (l + r + 1) / 2, for a finite affinity [T, T]. Running sums
+// give one row of costs at a time, so no second T x T matrix is needed.
 Status cpu_interval_affinity(const double* affinity, const IntervalParams& p);
 
-// c(l, r) = min over m of sum of w |x - m| (k-medians; ascending x, so that m = x[(l + r + 1) / 2] without weights).
-// weight [T] is >= 0 with a positive sum, or null for ones.
+// c(l, r) = min over m of sum of w |x - m| (k-medians). x must be ascending, so that m = x[(l + r + 1) / 2] without
+// weights. weight [T] is >= 0 with a positive sum, or null for ones.
 Status cpu_interval_absolute(const double* x, const double* weight, IntervalSolver solver, const IntervalParams& p);
 
 // c(l, r) = min over m of sum of w (x - m)^2 (k-means).

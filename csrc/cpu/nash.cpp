@@ -1,4 +1,4 @@
-// NashMTL weights on the CPU. Parallel over problems; a problem costs a few times K^3 / 6 multiplications.
+// NashMTL weights on the CPU. Parallel over problems. A problem costs a few times K^3 / 6 multiplications.
 #include "core/nash.h"
 
 #include "cpu/launchers.h"

@@ -1,7 +1,7 @@
 // Loops over independent chunks on several threads.
 //
-// OpenMP, because torch's thread pool is OpenMP too: one pool, and torch.set_num_threads rules here as well.
-// ThreadSanitizer does not understand libgomp's barriers, so a build without OpenMP uses std::thread.
+// The loops use OpenMP because torch does too: both share one thread pool, and torch.set_num_threads also applies here.
+// ThreadSanitizer does not understand the barriers of libgomp, so a build without OpenMP uses std::thread.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline int max_threads() {
 #endif
 }
 
-// Threads worth starting for `work` units when one thread should have at least `grain` of them: starting threads
+// Return the number of threads for `work` units if each thread should get at least `grain` of them. Starting threads
 // costs a few microseconds, so small tensors stay on the calling thread.
 inline int threads_for(int64_t work, int64_t grain) {
   const int64_t wanted = work / grain;
@@ -33,7 +33,7 @@ inline int threads_for(int64_t work, int64_t grain) {
   return wanted < 2 ? 1 : wanted < most ? int(wanted) : most;
 }
 
-// Calls f(i) for i in [0, n), contiguous ranges of i a thread. f must not throw.
+// Call f(i) for i in [0, n), with one contiguous range of i per thread. f must not throw.
 template <class F>
 void parallel_for(int64_t n, int threads, F&& f) {
   if (threads <= 1) {

@@ -1,4 +1,5 @@
-// PCGrad weights on the CPU. Parallel over problems; a problem costs O(K^2) without conflicts and O(K^3) with.
+// PCGrad weights on the CPU. Parallel over problems. A problem costs O(K^2) without conflicts and O(K^3) with
+// conflicts.
 #include "core/pcgrad.h"
 
 #include "cpu/launchers.h"

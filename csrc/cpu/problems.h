@@ -1,4 +1,4 @@
-// A batch of small independent problems, several threads where that pays.
+// A batch of small independent problems, run on several threads if that is faster.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace antdiff {
 
-// The first entry of G [K, K] for which scale_gram refuses it.
+// Return the flat index of the first entry of G [K, K] that makes scale_gram refuse G, or -1.
 inline int64_t bad_entry(const double* G, int64_t K) {
   for (int64_t e = 0; e < K * K; ++e)
     if (!is_finite(G[e]) || (e % (K + 1) == 0 && G[e] < 0)) return e;
@@ -23,13 +23,13 @@ inline int64_t bad_entry(const double* G, int64_t K) {
   return -1;
 }
 
-// Runs problem(n, work) -> Verdict for every n. A problem that fails gets NaN weights; the first one that must be
-// reported is: `where` is the flat index into gram, or the problem whose perms are bad. The workspace lies on the stack
-// up to K = kSharedK, for which kLocal doubles suffice: as large an allocation a call can make malloc trim its heap
-// each time.
+// Run problem(n, work) -> Verdict for every n. A problem that fails gets NaN weights. The returned Status describes the
+// first failure that must be reported: `where` is the flat index into gram, or the problem whose perms are bad. Up to K
+// = kSharedK the workspace is on the stack, where kLocal doubles suffice, because a heap allocation of this size per
+// call can make malloc trim its heap each time.
 template <int64_t kLocal, class Params, class Problem>
 Status solve_problems(const Params& p, int64_t workspace, Problem&& problem) {
-  constexpr int64_t kGrain = 1 << 16;  // multiplications a thread should at least have
+  constexpr int64_t kGrain = 1 << 16;  // minimum number of multiplications per thread
   std::atomic<int64_t> first{p.n};
   parallel_for(p.n, threads_for(p.n * p.K * p.K * p.K, kGrain), [&](int64_t n) {
     double local[kLocal];

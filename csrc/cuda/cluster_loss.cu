@@ -1,9 +1,8 @@
 // Cluster loss on CUDA.
-//   tile_kernel     parallel over tiles of samples; reads pred and target once, writes grad_pred once; float (double
-//   for
-//                   float64) over the 16 elements of a thread, double across threads
-//   cluster_kernel  one block a cluster; reads B ids and the tiles' sums of its own samples; double
-// Nothing is atomic and every sum has a fixed order: the result is the same from run to run.
+//   tile_kernel     Parallel over tiles of samples. It reads pred and target once and writes grad_pred once. Sums are
+//                   float (double for float64) over the 16 elements of a thread, and double across threads.
+//   cluster_kernel  One block per cluster. It reads B ids and the tile sums of its own samples. Sums are double.
+// Nothing is atomic and every sum has a fixed order, so the result is the same from run to run.
 #include "core/cluster_loss.h"
 
 #include "cuda/launch.h"
@@ -20,7 +19,8 @@ __device__ __forceinline__ A weight_of(const ClusterLossParams& p, int64_t b) {
   return p.weight ? static_cast<const A*>(p.weight)[b] : A(1);
 }
 
-// d losses[i] / d (sum of errors of sample b), times grad_losses[i]. A bad id gives NaN and is never an address.
+// Return d losses[i] / d (sum of errors of sample b), times grad_losses[i], where i is the cluster of b. A bad id gives
+// NaN and is never used as an index.
 template <class A>
 __device__ __forceinline__ A slope_factor(const ClusterLossParams& p, int64_t b) {
   const int64_t i = p.cluster[b];
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(ClusterLossParams p, int
   }
 }
 
-// Block i: counts[i], and losses[i] unless `counts_only`. One id out of range makes every loss of the call NaN.
+// Block i computes counts[i], and losses[i] unless `counts_only`. One id out of range makes every loss of the call NaN.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     cluster_kernel(ClusterLossParams p, int64_t tiles_per_sample, bool counts_only, uint32_t* errors) {

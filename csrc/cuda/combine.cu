@@ -1,7 +1,7 @@
-// Combination of J's rows on CUDA. Parallel over slabs of columns, a grid that strides over them; bytes moved: J once,
-// the result written once. Every thread reads 16 bytes of each row, eight rows in flight, and sums in row order in
-// float32 (float64 for float64 input): deterministic. The weights are read on the device, so that the host never waits
-// for them.
+// Combination of the rows of J on CUDA. Parallel over slabs of columns, over which the grid strides. Bytes moved: J is
+// read once, the result is written once. Every thread reads 16 bytes of each row, with eight rows in flight, and sums
+// in row order in float32 (float64 for float64 input), so the result is deterministic. The weights are read on the
+// device, so the host never waits for them.
 #include "core/gram.h"
 
 #include "cuda/row_table.h"
@@ -9,8 +9,8 @@
 namespace antdiff {
 namespace {
 
-constexpr int kRows = 8;           // read before the first use
-constexpr int kCombineBlocks = 2;  // a multiprocessor: 64 KB in flight at K = 8
+constexpr int kRows = 8;           // rows that a thread reads before it uses the first one
+constexpr int kCombineBlocks = 2;  // blocks per multiprocessor: 64 KB in flight at K = 8
 
 template <class A>
 __device__ __forceinline__ void load_weights(const double* weights, int64_t k, int64_t K, A (&w)[kRows]) {
@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_weights(const double* weights, int64_t k, i
   for (int r = 0; r < kRows; ++r) w[r] = k + r < K ? A(weights[k + r]) : A(0);
 }
 
-// V elements of the result: 16-byte stores where they are aligned, else element v goes to column + v * kRowThreads.
+// Store V elements of the result. If aligned, use 16-byte stores. Otherwise element v goes to column + v * kRowThreads.
 template <class O, int V, class A>
 __device__ __forceinline__ void store(O* out, int64_t column, int64_t numel, bool aligned, const A (&sum)[V]) {
   constexpr int W = V < vector_width<O>() ? V : vector_width<O>();
@@ -74,7 +74,7 @@ Status combine(const CombineParams& p, Stream stream) {
   int count = 0;
   if (Status s = multiprocessors(stream.device, &count); !s.ok()) return s;
   int64_t next = 0;
-  do {  // once, unless the list is longer than a table
+  do {  // runs once unless the list is longer than a table
     RowTable table;
     const int64_t slabs = table.fill(p.pieces, p.count, int64_t(kRowThreads) * vector_width<T>(), &next);
     const int64_t most = int64_t(count) * kCombineBlocks;

@@ -1,4 +1,4 @@
-// The sticky error word of each device, and CUDA's own error texts.
+// The sticky error word of each device, and the error texts of CUDA.
 #include <array>
 #include <atomic>
 
@@ -17,7 +17,7 @@ uint32_t* device_errors(int device) {
   if (!word) {
     void* address = nullptr;
     if (cudaGetSymbolAddress(&address, error_word) != cudaSuccess) {
-      (void)cudaGetLastError();  // not this call's failure: without the word, kernels poison but do not record
+      (void)cudaGetLastError();  // clear it: without the word, kernels still poison their results but record nothing
       return nullptr;
     }
     word = static_cast<uint32_t*>(address);

@@ -1,14 +1,14 @@
 // Gram matrix on CUDA.
-//   gram_kernel      K <= 8: parallel over slabs of columns, a persistent grid that strides over them; every thread
-//   reads
-//                    16 bytes of each of the K rows and keeps K (K + 1) / 2 sums in registers. Bytes moved: J once.
-//   gram_tile_kernel K > 8: the same for an 8 x 8 tile of G a block. A row is read by K / 8 tiles; blocks of different
-//                    tiles work on the same slab at the same time, so that all but the first read come from L2.
-//   gram_sum_kernel  one block an entry of G: the blocks' partial sums, in a fixed order.
-// Sums are float32 (float64 for float64 input) over chains of at most kGramChain products and across a warp, float64
-// from there. Instructions: reducing over a warp costs 10 a sum, paid once a chain, under a tenth of the chain itself;
-// sums kept in float64 registers would halve the blocks that fit. Nothing is atomic and the grid depends on the device
-// and the sizes alone: the result is the same from run to run.
+//   gram_kernel       K <= 8: parallel over slabs of columns, over which a persistent grid strides. Every thread reads
+//                     16 bytes of each of the K rows and keeps K (K + 1) / 2 sums in registers. Bytes moved: J once.
+//   gram_tile_kernel  K > 8: the same for one 8 x 8 tile of G per block. A row is read by K / 8 tiles. Blocks of
+//                     different tiles work on the same slab at the same time, so all reads but the first hit L2.
+//   gram_sum_kernel   One block per entry of G adds the partial sums of the blocks in a fixed order.
+//
+// Sums are float32 (float64 for float64 input) over chains of at most kGramChain products and across a warp, and
+// float64 across chains. Reducing over a warp takes 10 instructions per sum. It happens once per chain and takes less
+// than a tenth of the instructions of the chain. Sums in float64 registers would halve the number of blocks that fit.
+// Nothing is atomic, and the grid depends only on the device and the sizes, so the result is the same from run to run.
 #include "core/gram.h"
 
 #include "cuda/row_table.h"
@@ -18,12 +18,12 @@ namespace {
 
 constexpr int kWarps = kRowThreads / kWarp;
 constexpr int kTile = 8;
-constexpr int kGramBlocks = 2;  // a multiprocessor: 64 KB in flight at K = 8, and registers for K (K + 1) / 2 sums
+constexpr int kGramBlocks = 2;  // blocks per multiprocessor: 64 KB in flight at K = 8, and registers for all sums
 
-// Vectors of each row that a thread reads before it computes: 128 bytes or more in flight, as registers allow.
+// Vectors of each row that a thread reads before it computes: 128 bytes or more in flight, as far as registers allow.
 constexpr int vectors(int64_t K) { return K < 6 ? int(10 / K) : 1; }
 
-// The N sums of every thread, over the warp, into the warp's float64 totals; the sums start again from zero.
+// Add the N sums of all threads of the warp to the float64 totals of the warp, and set the sums to zero.
 template <int N, class A>
 __device__ __forceinline__ void flush(A (&sums)[N], double* totals) {
 #pragma unroll
@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kRowThreads, kGramBlocks)
   }
 }
 
-// Row-major number t of the tile (row, column), row <= column, of a triangle `side` tiles wide.
+// Find the tile (row, column), row <= column, with row-major number t in a triangle that is `side` tiles wide.
 __device__ __forceinline__ void tile_of(int64_t t, int64_t side, int64_t* row, int64_t* column) {
   int64_t i = 0;
   while (t >= side - i) t -= side - i++;
   *row = i, *column = i + t;
 }
 
-// Block b works on tile b % tiles and, with the `gridDim.x / tiles` blocks of that tile, strides over the slabs.
+// Block b works on tile b % tiles. The gridDim.x / tiles blocks of a tile stride over the slabs together.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     gram_tile_kernel(const __grid_constant__ RowTable table, int64_t K, int64_t tiles, double* partial) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const RowView<T> view(table.at[entry], slab, kRowThreads * V);
     Pack<T, V> x[kTile], y[kTile];
 #pragma unroll
-    for (int r = 0; r < kTile; ++r) {  // rows beyond K: zeros, whose sums are never read
+    for (int r = 0; r < kTile; ++r) {  // rows beyond K are zeros, and their sums are never read
       x[r] = i0 + r < K ? view.load(i0 + r, view.column(0)) : Pack<T, V>{};
       y[r] = j0 + r < K ? view.load(j0 + r, view.column(0)) : Pack<T, V>{};
     }
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// gram[i, j] = gram[j, i] = (+=) the sum of partial[i, j, 0:blocks].
+// Set gram[i, j] and gram[j, i] to the sum of partial[i, j, 0:blocks], or add it if `accumulate`.
 __global__ void __launch_bounds__(kRowThreads)
     gram_sum_kernel(const double* partial, int64_t blocks, int64_t K, double* gram, bool accumulate) {
   __shared__ double shared[kWarps];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// Blocks that share the slabs (of one tile, for K > 8), when there are as many slabs.
+// Return the number of blocks that share the slabs (of one tile, for K > 8), if there are at least as many slabs.
 int64_t sharing_blocks(int64_t K, int multiprocessors) {
   if (K <= kTile) return int64_t(multiprocessors) * kGramBlocks;
   const int64_t side = (K + kTile - 1) / kTile, tiles = side * (side + 1) / 2;
@@ -194,7 +194,7 @@ Status gram(const GramParams& p, Stream stream) {
   const int64_t slab = int64_t(kRowThreads) * vector_width<T>() * vectors(p.K);
   bool accumulate = p.accumulate;
   int64_t next = 0;
-  do {  // once, unless the list is longer than a table
+  do {  // runs once unless the list is longer than a table
     RowTable table;
     const int64_t slabs = table.fill(p.pieces, p.count, slab, &next);
     const int64_t most = sharing_blocks(p.K, count), blocks = slabs < 1 ? 1 : slabs < most ? slabs : most;
@@ -211,7 +211,7 @@ Status gram(const GramParams& p, Stream stream) {
 
 int64_t cuda_gram_scratch(int64_t k, int device) {
   int count = 0;
-  // A device that cannot be asked fails in cuda_gram, which can say so.
+  // If the device cannot be queried, cuda_gram fails as well and reports the error.
   if (!multiprocessors(device, &count).ok()) count = 1;
   return k * k * sharing_blocks(k, count);
 }

@@ -1,6 +1,6 @@
-// Balancing weights from the Gram matrix on CUDA. One warp a problem, of which one lane runs the sequential solver: the
-// point is that nothing leaves the device. G is read once from global memory, the rest happens in shared memory up to
-// K = 32 and in scratch beyond. Float64, deterministic.
+// Balancing weights from the Gram matrix on CUDA. One warp handles a problem, and one lane of it runs the sequential
+// solver; the purpose of this kernel is that nothing leaves the device. G is read once from global memory. The
+// workspace is shared memory up to K = 32 and scratch memory beyond. Float64, deterministic.
 #include "core/gram_weights.h"
 
 #include "cuda/launch.h"

@@ -1,4 +1,4 @@
-// What every .cu file needs: the launch, block-wide sums, vector loads, and the device's sticky error word.
+// Shared by all .cu files: the launch, sums over a block, vector loads, and the sticky error word of the device.
 #pragma once
 
 #if defined(ANTDIFF_CUDA_EMULATION)
@@ -21,7 +21,7 @@ inline Status cuda_status(cudaError_t code) {
   return {Status::Code::cuda, 0, int64_t(code)};
 }
 
-// Makes `device` current for a scope: tensors may live on another device than the caller's current one.
+// Make `device` current for a scope, since tensors may live on a device other than the current one of the caller.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -45,7 +45,8 @@ class DeviceGuard {
 };
 
 #if !defined(ANTDIFF_CUDA_EMULATION)
-// An empty grid is not an error to the caller, but it is one to CUDA: nothing is launched. The device must be current.
+// Launch a kernel on the current device. An empty grid is an error in CUDA but not for the caller, so nothing is
+// launched.
 template <class... P, class... A>
 Status launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, const A&... args) {
   if (blocks <= 0) return {};
@@ -54,11 +55,12 @@ Status launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, 
 }
 #endif
 
-// Most blocks of any grid here; kernels stride over the rest.
+// The largest grid. Kernels stride over the remaining work.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 inline int64_t grid_for(int64_t work) { return work < kMostBlocks ? work : kMostBlocks; }
 
-// The word of DeviceError bits on a device (null if it cannot be found; kernels then do not record).
+// Return the address of the word of DeviceError bits on a device, or null if it cannot be found. Given null, kernels
+// record nothing.
 uint32_t* device_errors(int device);
 
 #if defined(__CUDACC__) || defined(ANTDIFF_CUDA_EMULATION)
@@ -73,8 +75,8 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
-// Sum over the block, in an order fixed by the block's size; every thread gets it. `shared` holds one A a warp, and may
-// be used again right after. All threads of the block must call it.
+// Return the sum over the block to every thread. The order of the sum depends only on the size of the block. `shared`
+// holds one A per warp and can be reused immediately. All threads of the block must call this function.
 template <class A>
 __device__ __forceinline__ A block_sum(A x, A* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -87,7 +89,7 @@ __device__ __forceinline__ A block_sum(A x, A* shared) {
   return total;
 }
 
-// V consecutive elements, moved by one load or store of sizeof(T) * V bytes (16 at most).
+// V consecutive elements, moved by one load or store of sizeof(T) * V bytes (at most 16).
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T at[V];

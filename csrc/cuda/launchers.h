@@ -1,4 +1,4 @@
-// Every CUDA launcher, declared without a CUDA header. Each mirrors its namesake in cpu/launchers.h.
+// All CUDA launchers, declared without a CUDA header. Each has a CPU counterpart in cpu/launchers.h.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ Status cuda_cluster_loss_forward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_backward(const ClusterLossParams& p, Stream stream);
 Status cuda_cluster_loss_and_grad(const ClusterLossParams& p, Stream stream);
 
-int64_t cuda_gram_scratch(int64_t k, int device);  // float64 numbers that GramParams::scratch must hold
+int64_t cuda_gram_scratch(int64_t k, int device);  // number of doubles in GramParams::scratch
 Status cuda_gram(const GramParams& p, Stream stream);
 Status cuda_combine(const CombineParams& p, Stream stream);
 
@@ -29,9 +29,9 @@ Status cuda_pcgrad_weights(const PcgradParams& p, Stream stream);
 Status cuda_nash_weights(const NashParams& p, Stream stream);
 Status cuda_gram_weights(const GramWeightsParams& p, Stream stream);
 
-// ---- errors that kernels met: read only when asked, since reading costs a synchronisation -----------------------
+// ---- errors recorded by kernels: read only on request, since reading synchronises with the device -----------------
 enum DeviceError : uint32_t { kBadClusterId = 1u, kBadGram = 2u, kBadPerms = 4u };
-Status cuda_take_errors(int device, uint32_t* errors);  // bits of DeviceError since the last call; clears them
+Status cuda_take_errors(int device, uint32_t* errors);  // the bits of DeviceError set since the last call; clears them
 const char* cuda_error_text(int64_t code);
 
 }  // namespace antdiff

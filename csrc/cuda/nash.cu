@@ -1,5 +1,5 @@
-// NashMTL weights on CUDA. One warp a problem: lanes share each elimination step. G is read once from
-// global memory, the rest happens in shared memory up to K = 32 and in scratch beyond. Float64, deterministic.
+// NashMTL weights on CUDA. One warp handles a problem, and its lanes share each elimination step. G is read once from
+// global memory. The workspace is shared memory up to K = 32 and scratch memory beyond. Float64, deterministic.
 #include "core/nash.h"
 
 #include "cuda/launch.h"

@@ -1,5 +1,5 @@
-// PCGrad weights on CUDA. One warp a problem, a lane a row; G and the orders are read once from
-// global memory, the rest happens in shared memory up to K = 32 and in scratch beyond. Float64, deterministic.
+// PCGrad weights on CUDA. One warp handles a problem, with one lane per row. G and the visiting orders are read once
+// from global memory. The workspace is shared memory up to K = 32 and scratch memory beyond. Float64, deterministic.
 #include "core/pcgrad.h"
 
 #include "cuda/launch.h"

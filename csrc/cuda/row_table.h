@@ -1,4 +1,4 @@
-// The pieces of J as a kernel sees them: a table by value in the kernel's parameters, so that one launch serves a list
+// The pieces of J as a kernel receives them: a table passed by value in the kernel parameters. One launch serves a list
 // of hundreds of tensors, nothing is copied to the device beforehand, and a captured CUDA graph holds its own table.
 #pragma once
 
@@ -7,9 +7,9 @@
 
 namespace antdiff {
 
-// A parameter block holds 4096 bytes, or 32764 from CUDA 12.1 and compute capability 7.0 on.
+// The parameters of a kernel hold 4096 bytes, or 32764 bytes from CUDA 12.1 and compute capability 7.0 on.
 #if defined(ANTDIFF_CUDA_EMULATION)
-constexpr int kTableBytes = 288;  // room for a few entries only, so that short lists already take several launches
+constexpr int kTableBytes = 288;  // room for only a few entries, so that even short lists take several launches
 #elif CUDART_VERSION >= 12010 && defined(__CUDA_ARCH_LIST__)
 constexpr int kArchs[] = {__CUDA_ARCH_LIST__};  // ascending
 constexpr int kTableBytes = kArchs[0] >= 700 ? 32764 : 4096;
@@ -17,7 +17,7 @@ constexpr int kTableBytes = kArchs[0] >= 700 ? 32764 : 4096;
 constexpr int kTableBytes = 4096;
 #endif
 
-// A piece is cut into slabs of columns; `first` is the number of its first slab among those of the whole table.
+// A piece is cut into slabs of columns. `first` is the number of its first slab, counted over the whole table.
 struct TableEntry {
   const void* rows;
   void* out;
@@ -26,10 +26,10 @@ struct TableEntry {
 constexpr int kTableEntries = (kTableBytes - 128) / int(sizeof(TableEntry));  // 128 bytes for the other parameters
 
 struct RowTable {
-  TableEntry at[kTableEntries];  // in use: `count`, and one more whose `first` is the number of slabs
+  TableEntry at[kTableEntries];  // `count` entries, and one more whose `first` is the number of slabs
   int count;
 
-  // Takes pieces from *next on until none is left or the table is full; advances *next. Returns the number of slabs.
+  // Add pieces from *next on until none is left or the table is full, and advance *next. Return the number of slabs.
   int64_t fill(const RowPiece* pieces, int64_t number, int64_t slab, int64_t* next) {
     int64_t first = 0;
     for (count = 0; *next < number && count < kTableEntries - 1; ++*next) {
@@ -51,8 +51,8 @@ inline Status multiprocessors(int device, int* count) {
 
 constexpr int kRowThreads = 256;
 
-// Where thread t of a block finds its V elements of a slab. Aligned rows: a vector of consecutive elements, one 16-byte
-// access. Others: elements a block's width apart, so that single accesses are coalesced.
+// Locates the V elements of a slab that belong to a thread of a block. In aligned rows they are consecutive, and one
+// 16-byte access moves them. In other rows they are kRowThreads elements apart, so that single accesses are coalesced.
 template <class T>
 struct RowView {
   static constexpr int V = vector_width<T>();
@@ -66,11 +66,12 @@ struct RowView {
         start((slab - entry.first) * columns),
         aligned(reinterpret_cast<uintptr_t>(entry.rows) % 16 == 0 && uint64_t(entry.numel) % V == 0) {}
 
-  // Columns of vector u of this thread: [column, column + V) if aligned, else column + v * kRowThreads.
+  // Return the first column of vector u of this thread. The vector has columns [column, column + V) if aligned, else
+  // column + v * kRowThreads.
   __device__ __forceinline__ int64_t column(int u) const {
     return start + int64_t(u) * kRowThreads * V + int64_t(threadIdx.x) * (aligned ? V : 1);
   }
-  // Row r, zero beyond the piece's end.
+  // Load V elements of row r, with zeros beyond the end of the piece.
   __device__ __forceinline__ Pack<T, V> load(int64_t r, int64_t column) const {
     Pack<T, V> x{};
     const T* row = rows + r * numel;

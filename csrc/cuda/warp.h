@@ -1,4 +1,4 @@
-// A warp as the team of a K x K problem (core/team.h), and where a problem finds its workspace.
+// A warp as the team that computes a K x K problem (core/team.h), and the workspace of a problem.
 #pragma once
 
 #include <cmath>
@@ -21,8 +21,8 @@ struct Warp {
   __device__ __forceinline__ void sync() const { __syncwarp(); }
 };
 
-// Problems [blockIdx.x, n) with stride gridDim.x, a warp each: body(n, work, warp) -> Verdict. One that fails gets NaN
-// weights and leaves its mark in the sticky error word.
+// Run problem(n, work, warp) -> Verdict for the problems [blockIdx.x, n) with stride gridDim.x, with one warp per
+// block. A problem that fails gets NaN weights and sets its bit in the sticky error word.
 template <class Params, class Problem>
 __device__ __forceinline__ void solve_problems(const Params& p, double* shared, int64_t workspace, uint32_t* errors,
                                                Problem&& problem) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void solve_problems(const Params& p, double* shared, 
       if (warp.rank() == 0 && verdict == Verdict::bad_perms) record(errors, kBadPerms);
       if (warp.rank() == 0 && verdict == Verdict::bad_gram && !p.poison) record(errors, kBadGram);
     }
-    warp.sync();  // the next problem writes what some lanes may still read
+    warp.sync();  // the next problem overwrites memory that some lanes may still read
   }
 }
 

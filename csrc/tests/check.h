@@ -1,4 +1,4 @@
-// The smallest test harness that serves: CHECK prints what failed and where, `summary` makes the exit code.
+// A minimal test harness. CHECK prints the failed expression and its location, and `summary` returns the exit code.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ inline void check(bool ok, const char* text, const char* file, int line) {
   ++failures();
   std::printf("%s:%d: failed: %s\n", file, line, text);
 }
-// |a - b| <= relative * max(|a|, |b|): no absolute epsilon, so zero must be exact.
+// Return whether |a - b| <= relative * max(|a|, |b|). There is no absolute epsilon, so zero must match exactly.
 inline bool close(double a, double b, double relative) {
   return a == b || std::fabs(a - b) <= relative * std::fmax(std::fabs(a), std::fabs(b));
 }
@@ -31,7 +31,7 @@ inline int summary() {
   return failures() ? 1 : 0;
 }
 
-// A small reproducible generator (splitmix64): tests need no <random>, whose output differs between libraries.
+// A small reproducible generator (splitmix64). The output of <random> differs between standard libraries.
 struct Random {
   uint64_t state;
   explicit Random(uint64_t seed) : state(seed) {}
@@ -42,7 +42,7 @@ struct Random {
     return z ^ (z >> 31);
   }
   double uniform() { return double(bits() >> 11) * 0x1p-53; }  // [0, 1)
-  double normal() {                                            // sum of 12 uniforms: light tails, enough for data
+  double normal() {                                            // sum of 12 uniforms, which has light tails
     double s = -6;
     for (int i = 0; i < 12; ++i) s += uniform();
     return s;

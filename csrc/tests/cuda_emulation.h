@@ -1,10 +1,11 @@
-// Runs the CUDA kernels of csrc/cuda on the CPU, without a GPU or nvcc, so that every commit executes every kernel
+// Emulates the CUDA kernels of csrc/cuda on the CPU, without a GPU or nvcc, so that every commit executes every kernel
 // under the address and undefined-behaviour sanitizers.
 //
-// A test compiles a .cu file as C++ after defining ANTDIFF_CUDA_EMULATION. Blocks run one after the other; the threads
-// of a block are fibers (ucontext) that switch only at __syncthreads and at warp shuffles. A barrier that some threads
-// of a block never reach, or a shuffle that some lanes of its mask never reach, aborts with a message instead of
-// hanging. What it cannot show: races between barriers, memory ordering, occupancy, speed. The GPU gate is for those.
+// A test compiles a .cu file as C++ after defining ANTDIFF_CUDA_EMULATION. Blocks run one after the other. The threads
+// of a block are fibers (ucontext) that switch only at __syncthreads and at warp shuffles. If some threads of a block
+// never reach a barrier, or some lanes of the mask never reach a shuffle, the emulation aborts with a message instead
+// of hanging. It cannot show races between barriers, memory ordering, occupancy or speed. benchmarks/gpu_gate.sh tests
+// those on a GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -48,9 +49,9 @@ struct Fiber {
 struct Block {
   static constexpr size_t kStack = 128 * 1024;
   std::vector<Fiber> fibers;
-  std::vector<uint64_t> exchange;  // one slot a thread, for shuffles
-  std::vector<unsigned> arrived;   // shuffles met so far, per thread
-  std::vector<unsigned> left;      // shuffles whose value has been read, per thread
+  std::vector<uint64_t> exchange;  // one slot per thread, for shuffles
+  std::vector<unsigned> arrived;   // number of shuffles that each thread has reached
+  std::vector<unsigned> left;      // number of shuffles whose value each thread has read
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -156,7 +157,8 @@ inline void barrier() {
   while (generation == b.barrier_generation) yield();
 }
 
-// Every lane of the mask deposits its value, then reads another lane's; a lane leaves its slot only when all have read.
+// Every lane of the mask writes its value to its slot, then reads the slot of another lane. A lane continues only when
+// all lanes have read.
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= 8, "shuffles move at most 8 bytes");

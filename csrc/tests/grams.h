@@ -1,4 +1,4 @@
-// Gradients of every kind that a method which works on their Gram matrix must survive; tests/grams.py has the same.
+// The kinds of gradients that every method on a Gram matrix must handle. tests/grams.py has the same kinds.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ enum class Kind { random, conflicting, duplicates, opposed, deficient, zeros, sc
 constexpr Kind kKinds[] = {Kind::random,    Kind::conflicting, Kind::duplicates, Kind::opposed,
                            Kind::deficient, Kind::zeros,       Kind::scaled};
 
-// J [K, P] of a kind; scaled: by 10^-30, 1, 10^30 in turn.
+// Return J [K, P] of a kind. The rows of `scaled` are multiplied by 10^-30, 1 and 10^30 in turn.
 inline Vector gradients(Kind kind, int64_t K, int64_t P, uint64_t seed) {
   Random random(seed);
   Vector J(K * P), shared(P);

@@ -1,6 +1,6 @@
-// Cluster loss: the CPU loops and the emulated CUDA kernels against a plain double-precision evaluation.
+// Tests of cluster loss: the CPU loops and the emulated CUDA kernels against a plain double-precision evaluation.
 #define ANTDIFF_CUDA_EMULATION
-#include "cuda/cluster_loss.cu"  // NOLINT: compiled as C++ by the emulator
+#include "cuda/cluster_loss.cu"  // NOLINT: the emulator compiles it as C++
 
 #include <vector>
 
@@ -17,7 +17,7 @@ using test::Random;
 
 namespace {
 
-// Relative error of one rounding to T, with room for the chain of sums in T's accumulation type.
+// The relative error of one rounding to T, with a margin for the chain of sums in the accumulation type of T.
 template <class T>
 double tolerance() {
   return sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 2e-6 : 1e-2;
@@ -61,7 +61,7 @@ struct Case {
     Random random(seed);
     for (auto& x : pred) x = from_float<T>(float(random.normal()));
     for (auto& x : target) x = from_float<T>(float(random.normal()));
-    for (auto& c : cluster) c = K > 2 ? random.below(K - 1) : random.below(K);  // the last cluster stays empty
+    for (auto& c : cluster) c = K > 2 ? random.below(K - 1) : random.below(K);  // K > 2: the last stays empty
     for (auto& w : weight) w = A(random.uniform() + .5);
     for (auto& g : upstream) g = A(random.normal());
     p.dtype = dtype;
@@ -99,13 +99,13 @@ struct Case {
         const double d = double(to_float(pred[b * N + n])) - double(to_float(target[b * N + n]));
         const double factor = double(upstream[cluster[b]]) * (p.weight ? double(weight[b]) : 1) /
                               (double(number[cluster[b]]) * double(N));
-        // float16 results below its smallest normal number lose relative accuracy: half a step of 2^-24 there.
+        // float16 loses relative accuracy below its smallest normal number, where half a step of 2^-24 is allowed.
         const double want = factor * slope(kind, d, .7), got = double(to_float(grad[b * N + n]));
         wrong += !(close(got, want, tolerance<T>()) || (p.dtype == DType::f16 && std::fabs(got - want) <= 0x1p-24));
       }
     CHECK(wrong == 0);
   }
-  void forget() {
+  void reset() {
     for (auto& x : losses) x = A(-1);
     for (auto& x : counts) x = -1;
     for (auto& x : grad) x = from_float<T>(-1.f);
@@ -119,12 +119,12 @@ void all_paths(DType dtype, int64_t B, int64_t N, int64_t K) {
       if (weighted && kind == LossKind::l1) continue;  // the emulator is slow, and weight and kind do not interact
       Case<T> c(B, N, K, kind, dtype, weighted, uint64_t(B * 1000 + N * 10 + K));
       for (bool cuda : {false, true}) {
-        c.forget();
+        c.reset();
         CHECK((cuda ? cuda_cluster_loss_forward(c.p, {}) : cpu_cluster_loss_forward(c.p)).ok());
         c.check_values();
         CHECK((cuda ? cuda_cluster_loss_backward(c.p, {}) : cpu_cluster_loss_backward(c.p)).ok());
         c.check_grads();
-        c.forget();
+        c.reset();
         CHECK((cuda ? cuda_cluster_loss_and_grad(c.p, {}) : cpu_cluster_loss_and_grad(c.p)).ok());
         c.check_values();
         c.check_grads();
@@ -133,7 +133,7 @@ void all_paths(DType dtype, int64_t B, int64_t N, int64_t K) {
 }
 
 void conversions() {
-  // Every float16 and bfloat16 survives the way to float and back; NaN stays NaN.
+  // Every float16 and bfloat16 number survives the round trip through float, and NaN stays NaN.
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const Half h{uint16_t(bits)};
     const BFloat16 b{uint16_t(bits)};

@@ -1,6 +1,7 @@
-// Gram matrix and combination: the CPU loops and the emulated CUDA kernels against plain double-precision sums.
+// Tests of the Gram matrix and the combination: the CPU loops and the emulated CUDA kernels against plain sums in long
+// double and double precision.
 #define ANTDIFF_CUDA_EMULATION
-#include "cuda/combine.cu"  // NOLINT: compiled as C++ by the emulator
+#include "cuda/combine.cu"  // NOLINT: the emulator compiles it as C++
 #include "cuda/gram.cu"     // NOLINT
 
 #include <vector>
@@ -18,7 +19,7 @@ double unit() {
   return sizeof(T) == 8 ? 0x1p-53 : 0x1p-24;
 }
 
-// A list of pieces with guarded storage. `shift` elements of misalignment in front of each.
+// A list of pieces in separate vectors. Each piece is misaligned by `shift` elements.
 template <class T>
 struct Case {
   DType dtype;
@@ -42,7 +43,7 @@ struct Case {
   }
 
   void check_gram(bool with_cuda = true) const {
-    std::vector<long double> sums(size_t(K * K), 0);  // a plain double sum would be no better than what it checks
+    std::vector<long double> sums(size_t(K * K), 0);  // a plain double sum would be no more accurate than the result
     for (size_t s = 0; s < sizes.size(); ++s)
       for (int64_t i = 0; i < K; ++i)
         for (int64_t j = 0; j < K; ++j)
@@ -97,15 +98,15 @@ struct Case {
           }
           const double bound = (2 * double(K) * unit<T>() + rounding) * magnitude + 0x1p-25;
           wrong += p < shift ? to_float(o) != -77 : !(std::fabs(double(to_float(o)) - want) <= bound);
-          if (p >= shift) o = from_float<O>(-77.f);  // forget, for the next launcher
+          if (p >= shift) o = from_float<O>(-77.f);  // reset for the next launcher
         }
       CHECK(wrong == 0);
     }
   }
 };
 
-// Sizes below, at and beyond a slab, rows aligned or not, and lists longer than a table. The emulator switches fibers
-// at every shuffle of the K (K + 1) / 2 sums, so K > 8 (whose tile kernel has 64) gets one list.
+// Sizes below, at and beyond a slab, aligned and misaligned rows, and lists longer than a table. The emulator switches
+// fibers at every shuffle of the K (K + 1) / 2 sums, so K > 8, whose tile kernel has 64 sums, gets only one list.
 template <class T>
 void all(DType dtype) {
   const std::vector<int64_t> mixed = {3, 0, 129, 8, 2050, 1, 1, 64, 300};
@@ -124,7 +125,7 @@ void all(DType dtype) {
   c.template check_combine<T>(dtype);
 }
 
-// Every tile shape of the CPU's loop, which needs no emulator.
+// Every tile shape of the CPU loop, which needs no emulator.
 template <class T>
 void all_rows(DType dtype) {
   for (int64_t K = 1; K <= 21; ++K) Case<T>(dtype, K, {3, 700, 40}, 1, uint64_t(K)).check_gram(false);
@@ -139,7 +140,7 @@ void long_rows() {
   b.check_gram();
 }
 
-// A table holds what fits; offsets are 64-bit.
+// A table takes as many pieces as fit, and its offsets are 64-bit.
 void tables() {
   std::vector<RowPiece> pieces(3, RowPiece{nullptr, int64_t(5) << 40, nullptr});
   RowTable table;

@@ -1,7 +1,7 @@
-// The small solvers and the balancing methods built on them: optimality conditions, one CPU thread against emulated
-// warps, scales, and bad input.
+// Tests of the small solvers and of the balancing methods that use them: optimality conditions, one CPU thread against
+// emulated warps, scales, and bad input.
 #define ANTDIFF_CUDA_EMULATION
-#include "cuda/gram_weights.cu"  // NOLINT: compiled as C++ by the emulator
+#include "cuda/gram_weights.cu"  // NOLINT: the emulator compiles it as C++
 
 #include <cmath>
 #include <vector>
@@ -59,14 +59,14 @@ void warps_agree_with_threads() {
       }
 }
 
-// x >= 0, slope >= 0 where x = 0, slope = 0 where x > 0, relative to the terms of the slope.
+// The optimality conditions: x >= 0, slope >= 0 if x = 0, and slope = 0 if x > 0, relative to the terms of the slope.
 void quadratic_programs() {
   for (int64_t K : {1, 2, 3, 6, 12, 40})
     for (Kind kind : kKinds) {
       const Vector J = gradients(kind, K, 12, uint64_t(7 * K + int(kind)));
       Vector G = gram_of(J, K), x(K), work(nonnegative_qp_workspace(K));
       for (int64_t i = 0; i < K; ++i)
-        if (G[i * K + i] == 0) G[i * K + i] = 1;  // the solver's callers take such rows out
+        if (G[i * K + i] == 0) G[i * K + i] = 1;  // the callers of the solver remove zero rows
       for (int64_t i = 0; i < K; ++i) {
         const Vector c(G.begin() + i * K, G.begin() + (i + 1) * K);
         nonnegative_qp(G.data(), c.data(), K, x.data(), work.data());
@@ -121,7 +121,7 @@ void fixed_values() {
   }
 }
 
-// Powers of four leave every bit of the weights alone, but for fairgrad's, which have a unit.
+// Powers of four change no bit of the weights, except for fairgrad, whose weights depend on the unit of G.
 void scales() {
   const Vector G = gram_of(gradients(Kind::conflicting, 5, 9, 3), 5);
   for (GramMethod method : kAll) {
@@ -140,8 +140,8 @@ void scales() {
   }
 }
 
-// Opposed pairs that span an ill-conditioned space: 1 is perpendicular to it but for rounding, which is not to become a
-// direction.
+// Opposed pairs that span an ill-conditioned space. Up to rounding, 1 is perpendicular to this space, and rounding
+// error must not become a direction.
 void opposed() {
   for (double angle : {1.0, 1e-2, 1e-4}) {
     Vector J = {1, 0, 0, 1, angle, 0, 1, angle, angle};

@@ -1,4 +1,5 @@
-// Interval partition: every solver against enumeration of all partitions, and the solvers against each other.
+// Tests of the interval partition: every solver against enumeration of all partitions, and the solvers against each
+// other.
 #include "cpu/interval.h"
 
 #include <algorithm>
@@ -37,8 +38,9 @@ Result solve(int64_t T, int64_t K, int64_t min, int64_t max, Solve&& run) {
   return result;
 }
 
-// Tries every partition, and of the best ones keeps the one that the tie rule names: smallest last start, then smallest
-// second last, and so on. Sums from the left, as the dynamic program does, so that floating point agrees too.
+// Try every partition. Among the best ones keep the partition that the tie rule selects: the smallest last start, then
+// the smallest second last start, and so on. Costs are summed from the left like in the dynamic program, so the
+// floating-point results agree too.
 void enumerate(const Matrix& cost, int64_t T, int64_t min, int64_t max, std::vector<int64_t>& starts, size_t j,
                double sum, Result& best) {
   const size_t K = starts.size();
@@ -67,7 +69,7 @@ Result brute_force(const Matrix& cost, int64_t T, int64_t K, int64_t min, int64_
 
 template <class Cost>
 Matrix matrix(int64_t T, Cost&& cost) {
-  Matrix m(T * T, std::numeric_limits<double>::quiet_NaN());  // entries with r < l must not be looked at
+  Matrix m(T * T, std::numeric_limits<double>::quiet_NaN());  // entries with r < l must not be read
   for (int64_t l = 0; l < T; ++l)
     for (int64_t r = l; r < T; ++r) m[l * T + r] = cost(l, r);
   return m;
@@ -83,7 +85,7 @@ void check_same(const Result& got, const Result& want, double relative) {
   CHECK(close(got.total, want.total, relative));
 }
 
-// Small whole numbers, negative ones and +inf: all arithmetic is exact and ties abound.
+// Small integers, negative ones included, and +inf: all arithmetic is exact, and there are many ties.
 void any_cost_matches_enumeration() {
   Random random(1);
   for (int trial = 0; trial < 4000; ++trial) {
@@ -126,7 +128,7 @@ double absolute(const std::vector<double>& x, const std::vector<double>& w, int6
   return best;
 }
 
-// Whole numbers again: the grid then holds them exactly, so enumeration and both solvers tie alike.
+// Integers again. The grid represents them exactly, so enumeration and both solvers have the same ties.
 void absolute_matches_enumeration() {
   Random random(3);
   for (int trial = 0; trial < 3000; ++trial) {
@@ -151,7 +153,7 @@ void absolute_matches_enumeration() {
   }
 }
 
-// Ordinary real numbers, long inputs, sizes: the two solvers must give the same starts, not only the same total.
+// Real numbers, long inputs, size limits: the two solvers must return the same starts and not only the same total.
 void solvers_agree() {
   Random random(4);
   for (int trial = 0; trial < 300; ++trial) {
@@ -163,7 +165,7 @@ void solvers_agree() {
       max = std::min(max, T);
     }
     std::vector<double> x(T), w(T);
-    const bool even = trial % 5 == 0;  // evenly spaced: ties everywhere, and 0.1 is no binary fraction
+    const bool even = trial % 5 == 0;  // evenly spaced: many ties, and 0.1 is no binary fraction
     for (int64_t t = 0; t < T; ++t) x[t] = even ? 0.1 * double(t) : random.normal() * 7;
     if (trial % 7 == 0)
       for (int64_t t = 0; t < T; ++t) x[t] = std::floor(x[t]);
@@ -180,7 +182,8 @@ void solvers_agree() {
       CHECK(scan.starts == divide.starts);
       CHECK(scan.total == divide.total);
 
-      // Squared error promises the total: prefix sums of T terms round like T u, relative to the spread of all points.
+      // For squared error only the totals must agree. Prefix sums of T terms round like T u, relative to the spread of
+      // all points.
       const auto squared = [&](IntervalSolver solver) {
         return solve(T, K, min, max,
                      [&](const IntervalParams& p) { return cpu_interval_squared(x.data(), weight, solver, p); });
@@ -195,7 +198,7 @@ void solvers_agree() {
   }
 }
 
-// The dense program (vectorised) against the exact one, on lengths that are no multiple of a vector or of a tile.
+// The vectorised dense program against the exact solver, for lengths that are no multiple of a vector or of a tile.
 void dense_agrees_with_built_in() {
   Random random(5);
   for (int64_t T : {1, 2, 7, 64, 333, 2500}) {

@@ -1,5 +1,5 @@
-// The threaded loops of cpu, for ThreadSanitizer: sizes large enough that several threads start, and the result must
-// equal the one-thread result bit for bit.
+// Tests of the threaded loops of cpu, for ThreadSanitizer. The sizes are large enough for several threads to start.
+// Results must be bitwise reproducible and equal to the results of one thread.
 #include <vector>
 
 #include "cpu/launchers.h"
@@ -57,7 +57,8 @@ void weights() {
   CHECK(cpu_pcgrad_weights(p).ok());
   for (int64_t i = 0; i < K; ++i) CHECK(alone[i] == out[(n - 1) * K + i]);
 
-  gram[5 * K * K] = gram[500 * K * K] = -1;  // the first of two bad problems is reported, whichever thread is faster
+  // The first of two bad problems is reported, regardless of the order of the threads.
+  gram[5 * K * K] = gram[500 * K * K] = -1;
   NashParams q;
   q.n = n, q.K = K, q.gram = gram.data(), q.weights = out.data();
   const Status s = cpu_nash_weights(q);

@@ -1,6 +1,7 @@
-// PCGrad and NashMTL weights: one CPU thread and the emulated warps, against evaluations on vectors in P-space.
+// Tests of the PCGrad and NashMTL weights: one CPU thread and the emulated warps, against evaluations on P-long
+// vectors.
 #define ANTDIFF_CUDA_EMULATION
-#include "cuda/nash.cu"    // NOLINT: compiled as C++ by the emulator
+#include "cuda/nash.cu"    // NOLINT: the emulator compiles it as C++
 #include "cuda/pcgrad.cu"  // NOLINT
 
 #include <cmath>
@@ -19,7 +20,7 @@ using namespace test;
 
 namespace {
 
-// The algorithm as the paper states it, on the gradients themselves: the update, and the magnitude of its terms.
+// The algorithm of the paper, applied to the gradients themselves. Returns the update and the magnitude of its terms.
 Vector pairwise_pcgrad(const Vector& J, int64_t K, const int64_t* perms, double* magnitude) {
   const int64_t P = int64_t(J.size()) / K;
   Vector sum(P), p(P);
@@ -51,7 +52,7 @@ std::vector<int64_t> random_perms(int64_t K, Random& random) {
   return perms;
 }
 
-// Keys that sort to the given orders.
+// Return keys that sort to the given orders.
 Vector keys_of(const std::vector<int64_t>& perms, int64_t K) {
   Vector keys(K * K, -1);
   for (int64_t i = 0; i < K; ++i)
@@ -108,7 +109,7 @@ void pcgrad_matches_the_paper(int64_t K, int64_t P) {
 
 void nash_solves(int64_t K, int64_t P) {
   for (Kind kind : kKinds) {
-    if (kind == Kind::conflicting && K > 16) continue;  // the emulator is slow, and such a G takes most iterations
+    if (kind == Kind::conflicting && K > 16) continue;  // the emulator is slow, and such a G takes the most iterations
     const Vector J = gradients(kind, K, P, uint64_t(3 * K + P)), G = gram_of(J, K);
     NashParams p;
     p.n = 1, p.K = K, p.gram = G.data();
@@ -126,8 +127,8 @@ void nash_solves(int64_t K, int64_t P) {
           CHECK(a == 0);
         else
           CHECK(a > 0 && std::isfinite(a));
-        // Pareto-stationary matrices have no solution: their weights are finite, that is all. Elsewhere cancellation in
-        // G a bounds what float64 can show.
+        // Pareto-stationary matrices have no solution, so their weights need only be finite. Otherwise cancellation in
+        // G a limits the accuracy that float64 can reach.
         if (G[i * K + i] > 0 && kind != Kind::opposed && kind != Kind::deficient)
           CHECK(std::fabs(a * product - 1) <= 1e-11 + 1e-14 * double(K) * a * magnitude);
       }
@@ -135,7 +136,7 @@ void nash_solves(int64_t K, int64_t P) {
   }
 }
 
-// F decides alone: where rows nearly oppose each other the ridge must not come in, and where they do it must.
+// The ridge must not be used if rows nearly oppose each other, and it must be used if they oppose each other exactly.
 void nash_near_conflict() {
   for (double gap : {1e-3, 1e-6, 5e-11, 1e-12}) {
     const double c = gap - 1;
@@ -160,8 +161,8 @@ void nash_near_conflict() {
   }
 }
 
-// Rows that cancel but for the rounding of their Gram matrix: the weights must not run off to 1e8, which solves that
-// matrix, since a combination in float32 would then be rounding alone.
+// Rows that cancel up to the rounding of their Gram matrix. Weights of 1e8 would solve the rounded matrix, but a
+// combination in float32 would then be only rounding error, so the weights must stay small.
 void nash_stationary_to_rounding() {
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const int64_t K = 3, P = 7;
@@ -197,7 +198,7 @@ void scales() {
       CHECK(scaled.nash(q).ok());
       for (int64_t i = 0; i < K; ++i) CHECK(scaled.weights[i] * std::sqrt(top) == nash.weights[i]);
     }
-    // Rows of very different length: 2^-200 to 2^200.
+    // Rows of very different lengths: 2^-200 to 2^200.
     Vector H = G;
     const auto d = [](int64_t i) { return std::ldexp(1.0, int(100 * i - 200)); };
     for (int64_t e = 0; e < K * K; ++e) H[e] *= d(e / K) * d(e % K);
@@ -250,7 +251,7 @@ void bad_input() {
     }
 }
 
-// More problems than blocks that hold workspace in global memory, and none at all.
+// More problems than blocks with workspace in global memory, no problem at all, and a batch against single problems.
 void batches() {
   const int64_t K = kSharedK + 1, n = kScratchBlocks + 3;
   CHECK(scratch_for(n, K, 10) == kScratchBlocks * 10 && scratch_for(2, K, 10) == 20 && scratch_for(n, K - 1, 10) == 0);

@@ -1,4 +1,4 @@
-// Methods that project onto the dual cone {x : <x, g_j> >= 0}: the projection of g is g + sum_j u_j g_j with
+// Methods that project onto the dual cone {x : <x, g_j> >= 0 for all j}. The projection of g is g + sum_j u_j g_j with
 // u = argmin_{u >= 0} |g + J^T u|^2.
 #pragma once
 

@@ -1,4 +1,4 @@
-// FairGrad: alpha-fair utilities, by Newton's method.
+// FairGrad (alpha-fair utilities), solved by Newton's method.
 #pragma once
 
 #include <cfloat>
@@ -12,10 +12,11 @@
 namespace antdiff {
 
 constexpr int kFairgradIterations = 256;
-constexpr double kFairgradResidual = 1e-12;  // stop at max_i |(G w)_i w_i^(1/alpha) - 1| below
+constexpr double kFairgradResidual = 1e-12;  // stop if max_i |(G w)_i w_i^(1/alpha) - 1| is at most this
 
-// b > 0 with (G b)_i (1 + ridge at its own row) = b_i^(-1/alpha). h, y, x [m] and M [m, m] are workspace. False where
-// the iteration does not converge: some positive combination of rows vanishes.
+// Find b > 0 with (H b)_i = b_i^(-1/alpha), where H is G with its diagonal multiplied by 1 + ridge. h, y, x [m] and M
+// [m, m] are workspace. Return false if the iteration does not converge, which happens if a positive combination of
+// rows vanishes.
 ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, double ridge, double* M, double* b,
                                      double* h, double* y, double* x) {
   const double power = 1 - 1 / alpha, bend = 0.5 * (1 + 1 / alpha);
@@ -32,7 +33,7 @@ ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, d
     }
     if (!(quadratic > kGramRounding * double(m) * diagonal) || !is_finite(quadratic)) return false;
     for (int64_t i = 0; i < m; ++i) barrier += h[i] = pow(b[i], power);
-    const double ray = pow(barrier / quadratic, alpha / (1 + alpha));  // to the minimum along b
+    const double ray = pow(barrier / quadratic, alpha / (1 + alpha));  // moves b to the minimum along its own ray
     const double ray_power = pow(ray, power);
     double residual = 0;
     for (int64_t i = 0; i < m; ++i) {
@@ -42,7 +43,8 @@ ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, d
       residual = fmax(residual, fabs(y[i] / h[i] - 1));
     }
     if (residual <= kFairgradResidual) return true;
-    // In relative steps, scaled by sqrt(h): (b_i G_ij b_j / sqrt(h_i h_j) + I / alpha) sqrt(h) x = (h - y) / sqrt(h).
+    // Solve for relative steps x, scaled by sqrt(h): (b_i G_ij b_j / sqrt(h_i h_j) + I / alpha) sqrt(h) x = (h - y) /
+    // sqrt(h).
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = i; j < m; ++j) M[i * m + j] = b[i] * G[i * m + j] * b[j] / sqrt(h[i] * h[j]);
       M[i * m + i] = M[i * m + i] * (1 + ridge) + 1 / alpha;
@@ -51,9 +53,10 @@ ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, d
     if (!cholesky_solve(M, x, m, Solo{})) return false;
     double longest = 0;
     for (int64_t i = 0; i < m; ++i) longest = fmax(longest, fabs(x[i] /= sqrt(h[i])));
-    // A relative step of x changes the Hessian by about 2 bend |x|: a full step is safe well below that only.
+    // A relative step x changes the Hessian by a factor of about 2 bend |x|, so a full step is safe only if that is
+    // small.
     const bool near_solution = bend * longest < 0.25;
-    if (near_solution && longest > 0.5 * last) return true;  // rounding is all that is left
+    if (near_solution && longest > 0.5 * last) return true;  // only rounding error is left
     last = near_solution ? longest : DBL_MAX;
     const double step = near_solution ? 1 : 1 / (1 + bend * longest);
     for (int64_t i = 0; i < m; ++i) b[i] *= fmax(1 + step * x[i], 0.125);
@@ -61,9 +64,10 @@ ANTDIFF_HD_CALL bool fairgrad_newton(const double* G, int64_t m, double alpha, d
   return false;
 }
 
-// FairGrad (Ban and Ji, ICML 2024): w > 0 with (G w)_i = w_i^(-1/alpha), the minimum of the strictly convex
-// 1/2 w^T G w - sum_i w_i^(1 - 1/alpha) / (1 - 1/alpha); alpha = 1 is NashMTL. Where rows cancel there is none, and a
-// ridge gives finite weights, as in nash.h. The result may be NaN only where G is far from positive semidefinite.
+// FairGrad (Ban and Ji, ICML 2024): w > 0 with (G w)_i = w_i^(-1/alpha), which minimises the strictly convex function
+// 1/2 w^T G w - sum_i w_i^(1 - 1/alpha) / (1 - 1/alpha). alpha = 1 is NashMTL. If a positive combination of rows
+// vanishes, there is no minimum, and a ridge gives finite weights, as in nash.h. The result can be NaN only if G is far
+// from positive semidefinite.
 ANTDIFF_HD_CALL void fairgrad(const NonZeroRows& r, double alpha) {
   const int64_t m = r.m;
   double *G = r.work, *M = G + m * m, *h = M + m * m, *y = h + m, *x = y + m;
@@ -71,7 +75,7 @@ ANTDIFF_HD_CALL void fairgrad(const NonZeroRows& r, double alpha) {
   bool solved = fairgrad_newton(G, m, alpha, 0.0, M, r.w, h, y, x);
   for (double ridge = 1e-9; !solved && ridge < 1e3 * double(m); ridge *= 100)
     solved = fairgrad_newton(G, m, alpha, ridge, M, r.w, h, y, x);
-  // G here is least^2 times the true one, and w scales with G^(-alpha / (1 + alpha)).
+  // The G above is least_scale^2 times the true one, and w scales with G^(-alpha / (1 + alpha)).
   const double unit = pow(least_scale(r), 2 * alpha / (1 + alpha));
   for (int64_t i = 0; i < m; ++i) r.w[i] = solved ? r.w[i] * unit : NAN;
 }

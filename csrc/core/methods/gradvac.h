@@ -1,4 +1,4 @@
-// GradVac: PCGrad with a target for each cosine.
+// GradVac: PCGrad with a target cosine for each pair of gradients.
 #pragma once
 
 #include <cmath>
@@ -9,9 +9,10 @@
 
 namespace antdiff {
 
-// GradVac (Wang et al., ICLR 2021): where PCGrad removes a negative cosine, GradVac raises each cosine phi of p_i and
-// g_j to its running mean, the target t_ij: p_i += |p_i| (t s - phi r) / (|g_j| r) g_j, s = sqrt(1 - phi^2),
-// r = sqrt(1 - t^2). Targets of zero are PCGrad. S [K, K] and d [K] hold all rows; a zero row meets nobody.
+// GradVac (Wang et al., ICLR 2021): PCGrad removes negative cosines, whereas GradVac raises each cosine phi of p_i and
+// g_j to its running mean, the target t_ij: p_i += |p_i| (t s - phi r) / (|g_j| r) g_j with s = sqrt(1 - phi^2) and r =
+// sqrt(1 - t^2). Targets of zero give PCGrad. S [K, K] and d [K] hold all rows; zero rows are never visited and keep
+// weight 1. `targets` [K, K] is updated, and w [K] is the result. `work` holds 3 K doubles.
 ANTDIFF_HD_CALL void gradvac(const double* S, const double* d, int64_t K, const double* keys, double beta,
                              double* targets, double* w, double* work) {
   double *order = work, *v = order + K, *c = v + K;
@@ -23,7 +24,7 @@ ANTDIFF_HD_CALL void gradvac(const double* S, const double* d, int64_t K, const 
       v[j] = S[i * K + j];  // <p_i, g_j>
       c[j] = 0;
     }
-    double square = S[i * K + i], terms = square;  // |p_i|^2, and the same without cancellation
+    double square = S[i * K + i], terms = square;  // |p_i|^2, and its size without cancellation
     for (int64_t s = 0; s < K - 1; ++s) {
       const int64_t j = int64_t(order[s]);
       if (d[j] == 0 || !(square > kGramRounding * double(K) * terms)) continue;

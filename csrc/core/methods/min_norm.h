@@ -18,8 +18,8 @@ ANTDIFF_HD_CALL void mgda(const NonZeroRows& r) {
   min_norm_point(G, r.m, r.w, rest);
 }
 
-// The affine combination of the rows in use (x_i > 0) with the least norm: q [m], of sum 1. M [m, m] is workspace.
-// False where the rows in use are affinely dependent.
+// Compute q [m], the affine combination (of sum 1) of the rows in use (x_i > 0) that has the smallest norm. M [m, m] is
+// workspace. Return false if the rows in use are affinely dependent.
 ANTDIFF_HD_CALL bool affine_min_norm(const NonZeroRows& r, const double* x, double* q, double* M) {
   double largest = 0;
   int64_t size = 0;
@@ -29,7 +29,7 @@ ANTDIFF_HD_CALL bool affine_min_norm(const NonZeroRows& r, const double* x, doub
     int64_t column = 0;
     for (int64_t j = 0; j < r.m; ++j)
       if (x[j] > 0) {
-        // The first `size` rows of M are done, and the width of M is known only at the end: m wide for now.
+        // The width of M is known only at the end, so its rows are m wide for now.
         M[size * r.m + column++] = r.S[i * r.m + j] + (r.d[i] / largest) * (r.d[j] / largest);
       }
     q[size++] = r.d[i] / largest;
@@ -46,7 +46,7 @@ ANTDIFF_HD_CALL bool affine_min_norm(const NonZeroRows& r, const double* x, doub
   return sum > 0;
 }
 
-// x^T G y
+// Return x^T G y.
 ANTDIFF_HD double form(const double* G, const double* x, const double* y, int64_t m) {
   double sum = 0;
   for (int64_t i = 0; i < m; ++i)
@@ -54,7 +54,7 @@ ANTDIFF_HD double form(const double* G, const double* x, const double* y, int64_
       for (int64_t j = 0; j < m; ++j) sum += x[i] * G[i * m + j] * y[j];
   return sum;
 }
-// The diagonal part of x^T G x: how large it would be without cancellation, within a factor of m.
+// Return the diagonal part of x^T G x, which is its size without cancellation, within a factor of m.
 ANTDIFF_HD double diagonal_form(const double* G, const double* x, int64_t m) {
   double sum = 0;
   for (int64_t i = 0; i < m; ++i) sum += x[i] * x[i] * G[i * m + i];
@@ -62,15 +62,15 @@ ANTDIFF_HD double diagonal_form(const double* G, const double* x, int64_t m) {
 }
 
 constexpr int kCagradIterations = 64;
-constexpr double kCagradAccuracy = 1e-13;  // of |d - g_0| relative to c |g_0|
+constexpr double kCagradAccuracy = 1e-13;  // accuracy of |d - g_0|, relative to c |g_0|
 
-// CAGrad (Liu et al., NeurIPS 2021): of all d with |d - g_0| <= c |g_0|, the one whose least <d, g_i> is greatest.
+// CAGrad (Liu et al., NeurIPS 2021): among all d with |d - g_0| <= c |g_0|, the d that maximises min_i <d, g_i>.
 //
-// d = g_0 + J^T x with x >= 0. For a fixed nu = sum_i x_i the best x / nu is the point of least norm of the rows
-// nu g_i + g_0, and |J^T x| grows with nu: one unknown. While the rows in use stay the same, x = p + nu q with q their
-// affine combination of least norm and <J^T p, J^T q> = 0, so |J^T x|^2 = |J^T p|^2 + nu^2 |J^T q|^2 gives nu. Where a
-// convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu: d is then the limit, the projection
-// of g_0 onto the dual cone, which is as good as any.
+// d = g_0 + J^T x with x >= 0. For a fixed nu = sum_i x_i, the best x / nu is the min-norm point of the rows nu g_i +
+// g_0, and |J^T x| grows with nu, so nu is the only unknown. As long as the rows in use stay the same, x = p + nu q,
+// where q is their affine combination of smallest norm and <J^T p, J^T q> = 0. Then |J^T x|^2 = |J^T p|^2 + nu^2 |J^T
+// q|^2 gives nu. If a convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu. Then d is the
+// limit, which is the projection of g_0 onto the dual cone and attains the maximum.
 ANTDIFF_HD_CALL void cagrad(const NonZeroRows& r, double c) {
   const int64_t m = r.m;
   double *G = r.work, *R = G + m * m, *b = R + m * m, *x = b + m, *q = x + m, *rest = q + m;
@@ -98,7 +98,7 @@ ANTDIFF_HD_CALL void cagrad(const NonZeroRows& r, double c) {
       bool convex = true;
       for (int64_t i = 0; i < m; ++i) convex &= q[i] >= 0;
       const bool flat = !(slope2 > kGramRounding * double(m) * diagonal_form(G, q, m));
-      if (flat && convex && length2 < radius2) break;  // the limit: more of q adds nothing to J^T x
+      if (flat && convex && length2 < radius2) break;  // the limit: a larger multiple of q does not change J^T x
       for (int64_t i = 0; i < m; ++i) rest[i] = x[i] - nu * q[i];
       if (!flat) next = sqrt((radius2 - form(G, rest, rest, m)) / slope2);
     }

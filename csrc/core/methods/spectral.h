@@ -1,4 +1,4 @@
-// Methods that need the eigenvalues and eigenvectors of the Gram matrix.
+// Methods that use the eigenvalues and eigenvectors of the Gram matrix or of the correlation matrix.
 #pragma once
 
 #include <cfloat>
@@ -9,8 +9,9 @@
 
 namespace antdiff {
 
-// Aligned-MTL (Senushkin et al., CVPR 2023): J with all non-zero singular values set to the smallest of them, then the
-// mean of its rows: w = sqrt(lambda_min) V Lambda^(-1/2) V^T 1/K. Eigenvalues within rounding of zero are zero.
+// Aligned-MTL (Senushkin et al., CVPR 2023): set all non-zero singular values of J to the smallest of them, then take
+// the mean of the rows: w = sqrt(lambda_min) V Lambda^(-1/2) V^T 1/K. Eigenvalues within rounding error of zero count
+// as zero.
 ANTDIFF_HD_CALL void aligned_mtl(const NonZeroRows& r) {
   double *A = r.work, *V = A + r.m * r.m;
   unscaled(r, A);
@@ -31,21 +32,21 @@ ANTDIFF_HD_CALL void aligned_mtl(const NonZeroRows& r) {
   }
 }
 
-// The correlation matrix C [m, m], v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range of C; both are
-// 0 where 1 is perpendicular to it. C is destroyed; V [m, m] is workspace. Returns what is rounding in a sum of the
-// v_i, relative to its terms: that of C, times its condition.
+// With the correlation matrix C [m, m], compute v [m] = C^+ 1 and p [m] = C C^+ 1, the projection of 1 onto the range
+// of C. Both are 0 if 1 is perpendicular to the range. C and V [m, m] are workspace. Return the relative rounding error
+// of a sum of the v_i compared with its terms, which is the rounding error of C times its condition number.
 ANTDIFF_HD_CALL double equalise(const NonZeroRows& r, double* C, double* V, double* v, double* p) {
   const double size = double(r.m);
   for (int64_t i = 0; i < r.m; ++i)
     for (int64_t j = 0; j < r.m; ++j)
       C[i * r.m + j] = i == j ? 1 : r.S[i * r.m + j] / sqrt(r.S[i * r.m + i] * r.S[j * r.m + j]);
   jacobi_eigen(C, V, r.m);
-  double least = size, square = 0;  // of the eigenvalues that are not zero; |p|^2
+  double least = size, square = 0;  // the smallest non-zero eigenvalue; |p|^2
   bool dependent = false;
   for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
   for (int64_t k = 0; k < r.m; ++k) {
     const double lambda = C[k * r.m + k];
-    if (!(lambda > kGramRounding * size)) {  // the trace is m, so m bounds the eigenvalues
+    if (!(lambda > kGramRounding * size)) {  // the trace is m, so no eigenvalue exceeds m
       dependent = true;
       continue;
     }
@@ -58,15 +59,15 @@ ANTDIFF_HD_CALL double equalise(const NonZeroRows& r, double* C, double* V, doub
       p[i] += V[i * r.m + k] * sum;
     }
   }
-  // Rounding tilts the range of C against its null space by as much as this, and 1 has length sqrt(m).
+  // Rounding tilts the range of C against its null space by this much, and 1 has length sqrt(m).
   const double rounding = kGramRounding * size * size / least;
   if (dependent && square <= rounding * rounding * size)
     for (int64_t i = 0; i < r.m; ++i) v[i] = p[i] = 0;
   return rounding;
 }
 
-// IMTL-G (Liu et al., ICLR 2021): the combination with weights of sum 1 that has equal projections onto all g_i. There
-// is none, and the weights are 0, where gradients oppose each other exactly.
+// IMTL-G (Liu et al., ICLR 2021): the combination with weights of sum 1 that has equal projections onto all g_i. If
+// gradients oppose each other exactly, no such combination exists, and the weights are 0.
 ANTDIFF_HD_CALL void imtl_g(const NonZeroRows& r) {
   double *C = r.work, *V = C + r.m * r.m, *v = V + r.m * r.m, *p = v + r.m;
   const double rounding = equalise(r, C, V, v, p);
@@ -81,8 +82,9 @@ ANTDIFF_HD_CALL void imtl_g(const NonZeroRows& r) {
   for (int64_t i = 0; i < r.m; ++i) r.w[i] = fabs(sum) > rounding * terms ? r.w[i] / sum : 0;
 }
 
-// ConFIG (Liu et al., ICLR 2025): the direction with equal cosines to all g_i, as long as the sum of their projections
-// onto it. Its coefficients are those of J with unit rows; v . C v = 1^T C^+ 1 is the squared length there.
+// ConFIG (Liu et al., ICLR 2025): the direction with equal cosines to all g_i, whose length is the sum of their
+// projections onto it. Its coefficients are computed for J with unit rows, for which v . C v = 1^T C^+ 1 is the squared
+// length.
 ANTDIFF_HD_CALL void config(const NonZeroRows& r) {
   double *C = r.work, *V = C + r.m * r.m, *v = V + r.m * r.m, *p = v + r.m;
   equalise(r, C, V, v, p);

@@ -1,10 +1,9 @@
-"""The one door to ``antdiff._C``: loads it, hands it torch's tensor exchange, and holds what every op needs to choose
-between the raw call and the ``torch.library`` registration.
+"""Load ``antdiff._C`` and pass torch's tensor exchange API to it. Only this module does so.
 
-Each op has two routes to the same kernel:
+Each op has two routes to the same kernel, and this module has the functions that choose between them:
 
-* eager: one C call on plain tensors, wrapped in a ``torch.autograd.Function`` only when a gradient is wanted. The
-  dispatcher and ``register_autograd`` would add 15-50 us a call.
+* eager: one C call on plain tensors, wrapped in a ``torch.autograd.Function`` only if a gradient is needed. The
+  dispatcher and ``register_autograd`` would add 15-50 us per call.
 * compiled, fake or exported: the registration in the ``antdiff`` library (schema, fake kernel, autograd).
 """
 
@@ -26,9 +25,12 @@ except ImportError as error:  # pragma: no cover - needs a broken installation
     ) from error
 
 if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"antdiff needs torch >= 2.10 (DLPack's C exchange API); this is torch {torch.__version__}.")
+    raise ImportError(
+        f"antdiff needs torch >= 2.10, which has DLPack's C exchange API; this is torch {torch.__version__}. "
+        'Run `pip install "torch>=2.10"`.'
+    )
 
-# Read once: the choice is made where the program starts, and costs nothing a call.
+# Read once at import, so that a call costs nothing.
 _CHECK = os.environ.get("ANTDIFF_CHECK") == "1"
 
 __all__ = ["_C", "check_errors", "checked", "define", "dense", "differentiate", "traced"]
@@ -42,7 +44,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Declares an op of the ``antdiff`` library: its schema, its kernel (CPU and CUDA alike) and its fake kernel."""
+    """Register an op in the ``antdiff`` library: its schema, one kernel for CPU and CUDA, and its fake kernel."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=_TAGS)
     for key in ("CPU", "CUDA"):
@@ -51,20 +53,23 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Gives an op of the ``antdiff`` library its backward, for compiled graphs."""
+    """Register the backward of an op in the ``antdiff`` library, for compiled graphs."""
     torch.library.register_autograd(f"antdiff::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def traced(*tensors: object) -> bool:
-    """True where the op must go through its registration: under torch.compile, or on fake tensors."""
+    """Return whether the op must use its registration: under torch.compile, or for fake tensors."""
     if _is_compiling():
         return True
     return any(type(tensor) not in _PLAIN and isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors)
 
 
 def dense(name: str, x: Any) -> Tensor:
-    """``x`` as a contiguous tensor: itself, or one copy where it is strided. Sparse tensors and tensors that overlap
-    themselves (expanded ones) are refused, for a copy would hide how large they get."""
+    """Return ``x`` if it is contiguous, else one contiguous copy.
+
+    Sparse tensors, and tensors that overlap themselves such as expanded ones, are refused: a copy would hide how large
+    they become.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
     if x.layout is not torch.strided:
@@ -79,7 +84,7 @@ def dense(name: str, x: Any) -> Tensor:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether some dimension steps less far than those inside it reach."""
+    """Return whether the stride of some dimension is smaller than the extent of the dimensions inside it."""
     reach = 1
     for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if step < reach:
@@ -89,24 +94,25 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def checked(result: Tensor) -> Tensor:
-    """``result``; with ``ANTDIFF_CHECK=1`` after waiting for the kernel and raising what it noted."""
+    """Return ``result``. With ``ANTDIFF_CHECK=1``, first wait for the kernel and raise the errors it has recorded."""
     if _CHECK and result.is_cuda:
         check_errors(result.device)
     return result
 
 
 def check_errors(device: torch.device | str | int | None = None) -> None:
-    """Raises what kernels on a CUDA device could only note, and forgets it.
+    """Raise the errors that CUDA kernels have recorded since the last call, and clear them.
 
-    A cluster id out of range or a Gram matrix with NaN cannot raise inside a CUDA kernel without a synchronisation, so
-    the kernel poisons its result with NaN and sets a sticky flag. This reads the flag: it waits for the device, so call
-    it once an epoch or when a loss turns NaN, not every step. On the CPU errors were raised at once; nothing to read.
+    A CUDA kernel cannot raise an exception for a cluster id out of range or a Gram matrix with NaN without a sync of
+    host and device. Instead, it poisons its result with NaN and sets a sticky flag. This function reads the flag. It
+    waits for the device, so call it once per epoch or when a loss becomes NaN, not in every step. On the CPU it does
+    nothing, since ops raise these errors immediately.
 
     Args:
-        device: a CUDA device; default the current one where CUDA is present.
+        device: a CUDA device. Default: the current CUDA device, if CUDA is available.
 
     Raises:
-        ValueError: a kernel since the last call met such an input.
+        ValueError: a kernel has received such an input since the last call.
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -117,11 +123,11 @@ def check_errors(device: torch.device | str | int | None = None) -> None:
     errors = _C.take_errors(index)
     found = [text for bit, text in _ERRORS.items() if errors & bit]
     if found:
-        raise ValueError(f"on {device}, since the last check: " + "; ".join(found))
+        raise ValueError(f"Errors on {device} since the last check: " + "; ".join(found) + ".")
 
 
 _ERRORS = {
-    1: "cluster must be int64 [B] with 0 <= id < k; some id was out of range (that call's losses are NaN)",
-    2: "gram must be a finite, symmetric Gram matrix with a non-negative diagonal; some was not (its weights are NaN)",
-    4: "perms must list, in row i, the k-1 other rows; some row did not (that problem's weights are NaN)",
+    1: "cluster must be int64 [B] with 0 <= id < k, but an id was out of range (the losses of that call are NaN)",
+    2: "gram must be a finite, symmetric Gram matrix with a diagonal >= 0, but one was not (its weights are NaN)",
+    4: "perms must list in row i the k-1 other rows, but a row did not (the weights of that problem are NaN)",
 }

@@ -1,4 +1,4 @@
-"""What the ops on batches of K x K problems share: the check of ``gram``, their outputs, and ``ANTDIFF_CHECK``."""
+"""Functions that the ops on batches of K x K problems share: the check of ``gram``, and the allocation of outputs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NonFinite = Literal["raise", "poison"]
 
 
 def as_gram(gram: Tensor) -> Tensor:
-    """``gram`` as a contiguous float64 ``[..., k, k]`` outside autograd, or an error that names the rule it breaks."""
+    """Return ``gram`` contiguous and detached, or raise an error unless it is float64 ``[..., k, k]``."""
     gram = dense("gram", gram)
     if gram.dtype != torch.float64:
         raise TypeError(
-            f"gram must be float64 (a Gram matrix in less precision changes the weights); got {gram.dtype}. "
-            "Compute it with antdiff.ops.gram(J), or pass gram.double() if it cannot be better."
+            f"gram must be float64, since lower precision changes the weights; got {gram.dtype}. "
+            "Compute it with antdiff.ops.gram(J), or pass gram.double() if it exists only in lower precision."
         )
     shape = gram.shape
     if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
@@ -32,7 +32,7 @@ def as_gram(gram: Tensor) -> Tensor:
 
 
 def outputs(gram: Tensor, scratch_size: Callable[[int, int], int]) -> tuple[Tensor, Tensor | None]:
-    """weights ``[..., k]``, and the workspace in global memory that a CUDA kernel needs for a large k."""
+    """Allocate the weights ``[..., k]``, and the global-memory workspace that a CUDA kernel needs for a large k."""
     weights = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
     scratch = None
     if gram.is_cuda:
