@@ -57,7 +57,7 @@ def test_train_resume_sample_and_cluster(
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
     assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4
     assert main(["train", "--resume", str(run), "--steps", "3"]) == 1
-    assert "steps must be at least the 4" in capsys.readouterr().err
+    assert "steps must be at least 4" in capsys.readouterr().err
 
     assert main(["sample", str(run), "-n", "13", "--steps", "1", "--out", "here/pictures.v1"]) == 0
     with np.load("here/pictures.v1.npz") as archive:
@@ -87,7 +87,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["train", "--data", "nowhere"], "the folder 'nowhere' does not exist"),
         (["train", "--resume", "nowhere"], "nowhere must be the folder of a run"),
         (["train", "--resume", "a", "--out", "b"], "out and resume are mutually exclusive"),
         (["train", "--clusters", "none"], "clusters must be timestep, log-snr or a saved clusters JSON"),

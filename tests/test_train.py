@@ -360,7 +360,7 @@ def test_a_corrupt_checkpoint_is_named_with_the_good_one_before_it(tmp_path: Pat
     else:
         flipped = raw[:-1] + bytes([raw[-1] ^ 1])
         path.write_bytes({"cut": raw[:-3], "flipped": flipped, "empty": b"", "garbage": b"x" * 50}[damage])
-    remedy = "is not an antdiff checkpoint" if damage == "foreign" else r"Delete it to go on from step-00000001"
+    remedy = "is not an antdiff checkpoint" if damage == "foreign" else r"Delete it to resume from step-00000001"
     with pytest.raises(CheckpointError, match=remedy):
         load_checkpoint(path)
 

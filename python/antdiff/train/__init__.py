@@ -1,5 +1,5 @@
-"""The main job: train, compare and sample small diffusion models with clustered timesteps.
+"""The main job: train small diffusion models with clustered timesteps.
 
-Everything here needs the ``train`` extra (``pip install "antdiff[train]"``) and nothing below imports it. `loop.py`
-is the file to copy from when you write your own training loop.
+Everything here needs the ``train`` extra (``pip install "antdiff[train]"``), and no lower layer imports it. To write
+your own training loop, copy from `loop.py`.
 """

@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file holds weights and everything else a run needs to go on, written atomically.
+"""Checkpoints: one safetensors file per checkpoint with everything that a run needs to be resumed.
 
-Nested state dicts become named tensors plus a JSON tree in the file's metadata, so that reading a checkpoint never
-unpickles anything and any safetensors reader sees the weights under ``model/...`` and ``ema/...``. A checkpoint is
-written beside its place, flushed to the disk and renamed: a crash or a full disk leaves the one before untouched.
+Nested state dicts become named tensors and a JSON tree in the metadata of the file. So reading a checkpoint never
+unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are written
+atomically: a crash or a full disk leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from antdiff._files import digest, write_atomically
 
 FORMAT = "antdiff-2"
-KEPT = 2  # with one in reserve, a checkpoint that rots on the disk costs checkpoint_every steps, not the run
+KEPT = 2  # with one in reserve, a corrupt checkpoint costs checkpoint_every steps, not the run
 
 
 class CheckpointError(RuntimeError):
@@ -36,7 +36,7 @@ class RunState:
         run: the run folder.
         parts: objects with ``state_dict`` and ``load_state_dict``, by the name that a checkpoint has for them.
         generators: the random generators of the run.
-        keep: how many checkpoints are kept, the newest ones.
+        keep: the number of newest checkpoints to keep.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ def check_finite(value: float, step: int, run: Path) -> None:
     if math.isfinite(value):
         return
     good = latest_checkpoint(run / "checkpoints")
-    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    last = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
     raise DivergenceError(
-        f"the loss or the weights are not finite at step {step}; {kept}. "
-        "A new run with a smaller --lr may help; a resumed one keeps its own"
+        f"the loss or the weights are not finite at step {step}; {last}. "
+        "A new run with a smaller --lr may help; a resumed run keeps its own"
     )
 
 
@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
 
     Raises:
-        CheckpointError: the file could not be written (a full disk, say). Earlier checkpoints are as they were.
+        CheckpointError: the file could not be written, for example to a full disk. Earlier checkpoints are unchanged.
     """
     from safetensors.torch import save
 
@@ -98,18 +98,20 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         write_atomically(path, payload)
     except OSError as error:
         good = latest_checkpoint(folder)
-        kept = f"the last good one is {good}; free some space and resume from it" if good else "there is none before it"
-        raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {kept}") from error
+        remedy = (
+            f"the last good one is {good}; free some space and resume from it" if good else "there is no earlier one"
+        )
+        raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {remedy}") from error
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; tensors come back on the CPU.
+    """Read a checkpoint that `save_checkpoint` wrote. Its tensors are on the CPU.
 
     Raises:
-        CheckpointError: unreadable, cut short, changed on the disk, or not an antdiff checkpoint.
+        CheckpointError: the file is unreadable, cut short, changed on the disk, or not an antdiff checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -122,26 +124,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an antdiff checkpoint of format {FORMAT}")
     if metadata["sha256"] != _digest(tensors, metadata["tree"]):
-        raise CheckpointError(f"checkpoint {path} is corrupt: its contents do not match its checksum{_remedy(path)}")
+        raise CheckpointError(f"checkpoint {path} is corrupt: its content does not match its checksum{_remedy(path)}")
     state = _unflatten(json.loads(metadata["tree"]), tensors)
     assert isinstance(state, dict)  # save_checkpoint takes a mapping
     return state
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps in `folder`, or None."""
+    """Return the checkpoint with the most steps in `folder`, or None."""
     paths = checkpoints(folder)
     return paths[-1] if paths else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
+    """Return the checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*.safetensors"))
 
 
 def _remedy(path: Path) -> str:
     earlier = [other for other in checkpoints(path.parent) if other < path]
-    return f". Delete it to go on from {earlier[-1].name}" if earlier else ""
+    return f". Delete it to resume from {earlier[-1].name}" if earlier else ""
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
@@ -149,7 +151,10 @@ def _digest(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A JSON tree of `value` whose leaves name the entries it adds to `tensors`. Dict keys may be int (optimizers)."""
+    """Return a JSON tree of `value` and add its tensors to `tensors`, under the names in the leaves of the tree.
+
+    Keys of dicts may be ints, as in the state of an optimizer.
+    """
     if isinstance(value, torch.Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}

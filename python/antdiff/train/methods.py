@@ -1,4 +1,4 @@
-"""The balancing method of a run: any of the registry, or vanilla, which is training as everyone does it."""
+"""The balancing method of a run: any method of the registry, or vanilla, which is ordinary training."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from antdiff import balancing
 
 
 class BatchMean:
-    """Vanilla in the shape of a balancing method: clusters count by their samples, so the loss is the batch's mean."""
+    """Vanilla as a balancing method: each cluster counts by its number of samples, so the loss is the batch mean."""
 
     needs = "losses"
     shares: Tensor
 
     def loss(self, losses: Tensor, counts: Tensor) -> Tensor:
-        """losses [K] and counts [K] -> the mean over the batch."""
+        """Return the mean over the batch of `losses` [K] with `counts` [K] samples."""
         self.shares = (counts / counts.sum()).to(losses.dtype)  # [K]
         return (losses * counts).sum() / counts.sum()
 
     def weights(self, losses: Tensor) -> Tensor:
-        """Each cluster's share [K] of the batch that :meth:`loss` was given: nobody chose it."""
+        """Return each cluster's share of the batch that :meth:`loss` was given, [K]. `losses` are not used."""
         return self.shares
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is no state."""
+        """Accept the empty state."""
 
 
 def make_balancer(
     name: str, k: int, optimizer: torch.optim.Optimizer, *, generator: torch.Generator, epoch: int
 ) -> Any:
-    """The balancing method `name`; its own parameters, if it has any, join the optimizer.
+    """Build the balancing method `name`, and add its own parameters, if it has any, to the optimizer.
 
-    Of the run a method gets what its constructor names: the number of clusters `k`, the `generator` of its draws, and
-    the number of steps in an `epoch`, the period of some papers.
+    The constructor gets those of the following arguments that it has: the number of clusters `k`, the `generator` of
+    its random draws, and the number of steps per `epoch`, which is the update period of some papers.
     """
     method = BatchMean if name == "vanilla" else balancing.get(name)
-    # Poisoned weights reach the finiteness check at the next row, which can say more than the op could.
-    run = {"k": k, "generator": generator, "epoch": epoch, "nonfinite": "poison"}
-    named = inspect.signature(method).parameters
-    balancer = method(**{option: value for option, value in run.items() if option in named})
+    # With "poison", NaN weights reach the check at the next row, whose message is more helpful than that of the op.
+    options = {"k": k, "generator": generator, "epoch": epoch, "nonfinite": "poison"}
+    accepted = inspect.signature(method).parameters
+    balancer = method(**{name: value for name, value in options.items() if name in accepted})
     if isinstance(balancer, torch.nn.Module):
         balancer.to(generator.device)
     for group in balancer.param_groups() if hasattr(balancer, "param_groups") else ():

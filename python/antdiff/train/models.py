@@ -1,8 +1,7 @@
-"""Networks, noise schedule and sampler, all from diffusers: here they are only sized and called."""
+"""Networks, noise schedule and sampler. All are those of diffusers; this file chooses their sizes and calls them."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ class Denoiser(torch.nn.Module):
         self.class_conditional = class_conditional
 
     def save(self, folder: Path) -> None:
-        """Write the network where diffusers' ``from_pretrained`` finds it; of a patched one, the patch alone."""
+        """Write the network in the format of diffusers' ``from_pretrained``, or only the patch of a patched network."""
         prompts = getattr(self.net, "mixture_of_prompts", None)
         if prompts is None:
             self.net.save_pretrained(folder)
@@ -34,12 +33,12 @@ class Denoiser(torch.nn.Module):
         save_file(prompts.state_dict(), folder / "patch.safetensors")
 
     def auxiliary_loss(self) -> torch.Tensor | float:
-        """What a patch adds to the loss of the latest forward; 0 without one."""
+        """Return what a patch adds to the loss of the latest forward, 0 without a patch."""
         prompts = getattr(self.net, "mixture_of_prompts", None)
         return 0.0 if prompts is None else prompts.balancing_loss()  # type: ignore[no-any-return]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if self.class_conditional:  # diffusers' DiT always takes labels: everything is class 0 here
+        if self.class_conditional:  # diffusers' DiT requires labels, so every image has class 0
             out = self.net(x, t, class_labels=torch.zeros_like(t), return_dict=False)[0]
         else:
             out = self.net(x, t, return_dict=False)[0]
@@ -47,12 +46,12 @@ class Denoiser(torch.nn.Module):
 
 
 def build_model(name: Model, channels: int, size: int, *, generator_seed: int) -> Denoiser:
-    """A network sized for square images of `size` pixels, with weights drawn from `generator_seed`.
+    """Build a network for square images of `size` pixels, with weights drawn from `generator_seed`.
 
     Raises:
-        ValueError: `size` cannot be halved (unet) or cut into patches (dit) as often as the network needs.
+        ValueError: `size` cannot be halved as often as the UNet needs, or is no multiple of the DiT's patch size.
     """
-    with torch.random.fork_rng(devices=[]):  # initialisers know only the global generator
+    with torch.random.fork_rng(devices=[]):  # initialisers draw from the global generator
         torch.manual_seed(generator_seed)
         return _unet(channels, size) if name == "unet" else _dit(channels, size)
 
@@ -60,7 +59,7 @@ def build_model(name: Model, channels: int, size: int, *, generator_seed: int) -
 def _unet(channels: int, size: int) -> Denoiser:
     from diffusers import UNet2DModel
 
-    # 8x8 digits: two levels, 634,273 parameters. Larger images get a level (a halving) more, and wider ones.
+    # 8x8 digits: two levels, 634,273 parameters. Larger images get more levels (halvings) and more channels.
     widths = (32, 64) if size <= 16 else (32, 64, 128) if size <= 32 else (64, 128, 128, 256)
     halvings = len(widths) - 1
     if size % 2**halvings:
@@ -74,7 +73,7 @@ def _unet(channels: int, size: int) -> Denoiser:
         down_block_types=("DownBlock2D",) * len(widths),
         up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=8,
-        # At 8x8 the receptive field already covers the image; attention at the bottom pays from 28x28 on.
+        # At 8x8 the receptive field already covers the image. From 28x28 on, attention at the bottom level pays.
         add_attention=size > 16,
         attention_head_dim=32,
     )
@@ -97,14 +96,14 @@ def _dit(channels: int, size: int) -> Denoiser:
         num_embeds_ada_norm=1,
     )
     for block in net.transformer_blocks:
-        # diffusers drops a tenth of the labels, drawn from the global generator: with one class that is only noise,
-        # and it would make a resumed run differ.
+        # diffusers drops a tenth of the labels, drawn from the global generator. With one class this only adds noise,
+        # and a resumed run would differ from the uninterrupted one.
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return Denoiser(net, class_conditional=True)
 
 
 def noise_schedule() -> DDPMScheduler:
-    """The cosine schedule (Nichol and Dhariwal, 2021) over T = 1000 timesteps, predicting the noise."""
+    """Return the cosine schedule (Nichol and Dhariwal, 2021) over T = 1000 timesteps, with noise prediction."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
@@ -121,9 +120,9 @@ def draw_samples(
     generator: torch.Generator,
     batch_size: int = 500,
 ) -> torch.Tensor:
-    """`n` images in [-1, 1], float32 [n, C, H, W], by DDIM (eta 0) with `steps` evaluations of `model` each.
+    """Draw `n` images in [-1, 1], float32 [n, C, H, W], by DDIM (eta 0) with `steps` evaluations of `model` per image.
 
-    The starting noise comes from `generator`, on whose device everything runs.
+    The starting noise is drawn from `generator`, and everything runs on its device. `model` is left in eval mode.
     """
     from diffusers import DDIMScheduler
 
@@ -139,8 +138,3 @@ def draw_samples(
             x = ddim.step(noise, t, x).prev_sample
         batches.append(x.clamp(-1, 1))
     return torch.cat(batches)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """P: the number of trainable parameters."""
-    return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad)

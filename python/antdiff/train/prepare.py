@@ -129,7 +129,9 @@ def make_model(config: TrainConfig, shape: tuple[int, int, int], run: Path, *, s
     if config.patch:
         base = latest_checkpoint(run / BASE)
         if base is None:
-            raise CheckpointError(f"{run}/{BASE} must hold the network that this run patches; it is not there")
+            raise CheckpointError(
+                f"{run}/{BASE} must hold the network that this run patches; it is missing. Run antdiff patch again"
+            )
         model.load_state_dict(load_checkpoint(base)["model"])
         add_prompts(model)
     return model

@@ -1,4 +1,4 @@
-"""Grids of samples while a run trains."""
+"""Grids of samples that a run draws while it trains."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def save_progress_grid(
     sample_steps: int,
     device: torch.device,
 ) -> None:
-    """16 samples of `model` after `step` steps as ``<run>/samples/step-<step>.png``.
+    """Write 16 samples of `model` after `step` steps to ``<run>/samples/step-<step>.png``.
 
-    They start from the same noise at every step and in every run, of a generator that is nobody else's, so that grids
-    can be compared and training does not notice. `model` is left in the mode it was in.
+    They start from the same noise at every step and in every run, so that grids can be compared. The noise has its own
+    generator, so that training is unaffected. `model` is left in the mode it was in.
     """
     was_training = model.training
     generator = torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""A run folder: how it is made, resumed and loaded.
+"""Run folders: make, extend and load them.
 
 config.json  clusters.json  environment.json  metrics.csv  tensorboard/  samples/  checkpoints/
 """
@@ -24,10 +24,11 @@ from antdiff.train.prepare import BASE, make_model
 
 
 def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClusters:
-    """The clusters that a setting names (timestep, log-snr, or a file) for a schedule's log-SNR, float64 [T].
+    """Return the clusters that a setting names (timestep, log-snr, or a file) for a schedule's log-SNR, float64 [T].
 
     Raises:
-        ValueError: no such file, or it is for another T or, where `k` is not the default, another number of clusters.
+        ValueError: the file does not exist, or has another T, or another number of clusters although `k` is not the
+            default.
     """
     T = len(log_snr)
     if clusters == "timestep":
@@ -36,7 +37,9 @@ def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClust
         return TimestepClusters.from_log_snr(log_snr, k)
     path = Path(clusters)
     if not path.is_file():
-        raise ValueError(f"clusters must be timestep, log-snr or a saved clusters JSON; there is no file {clusters!r}")
+        raise ValueError(
+            f"clusters must be timestep, log-snr or a saved clusters JSON; the file {clusters!r} does not exist"
+        )
     loaded = TimestepClusters.load(path)
     if loaded.T != T:
         raise ValueError(f"clusters must cover the schedule's T={T} timesteps; {path} covers {loaded.T}")
@@ -46,12 +49,12 @@ def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClust
 
 
 def start_run(config: TrainConfig, run: Path) -> None:
-    """Make the folder of a new run and write its clusters and settings. A ValueError if it already holds a run."""
+    """Make the folder of a new run with its clusters and settings. Raise ValueError if it already holds a run."""
     if (run / "config.json").exists():
         resume_command = command("train", "--resume", run)
-        raise ValueError(f"{run} already holds a run: give another --out, or go on with it: {resume_command}")
+        raise ValueError(f"{run} already holds a run. Pass another --out, or resume it with: {resume_command}")
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
-    require_rows(clusters.k, config.batch_size)  # a file of clusters has a k of its own
+    require_rows(clusters.k, config.batch_size)  # a file of clusters has its own k
     if config.specialist is not None and not 0 <= config.specialist < clusters.k:
         raise ValueError(f"specialist must be a cluster, one of 0 .. {clusters.k - 1}; got {config.specialist}")
     run.mkdir(parents=True, exist_ok=True)
@@ -60,18 +63,19 @@ def start_run(config: TrainConfig, run: Path) -> None:
 
 
 def start_patch(base: Path, run: Path, *, steps: int, lr: float, device: str) -> TrainConfig:
-    """Make the folder of a run that patches the averaged network of the run `base`, with a copy of it; its settings.
+    """Make the folder of a run that patches the averaged network of the run `base`, and return its settings.
 
-    Everything but `steps`, `lr` and `device` is as in `base`, except that a curriculum is not repeated.
+    The folder gets a copy of that network. The settings are those of `base`, except for `steps`, `lr`, `device` and the
+    curriculum, which is not repeated.
 
     Raises:
-        ValueError: `base` is not a run of a DiT, has no checkpoint, or `run` holds a run already.
+        ValueError: `base` is not a run of a DiT or has no checkpoint, or `run` already holds a run.
     """
     config = TrainConfig.load(base / "config.json")
     if config.model != "dit" or config.experts or config.patch:
         kind = "a patched network" if config.patch else "experts" if config.experts else f"model {config.model}"
         raise ValueError(
-            f"run must hold a DiT to patch (train it with --model dit): prompts are added to tokens; got {kind}"
+            f"run must hold a DiT to patch (train it with --model dit), since prompts are added to tokens; got {kind}"
         )
     config = replace(config, patch=str(base), steps=steps, lr=lr, device=device, curriculum=False)
     path = latest_checkpoint(base / "checkpoints")
@@ -84,20 +88,20 @@ def start_patch(base: Path, run: Path, *, steps: int, lr: float, device: str) ->
 
 
 def averaged(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The averaged weights in a checkpoint, under the network's own names."""
+    """Return the averaged weights of a checkpoint, under the names that the network has for them."""
     return {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
 
 
 def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
-    """Keep a resumed run's new number of steps, so that the next resumption goes on to it.
+    """Save the new number of steps of a resumed run in its settings.
 
     Raises:
-        ValueError: the run has done more steps than that already.
+        ValueError: the run has already done more steps.
     """
     path = latest_checkpoint(run / "checkpoints")
     done = 0 if path is None else int(load_checkpoint(path)["step"])
     if steps < done:
-        raise ValueError(f"steps must be at least the {done} that {run} has done already; got {steps}")
+        raise ValueError(f"steps must be at least {done}, the number that {run} has already done; got {steps}")
     if steps != saved.steps:
         write_atomically(run / "config.json", replace(saved, steps=steps).to_json().encode())
 
@@ -105,7 +109,7 @@ def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
 def load_model(
     run: Path, config: TrainConfig, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Denoiser | Experts, int]:
-    """The averaged (EMA) network of a run's last checkpoint, and the step it is from.
+    """Return the averaged (EMA) network of a run's last checkpoint, in eval mode, and the step of the checkpoint.
 
     Raises:
         ValueError: the run has no checkpoint yet.
@@ -121,5 +125,5 @@ def load_model(
 
 
 def intervals(clusters: TimestepClusters) -> list[tuple[int, int]]:
-    """The clusters as half-open (start, stop)."""
+    """Return the clusters as half-open intervals (start, stop)."""
     return list(pairwise(clusters.bounds))
