@@ -266,7 +266,7 @@ def test_compare_holds_a_patch_against_as_many_steps_without_one(tmp_path: Path,
     ("options", "message"),
     [
         ({"experts": 1}, r"experts must be in \[2, 100\]"),
-        ({"experts": 4, "curriculum": True}, "leave out curriculum"),
+        ({"experts": 4, "curriculum": True}, "Leave out curriculum"),
         ({"experts": 4, "method": "uw"}, "experts are trained with method vanilla"),
         ({"experts": 4, "timesteps": "stratified"}, "experts are trained with method vanilla"),
     ],

@@ -28,10 +28,10 @@ from antdiff.train.signals import stop_requests
 def train(
     config: TrainConfig, data: ImageData, run: Path, *, progress: bool = True, loggers: Sequence[Logger] = ()
 ) -> bool:
-    """Train in the folder `run`, which holds its clusters.json, from its last checkpoint or from the start.
+    """Train in the folder `run` from its last checkpoint, or from the start. The folder already has a clusters.json.
 
-    Writes metrics.csv, TensorBoard events, sample grids and checkpoints there; `loggers` get the rows too. SIGINT
-    (Ctrl-C) and SIGTERM let the current step finish and write a checkpoint; a second signal acts at once.
+    It gets rows of metrics.csv, TensorBoard events, sample grids and checkpoints. `loggers` get the rows too. After
+    SIGINT (Ctrl-C) or SIGTERM the current step finishes and a checkpoint is written. A second signal acts at once.
 
     Returns:
         True when all of config.steps are done, False when a signal stopped the run.
@@ -48,7 +48,8 @@ def train(
     with recorder, stop_requests(ignore_repeats=ranks.size > 1) as stop:
         model.train()
         for step in range(parts.start + 1, steps + 1):
-            # 1. A batch, noised to timesteps whose clusters are known. All ranks draw the same B, each takes its rows.
+            # 1. A batch, noised to timesteps whose clusters are known. All ranks draw the same B samples, and each one
+            # takes its rows.
             x0 = parts.batches.next(device)  # [b, C, H, W]
             shares = timesteps.shares(B) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
             t, cluster, weight = timesteps.sample(B, device=device, generator=rng["timesteps"])  # [B] each
@@ -64,19 +65,19 @@ def train(
             parts.optimizer.step()
             parts.ema.update_parameters(model)
 
-            # 4. Log: everything stays on the device until a row is read.
+            # 4. Log. The numbers stay on the device until a row is read.
             losses = result.losses / parts.importance()  # [K], without the importance weights
             if parts.curriculum is not None:
                 parts.curriculum.update((losses * result.counts).sum() / result.counts.sum())
-            weights = torch.full_like(losses, torch.nan) if result.weights is None else result.weights  # [K]
-            parts.telemetry.add(losses, result.counts, weights, result.gram)
+            parts.telemetry.add(losses, result.counts, result.weights, result.gram)
             recorder.advance()
             if step % parts.log_every == 0 or step == steps:
                 row = parts.telemetry.read()
                 if parts.curriculum is not None:
                     row["stage"] = float(parts.curriculum.stage)
                 recorder.log(step, row)
-                parts.backward.gradients.check()  # after the row, which shows where it happened; this names the rank
+                # Check after the row is written, so that it shows which number is not finite. The first check names ranks.
+                parts.backward.gradients.check()
                 check_finite(row["loss"], step, run)
 
             # 5. Checkpoints and grids of samples.
