@@ -238,6 +238,220 @@ def one_process_of(rows: Tensor, name: str, K: int, cluster: Tensor) -> tuple[li
     return grads(model), jacobian.losses
 
 
+def pairs(world: int) -> tuple[dist.ProcessGroup, list[int]]:
+    """The group of this rank's parity, made on all ranks, and its members."""
+    members = [[r for r in range(world) if r % 2 == parity] for parity in (0, 1)]
+    groups = [dist.new_group(ranks) for ranks in members]
+    parity = dist.get_rank() % 2
+    return groups[parity], members[parity]
+
+
+def groups_of_some_ranks(rank: int, world: int) -> dict[Any, Any]:
+    """group="local" in an initialised process group, wrappers of a subgroup and of one rank, and a mesh of two
+    dimensions. Errors relative to one process with the samples of the group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    K, B = 5, 23
+    cluster = mixed(K, B)
+    x, y = samples(B)
+    mine = (torch.arange(B) % world == rank).nonzero().flatten()
+    errors: dict[Any, Any] = {}
+
+    # Ranks that communicated would wait for each other here, since they make different numbers of calls.
+    want, losses = one_process_of(mine, "pcgrad", K, cluster)
+    for _ in range(rank + 1):
+        for route in ("auto", "split", "grouped"):
+            cg = antdiff.ClusterGradients(network(), K, route, scheme="all_reduce", group="local")  # type: ignore[arg-type]
+            jacobian = cg(losses_of(cg.model), (x[mine], y[mine]), cluster[mine])
+            jacobian.combine(balancing.PCGrad().weights(jacobian.gram()))
+            errors["local", route] = relative(grads(cg.model), want), relative([jacobian.losses], [losses])
+        for balancer in (balancing.PCGrad(update_every=2), balancing.UncertaintyWeighting(K)):
+            backward = antdiff.BalancedBackward(network(), balancer, K, group="local")
+            for _ in range(2):
+                result = backward(losses_of(backward.gradients.model), (x[mine], y[mine]), cluster[mine])
+            errors["local", balancer.name] = (relative([result.losses], [losses]),)
+        sampler = antdiff.StratifiedTimesteps(antdiff.TimestepClusters.uniform(1000, K), group="local")
+        assert len(sampler.sample(7).t) == 7
+
+    pair, members = pairs(world)
+    of_pair = torch.cat([(torch.arange(B) % world == r).nonzero().flatten() for r in members])
+    want_pair, losses_pair = one_process_of(of_pair, "pcgrad", K, cluster)
+    for route in (None, "grouped"):
+        ddp = nn.parallel.DistributedDataParallel(network(), process_group=pair)
+        cg = antdiff.ClusterGradients(ddp, K, route, scheme="reduce_scatter")  # type: ignore[arg-type]
+        jacobian = cg(losses_of(ddp), (x[mine], y[mine]), cluster[mine])
+        jacobian.combine(balancing.PCGrad().weights(jacobian.gram()))
+        errors["DDP of a pair", route] = (
+            relative(grads(ddp.module), want_pair),
+            relative([jacobian.losses], [losses_pair]),
+        )
+        assert cg.ranks.size == 2
+        assert cg.verify(losses_of(ddp), (x[mine], y[mine]), cluster[mine]) < 1e-12
+    for balancer in (balancing.PCGrad(update_every=2), balancing.UncertaintyWeighting(K)):
+        ddp = nn.parallel.DistributedDataParallel(network(), process_group=pair)
+        backward = antdiff.BalancedBackward(ddp, balancer, K)
+        for _ in range(2):
+            result = backward(losses_of(ddp), (x[mine], y[mine]), cluster[mine])
+        errors["DDP of a pair", balancer.name] = (relative([result.losses], [losses_pair]),)
+
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    reductions: list[int] = []
+
+    def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        reductions.append(1)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp = nn.parallel.DistributedDataParallel(network(), process_group=alone)
+    ddp.register_comm_hook(None, count)
+    cg = antdiff.ClusterGradients(ddp, K, "grouped")
+    with cg.accumulate() as total:
+        total.add(losses_of(ddp), (x[mine], y[mine]), cluster[mine])
+    jacobians = {"accumulate": total.jacobian}
+    jacobians["accumulate"].combine(balancing.PCGrad().weights(jacobians["accumulate"].gram()))
+    errors["DDP of one rank", "accumulate"] = (relative(grads(ddp.module), want),)
+    with cg.record(cluster[mine]) as recording:
+        jacobian_ = recording.backward(losses_of(ddp)(x[mine], y[mine]))
+    jacobian_.combine(balancing.PCGrad().weights(jacobian_.gram()))
+    errors["DDP of one rank", "record"] = (relative(grads(ddp.module), want),)
+    assert cg.verify(losses_of(ddp), (x[mine], y[mine]), cluster[mine]) < 1e-12
+    assert not reductions
+    assert ddp.require_forward_param_sync
+    losses_of(ddp)(x[mine], y[mine]).sum().backward()
+    assert reductions  # afterwards the wrapper reduces as before
+
+    want, losses = one_process("pcgrad", K, cluster, torch.float64)
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    model = network()
+    fully_shard(model[0], mesh=mesh)  # type: ignore[index]
+    fully_shard(model, mesh=mesh)
+    backward = antdiff.BalancedBackward(model, balancing.PCGrad(update_every=2), K)
+    for step_ in range(2):  # one step with cluster gradients, one between two solutions
+        result = backward(losses_of(model), (x[mine], y[mine]), cluster[mine])
+        errors["mesh of two dimensions", step_] = relative(grads(model), want), relative([result.losses], [losses])
+    cg = backward.gradients
+    with cg.accumulate() as total:
+        for part in mine[:4].split(2):
+            total.add(losses_of(model), (x[part], y[part]), cluster[part])
+    first = torch.cat([(torch.arange(B) % world == r).nonzero().flatten()[:4] for r in range(world)])
+    want, losses = one_process_of(first, "pcgrad", K, cluster)
+    total.jacobian.combine(balancing.PCGrad().weights(total.jacobian.gram()))
+    errors["mesh of two dimensions", "accumulate"] = (
+        relative(grads(model), want),
+        relative([total.jacobian.losses], [losses]),
+    )
+    return errors
+
+
+def stale_jacobians(rank: int, world: int) -> dict[str, list[str]]:
+    """Every later use of the buffers, and what the earlier jacobian then says; losses and counts stay."""
+    K, B = 5, 20
+    cluster = torch.arange(B) % K
+    x, y = samples(B)
+    mine = torch.arange(B) // K == rank
+    batch = (x[mine], y[mine])
+    counts = torch.full((K,), B // K)
+
+    def failing(*batch: Tensor) -> Tensor:
+        raise KeyError("an error of the user on every rank")
+
+    said: dict[str, list[str]] = {}
+    for name, make, options in (
+        ("all_reduce", network, {"scheme": "all_reduce"}),
+        ("reduce_scatter", network, {"scheme": "reduce_scatter"}),
+        ("grouped", network, {"scheme": "all_reduce", "route": "grouped"}),
+        ("fsdp", sharded, {}),
+    ):
+        model = make()
+        cg = antdiff.ClusterGradients(model, K, **options)  # type: ignore[arg-type]
+        fn = losses_of(model)
+
+        def call(cg: Any = cg, fn: Loss = fn) -> None:
+            cg(fn, batch, cluster[mine])
+
+        def fail(cg: Any = cg) -> None:
+            with suppress(KeyError):
+                cg(failing, batch, cluster[mine])
+
+        def add(cg: Any = cg, fn: Loss = fn) -> None:
+            with suppress(KeyError), cg.accumulate() as total:
+                total.add(fn, batch, cluster[mine])
+                raise KeyError("before the rows are exchanged")
+
+        for later in (call, fail, add):
+            jacobian = cg(fn, batch, cluster[mine])
+            losses = jacobian.losses.clone()
+            later()
+            answers = said.setdefault(f"{name} {later.__name__}", [])
+            for use in (jacobian.gram, partial(jacobian.combine, torch.ones(K)), partial(jacobian.write, []),
+                        partial(getattr, jacobian, "rows"), partial(getattr, jacobian, "nbytes")):  # fmt: skip
+                try:
+                    use()
+                    answers.append("nothing")
+                except RuntimeError as error:
+                    answers.append(str(error))
+            assert torch.equal(jacobian.losses, losses)
+            assert torch.equal(jacobian.counts, counts)
+    return said
+
+
+def refused_on_ranks(rank: int, world: int) -> dict[str, str]:
+    """Mistakes that only several ranks can make, and what each is told."""
+    K, B = 5, 20
+    cluster = torch.arange(B) % K
+    x, y = samples(B)
+    mine = torch.arange(B) // K == rank
+    batch = (x[mine], y[mine])
+    model, shards = network(), sharded()
+    bad = x[mine] * torch.nan
+    pair = dist.new_group([1, 3])
+    of_cluster = antdiff.ClusterGradients(model, K, scheme="cluster")
+    accumulating = antdiff.ClusterGradients(model, K)
+    clusters = antdiff.TimestepClusters.uniform(1000, K)
+    totals: list[Any] = []
+
+    def add_nan() -> None:
+        with accumulating.accumulate() as total:
+            totals.append(total)
+            total.add(losses_of(model), (bad, y[mine]), cluster[mine])
+
+    def accumulate_by_cluster() -> None:
+        with of_cluster.accumulate():
+            raise AssertionError
+
+    between = antdiff.BalancedBackward(sharded(), balancing.PCGrad(update_every=2), K)
+    inner = losses_of(between.gradients.model)
+    between(inner, batch, cluster[mine])
+    said: dict[str, str] = {}
+    for name, run in {
+        "not a member": lambda: antdiff.ClusterGradients(model, K, group=pair) if rank in (0, 2) else None,
+        "nested": lambda: antdiff.ClusterGradients(nn.Sequential(nn.parallel.DistributedDataParallel(network())), K),
+        "verify": lambda: antdiff.ClusterGradients(shards, K).verify(losses_of(shards), batch, cluster[mine]),
+        "local shards": lambda: antdiff.ClusterGradients(shards, K, group="local"),
+        "cluster": accumulate_by_cluster,
+        "nan": add_nan,
+        "the jacobian of nan": lambda: totals[0].jacobian,
+        "gram": lambda: antdiff.ClusterGradients(model, K, hold="gram"),
+        "ragged": lambda: accumulating(losses_of(model), batch, cluster[mine], counts=[[1] * K] * (world - 1) + [[1]]),
+        "sizes": lambda: antdiff.StratifiedTimesteps(clusters).sample([5, 5, 5, -1]),
+        "empty": lambda: between(inner, (x[:0], y[:0]), cluster[:0]),
+    }.items():
+        try:
+            run()
+            said[name] = "nothing"
+        except (TypeError, ValueError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    grouped = antdiff.ClusterGradients(model, K, "grouped", scheme="all_reduce")
+    assert grouped.nbytes() == 0
+    grouped(losses_of(model), batch, cluster[mine])
+    P = sum(p.numel() for p in model.parameters())
+    assert grouped.nbytes() == (2 * K + 1) * P * 8, "rows of this rank, rows of all ranks, and p.grad"
+    said["explain"] = grouped.explain()
+    return said
+
+
 def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
     """Every way through a step, for plain, DDP and FSDP2 models, against antdiff.BalancedBackward over three steps."""
     K, B = 5, 23
@@ -678,6 +892,9 @@ FOUR = [
     a_nan_on_rank_2,
     half_precision,
     bytes_on_the_wire,
+    groups_of_some_ranks,
+    stale_jacobians,
+    refused_on_ranks,
     sharded_checkpoint_save,
 ]
 TWO = [sharded_checkpoint_load, the_documented_loops, the_training_loop, a_rank_that_dies]

@@ -62,7 +62,7 @@ def test_p_grad_is_that_of_one_process(four: Results) -> None:
             assert losses < LIMIT[case[-1]], (case, losses)
 
 
-@pytest.mark.parametrize("case", ["other_routes", "wrapped", "balanced_backward"])
+@pytest.mark.parametrize("case", ["other_routes", "wrapped", "groups_of_some_ranks", "balanced_backward"])
 def test_every_way_through_gives_the_same_gradients(four: Results, case: str) -> None:
     for results in four:
         for name, error in results[case].items():
@@ -70,10 +70,49 @@ def test_every_way_through_gives_the_same_gradients(four: Results, case: str) ->
     assert "a group of two" in four[1]["other_routes"]
 
 
+def test_a_jacobian_on_several_ranks_is_stale_after_any_later_use_of_the_buffers(four: Results) -> None:
+    for results in four:
+        assert len(results["stale_jacobians"]) == 12
+        for later, answers in results["stale_jacobians"].items():
+            assert len(answers) == 5
+            assert all("stale" in answer for answer in answers), (later, answers)
+
+
+def test_mistakes_on_several_ranks_are_named(four: Results) -> None:
+    texts = {
+        "nested": "ValueError: model must be a DistributedDataParallel wrapper or contain none; got one inside it",
+        "verify": "ValueError: model must have whole parameters for verify().",
+        "local shards": "ValueError: group must be the ranks of model's mesh",
+        "cluster": "ValueError: scheme must not be 'cluster' to accumulate",
+        "nan": "NonFiniteError: the losses of ranks 0, 1, 2, 3 are not finite",
+        "the jacobian of nan": "RuntimeError: jacobian exists once the with block",
+        "gram": "ValueError: hold must be 'jacobian' on several ranks",
+        "ragged": "ValueError: counts must have k=5 ints for each rank; got lists of [5, 5, 5, 1]",
+        "sizes": "ValueError: B must be at least 0; got -1",
+        "empty": "ValueError: batch must hold a sample on every rank under FSDP2",
+    }
+    for rank, results in enumerate(four):
+        said = results["refused_on_ranks"]
+        for name, text in texts.items():
+            assert said[name].startswith(text), (name, said[name])
+        assert ("Error: group must" in said["not a member"]) == (rank in (0, 2)), said["not a member"]
+        assert "route 'grouped': asked for" in said["explain"]
+
+
 def test_ranks_out_of_step_do_not_wait_for_each_other(four: Results) -> None:
     for results in four:
         for name, error in results["out_of_step"].items():
             assert error < LIMIT["torch.float64"], (name, error)
+
+
+def test_one_process_goes_on_with_the_numbers_of_several_ranks() -> None:
+    clusters = TimestepClusters.uniform(1000, 3)
+    seeded = StratifiedTimesteps(clusters, seed=0)  # the default of several ranks
+    seeded.sample(7)
+    resumed = StratifiedTimesteps(clusters)
+    resumed.load_state_dict(seeded.state_dict())
+    for _ in range(2):
+        assert all(map(torch.equal, resumed.sample(7), seeded.sample(7)))
 
 
 def test_a_validation_between_steps_of_fsdp_changes_nothing(four: Results) -> None:
@@ -282,6 +321,10 @@ def test_mistakes_are_named() -> None:
         ClusterGradients(model, 5, scheme="ring")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="group must be a process group, None or 'local'; got 'all'"):
         ClusterGradients(model, 5, group="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="group must be a process group that this process is in"):
+        ClusterGradients(model, 5, group=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group must be a process group, None or 'local'; got 'all'"):
+        StratifiedTimesteps(TimestepClusters.uniform(10, 5), group="all")  # type: ignore[arg-type]
     cg = ClusterGradients(model, 5)
     x, y = cases.samples(10)
     with pytest.raises(ValueError, match="k ints for each of the 1 ranks; got 2 lists"):

@@ -104,7 +104,9 @@ class StratifiedTimesteps:
         """
         sizes = self._sizes(B)
         whole = as_count("B", sum(sizes))
-        if generator is None and self.seed is not None:
+        if generator is None and (
+            self.seed is not None or self._generators
+        ):  # the state of a seeded sampler was loaded
             generator = self._generator(torch.device("cpu" if device is None else device))
         device = _device(device, generator)
         layout = self._layout(whole, device)
@@ -163,7 +165,7 @@ class StratifiedTimesteps:
             raise ValueError(
                 f"B must be this rank's rows, or the rows of each of the {self.ranks.size} ranks; got {list(B)}."
             )
-        return list(B)
+        return [as_count("B", size, least=0) for size in B]
 
     def _layout(self, B: int, device: torch.device) -> _Layout:
         key = (B, self._offset if B % self.clusters.k else 0, device)

@@ -51,14 +51,26 @@ class Ranks:
 
     Attributes:
         rank, size: the rank of this process in the group, and the number of processes in it.
+
+    Raises:
+        TypeError, ValueError: ``group`` is something else, or a group that this process is not in.
     """
 
     def __init__(self, group: Group = None) -> None:
-        self.local = group == "local"
+        if isinstance(group, str) and group != "local":
+            raise ValueError(f"group must be a process group, None or 'local'; got {group!r}.")
+        self.local = isinstance(group, str)
+        if dist.is_available() and group is not None and not isinstance(group, (str, dist.ProcessGroup)):
+            raise TypeError(
+                "group must be a process group that this process is in, None or 'local'; got "
+                f"{type(group).__name__}. Pass mesh.get_group() for a device mesh."
+            )
         self.group: dist.ProcessGroup | None = None if isinstance(group, str) else group
         on = dist.is_available() and dist.is_initialized() and not self.local
         self.rank = dist.get_rank(self.group) if on else 0
         self.size = dist.get_world_size(self.group) if on else 1
+        if self.rank < 0:
+            raise ValueError("group must contain this process; got a group of other processes. Make it on its members.")
 
     @property
     def everyone(self) -> bool:

@@ -25,7 +25,7 @@ def choose(
     if scheme == "cluster" and counts is None:
         raise ValueError(
             "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; see "
-            "antdiff.distributed.StratifiedTimesteps."
+            "antdiff.StratifiedTimesteps.counts."
         )
     costs = cost_model(numel, k, ranks.size, itemsize=dtype.itemsize, counts=counts)
     why = "asked for"

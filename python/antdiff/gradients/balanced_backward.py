@@ -17,7 +17,7 @@ from antdiff.distributed.schemes import Scheme
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
-from antdiff.gradients.ranked import counts_here
+from antdiff.gradients.ranked import rank_counts
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
 
 
@@ -161,11 +161,13 @@ class BalancedBackward:
     ) -> ClusterJacobian:
         if self.micro_batch is None:
             return self.gradients(loss_fn, batch, cluster, counts=counts, scaler=self.scaler)
-        rows, batch = ClusteredBatch.of(cluster, self.k, counts_here(counts, self.gradients.ranks)).sort(batch)
+        clustered, batch = ClusteredBatch.of(cluster, self.k, rank_counts(counts, self.gradients.ranks, self.k)).sort(
+            batch
+        )
         with self.gradients.accumulate() as total:
-            for start, stop, sizes in self._pieces(rows) or [(0, 0, rows.sizes)]:
-                piece = cut(batch, rows.B, start, stop)
-                total.add(loss_fn, piece, rows.cluster[start:stop], counts=sizes, scaler=self.scaler)
+            for start, stop, sizes in self._pieces(clustered) or [(0, 0, clustered.sizes)]:
+                piece = cut(batch, clustered.B, start, stop)
+                total.add(loss_fn, piece, clustered.cluster[start:stop], counts=sizes, scaler=self.scaler)
         return total.jacobian
 
     def _between(
@@ -174,27 +176,31 @@ class BalancedBackward:
         """The weights are known: take the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
         gradients = self.gradients
         gradients.ranks.require_all()
-        rows, batch = ClusteredBatch.of(cluster, self.k, counts_here(counts, gradients.ranks)).sort(batch)
+        clustered, batch = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k)).sort(batch)
+        if gradients.is_sharded and clustered.B == 0:
+            raise ValueError(
+                "batch must hold a sample on every rank under FSDP2, whose ranks run in lockstep; got none."
+            )
         weights = self.balancer.weights()
         self._clear()
-        total = rows.counts.double()  # [k], on the device
+        total = clustered.counts.double()  # [k], on the device
         if gradients.ranks.size > 1:
             wait(gradients.ranks.all_reduce(total), "the sum of counts")
         scale = loss_scale(self.scaler, cluster.device) * (gradients.ranks.size if gradients.is_sharded else 1)
         # Never index with an id that is out of range, which CUDA does not check: clamp it, and poison the result.
-        inside = (rows.cluster >= 0) & (rows.cluster < self.k)
-        factors = (weights * scale / total.clamp(min=1))[rows.cluster.clamp(0, self.k - 1)]  # [B]
+        inside = (clustered.cluster >= 0) & (clustered.cluster < self.k)
+        factors = (weights * scale / total.clamp(min=1))[clustered.cluster.clamp(0, self.k - 1)]  # [B]
         factors = torch.where(inside, factors, torch.nan)
-        sums = torch.zeros(self.k, dtype=torch.float64, device=rows.cluster.device)
+        sums = torch.zeros(self.k, dtype=torch.float64, device=clustered.cluster.device)
         dtype = torch.float32
         with gradients.unsynchronised():
-            for start, stop, _ in self._pieces(rows):
-                per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+            for start, stop, _ in self._pieces(clustered):
+                per_sample = loss_fn(*cut(batch, clustered.B, start, stop))
                 check_losses(per_sample, stop - start)
                 torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
                 dtype = torch.promote_types(per_sample.dtype, torch.float32)
                 values = per_sample.detach().double()
-                sums += torch.where(rows.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
+                sums += torch.where(clustered.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
         self._reduce()
         if gradients.several:
             sums, sound = gradients.ranks.total(sums, sums.isfinite().all())
@@ -208,11 +214,11 @@ class BalancedBackward:
     ) -> BackwardResult:
         gradients = self.gradients
         gradients.ranks.require_all()
-        rows = ClusteredBatch.of(cluster, self.k, counts_here(counts, gradients.ranks))
+        clustered = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k))
         self._clear()
         with gradients.unsynchronised():
             per_sample = loss_fn(*batch)
-            check_losses(per_sample, rows.B)
+            check_losses(per_sample, clustered.B)
             losses, n = ops.cluster_mean(per_sample, cluster, self.k)
             losses, n = global_losses(
                 losses, n, group=gradients.group, averaged=gradients.is_sharded,
@@ -233,11 +239,11 @@ class BalancedBackward:
         if not gradients.is_sharded:  # FSDP2 has reduced them
             reduce_gradients(gradients.model, group=gradients.group, skip_unused=self.skip_unused)
 
-    def _pieces(self, rows: ClusteredBatch) -> list[tuple[int, int, list[int]]]:
+    def _pieces(self, clustered: ClusteredBatch) -> list[tuple[int, int, list[int]]]:
         """Cut a sorted batch into micro-batches: ``[start, stop)`` and the samples of each cluster in it."""
-        n = self.micro_batch or max(rows.B, 1)
-        slices = rows.slices()
+        n = self.micro_batch or max(clustered.B, 1)
+        slices = clustered.slices()
         return [
             (a, b, [max(0, min(b, stop) - max(a, start)) for start, stop in slices])
-            for a, b in ((a, min(a + n, rows.B)) for a in range(0, rows.B, n))
+            for a, b in ((a, min(a + n, clustered.B)) for a in range(0, clustered.B, n))
         ]

@@ -149,12 +149,14 @@ class PaddedBatch(ClusteredBatch):
         self.index, self.there = index, there
 
     @staticmethod
-    def fill(rows: ClusteredBatch, room: int) -> tuple[Tensor, Tensor]:
+    def fill(clustered: ClusteredBatch, room: int) -> tuple[Tensor, Tensor]:
         """``index`` and ``there`` for sorted rows."""
-        spans = [(range(start, stop), room - (stop - start)) for start, stop in rows.slices()]
+        spans = [(range(start, stop), room - (stop - start)) for start, stop in clustered.slices()]
         index = [i for span, left in spans for i in (*span, *[0] * left)]
         there = [x for span, left in spans for x in (*[True] * len(span), *[False] * left)]
-        return torch.tensor(index, device=rows.cluster.device), torch.tensor(there, device=rows.cluster.device)
+        return torch.tensor(index, device=clustered.cluster.device), torch.tensor(
+            there, device=clustered.cluster.device
+        )
 
     def pieces(self, grad: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Filled up with rows whose gradient is zero."""

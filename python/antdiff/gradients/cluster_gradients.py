@@ -14,14 +14,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import as_choice, as_count
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.ranks import Group, Ranks
 from antdiff.distributed.schemes import Scheme
 from antdiff.distributed.shards import mesh_group, sharded_parameters
+from antdiff.gradients.accumulation import Accumulation, RankedAccumulation, ShardedAccumulation
 from antdiff.gradients.grouped.compiled import compiler_of
 from antdiff.gradients.jacobian import ClusterJacobian
-from antdiff.gradients.local import Accumulation, LocalGradients, Recording
-from antdiff.gradients.ranked import RankedGradients, counts_here
+from antdiff.gradients.local import LocalGradients, Recording
+from antdiff.gradients.ranked import RankedGradients, rank_counts
 from antdiff.gradients.routes import LossFn, Network, Route, Scaler
 
 
@@ -115,18 +117,20 @@ class ClusterGradients:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int; got {type(k).__name__}.")
-        if k < 1:
-            raise ValueError(f"k must be at least 1; got {k}.")
-        _require("route", route, get_args(Route)) if route is not None else None
-        _require("hold", hold, ("jacobian", "gram"))
-        _require("scheme", scheme, get_args(Scheme))
-        _require("nonfinite", nonfinite, ("raise", "poison"))
-        if isinstance(group, str) and group != "local":
-            raise ValueError(f"group must be a process group, None or 'local'; got {group!r}.")
+        k = as_count("k", k)
+        if route is not None:
+            as_choice("route", route, get_args(Route))
+        as_choice("hold", hold, ("jacobian", "gram"))
+        as_choice("scheme", scheme, get_args(Scheme))
+        as_choice("nonfinite", nonfinite, ("raise", "poison"))
         wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         inner: nn.Module = model if wrapper is None else wrapper.module
+        nested = [name for name, m in inner.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+        if nested:
+            raise ValueError(
+                "model must be a DistributedDataParallel wrapper or contain none; got one inside it, at "
+                f"{nested[0]!r}. Wrap last: DistributedDataParallel(torch.compile(network))."
+            )
         if not any(p.requires_grad for p in inner.parameters()):
             raise ValueError("model must have a parameter that requires grad; got none. Unfreeze one.")
         if group is None:
@@ -139,9 +143,10 @@ class ClusterGradients:
             raise ValueError("hold must be 'jacobian' on several ranks; got 'gram', which serves one process.")
         self.route: Route = route or ("split" if several else "auto")
         network = Network(inner, tuple(separable), compiler_of(inner, compile, separable))
-        self._local = LocalGradients(network, k, self.route, dtype)
+        why = "asked for" if route is not None else "the default on several ranks"
+        self._local = LocalGradients(network, k, self.route, dtype, held=hold == "jacobian", why=why)
         # A wrapper of a single process still has a reducer, which must not see the gradients of clusters.
-        self._ranked = RankedGradients(self._local, self.ranks, shards, wrapper, scheme, dtype, nonfinite)
+        self._ranked = RankedGradients(self._local, self.ranks, shards, wrapper, self.route, scheme, dtype, nonfinite)
         self.several = several
 
     # ---- from a loss function ------------------------------------------------------------------------------------
@@ -186,10 +191,9 @@ class ClusterGradients:
         self.ranks.require_all()
         if self.several:
             return self._ranked.jacobian(loss_fn, batch, cluster, counts, scaler)
-        here = counts_here(counts, self.ranks)
         compute = self._local.deferred if self.hold == "gram" else self._local.jacobian
         with self.unsynchronised():
-            return compute(loss_fn, batch, cluster, here, scaler)
+            return compute(loss_fn, batch, cluster, rank_counts(counts, self.ranks, self.k), scaler)
 
     @contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -212,15 +216,20 @@ class ClusterGradients:
         if self.hold == "gram":
             raise ValueError("hold must be 'jacobian' to accumulate: the Gram matrix of a sum needs the summed rows.")
         self.ranks.require_all()
-        total: Any = self._ranked.accumulation() if self.several else Accumulation(self._local)
-        yield total
-        total.finish()
+        kind = ShardedAccumulation if self.is_sharded else RankedAccumulation if self.several else Accumulation
+        total = kind(self._ranked)
+        try:
+            yield total
+            total.finish()
+        except BaseException:
+            total.revoke()
+            raise
 
     # ---- from a forward of your own ------------------------------------------------------------------------------
 
     @contextmanager
     def record(
-        self, cluster: Tensor, *, counts: Sequence[int] | None = None, scaler: Scaler | None = None
+        self, cluster: Tensor, *, counts: Sequence[int] | Counts | None = None, scaler: Scaler | None = None
     ) -> Iterator[Recording]:
         """Record a forward that you run yourself on the whole batch (routes ``grouped`` and ``loop``, one process).
 
@@ -236,7 +245,9 @@ class ClusterGradients:
             raise ValueError(
                 "record() serves one process with hold='jacobian'. Call cluster_gradients(loss_fn, batch, cluster)."
             )
-        with self._local.record(cluster, counts, scaler) as recording:
+        self.ranks.require_all()
+        own_counts = rank_counts(counts, self.ranks, self.k)
+        with self.unsynchronised(), self._local.record(cluster, own_counts, scaler) as recording:
             yield recording
 
     # ---- asking --------------------------------------------------------------------------------------------------
@@ -257,14 +268,14 @@ class ClusterGradients:
 
     def nbytes(self) -> int:
         """Return the memory of rows, buffers and, on several ranks, ``p.grad`` on this rank, in bytes, after a call."""
-        return self._ranked.current_exchange().nbytes() if self.several else self._local.store.nbytes()
+        return self._ranked.nbytes() if self.several else self._local.nbytes()
 
     def explain(self) -> str:
         """Say which route, and on several ranks which scheme, is taken, why, and the memory that the rows hold."""
         return self._ranked.explain() if self.several else self._local.explain()
 
     def verify(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | None = None
+        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | Counts | None = None
     ) -> float:
         """Check the route on a batch of this process, once, before training; arguments as for a call.
 
@@ -282,8 +293,12 @@ class ClusterGradients:
 
         Raises:
             GroupingError: samples are not independent, or a gradient differs.
+            ValueError: the parameters are shards of FSDP2, or the batch is empty.
         """
-        return self._local.verify(loss_fn, batch, cluster, counts)
+        if self.is_sharded:
+            raise ValueError("model must have whole parameters for verify(). Call it before fully_shard(model).")
+        with self.unsynchronised():
+            return self._local.verify(loss_fn, batch, cluster, rank_counts(counts, self.ranks, self.k))
 
     def check(self) -> None:
         """Raise for non-finite losses or Gram matrices on several ranks since the last check; on CUDA this waits.
@@ -292,8 +307,3 @@ class ClusterGradients:
             NonFiniteError: names the ranks.
         """
         self._ranked.check()
-
-
-def _require(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")

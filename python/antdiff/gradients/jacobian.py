@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.sinks import GradientStore
 
 
-@runtime_checkable
 class ClusterJacobian(Protocol):
     """K cluster gradients of one batch. Row i is the gradient of the mean loss of cluster i.
 
@@ -70,7 +69,10 @@ class HeldJacobian:
         ops.combine(weights, self.rows, out=self._store.grads())
 
     def write(self, direction: Sequence[Tensor | None]) -> None:
-        write_grads([p for _, p in self._store.named], direction)
+        check_direction(self.rows, direction)
+        for (_, p), d in zip(self._store.named, direction, strict=True):
+            if d is not None:
+                p.grad = d.to(p.dtype)
 
     def revoke(self) -> None:
         self._buffers = None
@@ -156,22 +158,20 @@ def unscaled(gram: Tensor, loss_scale: Tensor | float) -> Tensor:
     return gram.div_(loss_scale * loss_scale)
 
 
-def write_grads(params: Sequence[Any], direction: Sequence[Tensor | None]) -> None:
-    """Write one tensor per parameter to ``p.grad``, None where a parameter is frozen."""
-    if len(direction) != len(params):
+def check_direction(rows: Sequence[Tensor | None], direction: Sequence[Tensor | None]) -> None:
+    """Raise unless ``direction`` has one tensor ``[*shape]`` per ``[k, *shape]`` of ``rows``, and None for None."""
+    if len(direction) != len(rows):
         raise ValueError(
-            f"direction must have one entry for each of the {len(params)} parameters; got {len(direction)}. "
+            f"direction must have one entry for each of the {len(rows)} parameters; got {len(direction)}. "
             "Pass what the method returned for jacobian.rows."
         )
-    for p, d in zip(params, direction, strict=True):
-        if p.requires_grad != (d is not None) or (d is not None and d.shape != p.shape):
+    for row, d in zip(rows, direction, strict=True):
+        want, got = None if row is None else list(row.shape[1:]), None if d is None else list(d.shape)
+        if want != got:
             raise ValueError(
-                f"direction must have a tensor {list(p.shape)} for a trainable parameter and None for a frozen one; "
-                f"got {None if d is None else list(d.shape)}. Pass what the method returned for jacobian.rows."
+                f"direction must have a tensor for each tensor of jacobian.rows, of shape {want} here, and None for a "
+                f"frozen parameter; got {got}. Pass what the method returned for jacobian.rows."
             )
-    for p, d in zip(params, direction, strict=True):
-        if d is not None:
-            p.grad = d.to(p.dtype)
 
 
 def mean_losses(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

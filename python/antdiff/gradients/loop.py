@@ -16,15 +16,15 @@ from antdiff.gradients.sinks import Sink
 from antdiff.gradients.split import write_row
 
 
-def loop(per_sample: Tensor, rows: ClusteredBatch, factors: Sequence[Tensor | float], sinks: list[Sink]) -> None:
+def loop(per_sample: Tensor, clustered: ClusteredBatch, factors: Sequence[Tensor | float], sinks: list[Sink]) -> None:
     """Row i of the sinks += ``factors[i]`` times the gradient of the sum of cluster i's losses.
 
     Args:
         per_sample: ``[B]``, with the graph of the whole batch; samples in any order.
     """
-    last = max((i for i, size in enumerate(rows.sizes) if size), default=0)
-    masks = rows.one_hot(per_sample.dtype)  # [k, B]
-    for i, size in enumerate(rows.sizes):
+    last = max((i for i, size in enumerate(clustered.sizes) if size), default=0)
+    masks = clustered.one_hot(per_sample.dtype)  # [k, B]
+    for i, size in enumerate(clustered.sizes):
         for sink in sinks:
             sink.tensor.grad = None
         if size:

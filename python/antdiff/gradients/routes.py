@@ -52,7 +52,7 @@ def run(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     sinks: list[Sink],
     *,
     mean: bool = True,
@@ -72,20 +72,20 @@ def run(
     before = [s.tensor.grad for s in sinks]
     try:
         if route == "split":
-            losses = split(loss_fn, batch, rows, _factors(rows, scale, mean), sinks)
-            known = next((x for x in losses if x is not None), rows.cluster.new_zeros(0, dtype=torch.float32))
+            losses = split(loss_fn, batch, clustered, _factors(clustered, scale, mean), sinks)
+            known = next((x for x in losses if x is not None), clustered.cluster.new_zeros(0, dtype=torch.float32))
             zero = known.new_zeros((), dtype=torch.promote_types(known.dtype, torch.float32))
             return torch.stack([zero if x is None else x.sum(dtype=zero.dtype) for x in losses])
         if route == "grouped" and net.compiled is not None and mode is None:
-            return _compiled(net.compiled, loss_fn, batch, rows, sinks, mean, scale)
+            return _compiled(net.compiled, loss_fn, batch, clustered, sinks, mean, scale)
         if route == "grouped" and mode is None:
-            mode = GroupedMode(net.model, rows, sinks, net.separable)
+            mode = GroupedMode(net.model, clustered, sinks, net.separable)
         if mode is None:
             per_sample = loss_fn(*batch)
         else:
             with mode:
                 per_sample = loss_fn(*batch)
-        return backward(per_sample, rows, sinks, mode, mean=mean, scale=scale)
+        return backward(per_sample, clustered, sinks, mode, mean=mean, scale=scale)
     finally:
         for sink, grad in zip(sinks, before, strict=True):
             sink.tensor.grad = grad
@@ -93,7 +93,7 @@ def run(
 
 def backward(
     per_sample: Tensor,
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     sinks: list[Sink],
     mode: GroupedMode | None,
     *,
@@ -101,29 +101,29 @@ def backward(
     scale: Tensor | float = 1.0,
 ) -> Tensor:
     """The part of ``grouped`` (with its mode) and ``loop`` (without) after the forward; as :func:`run`."""
-    check_losses(per_sample, rows.B)
+    check_losses(per_sample, clustered.B)
     values = per_sample.detach()
     if mode is None:
-        loop(per_sample, rows, _factors(rows, scale, mean), sinks)
+        loop(per_sample, clustered, _factors(clustered, scale, mean), sinks)
     else:
-        mode.backward(per_sample, _each_factor(per_sample, rows, scale, mean))
-    return _sums(values, rows)
+        mode.backward(per_sample, _each_factor(per_sample, clustered, scale, mean))
+    return _sums(values, clustered)
 
 
 def _compiled(
     compiled: CompiledLoss,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     sinks: list[Sink],
     mean: bool,
     scale: Tensor | float,
 ) -> Tensor:
     for sink in sinks:
         sink.tensor.grad = None
-    per_sample, leaves = compiled(loss_fn, batch, rows, sinks)
-    check_losses(per_sample, rows.B)
-    torch.autograd.backward((per_sample,), (_each_factor(per_sample, rows, scale, mean),))
+    per_sample, leaves = compiled(loss_fn, batch, clustered, sinks)
+    check_losses(per_sample, clustered.B)
+    torch.autograd.backward((per_sample,), (_each_factor(per_sample, clustered, scale, mean),))
     leaks = [s.name for s in sinks if s.tensor.grad is not None]
     if leaks:
         raise GroupingError(
@@ -133,24 +133,24 @@ def _compiled(
     for sink, leaf in zip(sinks, leaves, strict=True):
         grad, leaf.grad = leaf.grad, None
         sink.take(grad)
-    return _sums(per_sample.detach(), rows)
+    return _sums(per_sample.detach(), clustered)
 
 
-def _sums(values: Tensor, rows: ClusteredBatch) -> Tensor:
+def _sums(values: Tensor, clustered: ClusteredBatch) -> Tensor:
     """Of the losses ``[B]``, ``[k]``, in at least float32; a NaN stays in its cluster."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.where(rows.one_hot(torch.bool), values, 0).sum(1)
+    return torch.where(clustered.one_hot(torch.bool), values, 0).sum(1)
 
 
-def _each_factor(per_sample: Tensor, rows: ClusteredBatch, scale: Tensor | float, mean: bool) -> Tensor:
+def _each_factor(per_sample: Tensor, clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> Tensor:
     """``[B]``, on the device: a list of host numbers would have to be copied there."""
     dtype = torch.promote_types(per_sample.dtype, torch.float32)
-    counts = rows.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(rows.k, dtype=dtype)
-    return (counts.reciprocal()[rows.cluster] * scale).to(per_sample.dtype)
+    counts = clustered.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(clustered.k, dtype=dtype)
+    return (counts.reciprocal()[clustered.cluster] * scale).to(per_sample.dtype)
 
 
-def _factors(rows: ClusteredBatch, scale: Tensor | float, mean: bool) -> list[Tensor | float]:
-    return [scale / max(size, 1) if mean else scale for size in rows.sizes]
+def _factors(clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> list[Tensor | float]:
+    return [scale / max(size, 1) if mean else scale for size in clustered.sizes]
 
 
 def refuse_batch_norm(route: Chosen, model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from antdiff.gradients.sinks import Sink
 def split(
     loss_fn: Callable[..., Tensor],
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     factors: Sequence[Tensor | float],
     sinks: list[Sink],
 ) -> list[Tensor | None]:
@@ -33,14 +33,14 @@ def split(
         The per-sample losses of each cluster, detached; None where it is empty.
     """
     losses: list[Tensor | None] = []
-    for i, (start, stop) in enumerate(rows.slices()):
+    for i, (start, stop) in enumerate(clustered.slices()):
         if start == stop:
             losses.append(None)
             write_row(sinks, i, empty=True)
             continue
         for sink in sinks:
             sink.tensor.grad = None
-        per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+        per_sample = loss_fn(*cut(batch, clustered.B, start, stop))
         check_losses(per_sample, stop - start)
         # .backward into empty .grad, not autograd.grad: re-entrant checkpointing allows only the former, and autograd
         # hands over its own buffers, so nothing is added up.

@@ -17,7 +17,7 @@ from antdiff.gradients.routes import LossFn
 def stream(
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     factor: Callable[[int], Tensor | float],
     exchange: Exchange,
     unsynchronised: Callable[[], AbstractContextManager[Any]],
@@ -32,13 +32,13 @@ def stream(
     Returns:
         The sum of each cluster's losses, float64 [k].
     """
-    if exchange.lockstep and rows.B == 0:
+    if exchange.lockstep and clustered.B == 0:
         raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in step; got none.")
     params = exchange.params
     before = [p.grad for p in params]
-    sums = torch.zeros(rows.k, dtype=torch.float64, device=rows.cluster.device)
+    sums = torch.zeros(clustered.k, dtype=torch.float64, device=clustered.cluster.device)
     try:
-        for i, (start, stop) in enumerate(rows.slices()):
+        for i, (start, stop) in enumerate(clustered.slices()):
             empty = start == stop
             if empty and not exchange.lockstep:
                 exchange.write(i, None)
@@ -47,7 +47,7 @@ def stream(
             for p in params:
                 p.grad = None
             with unsynchronised():
-                per_sample = loss_fn(*cut(batch, rows.B, start, stop))
+                per_sample = loss_fn(*cut(batch, clustered.B, start, stop))
                 check_losses(per_sample, stop - start)
                 scale = 0.0 if empty else factor(i) * exchange.averaging
                 torch.autograd.backward((per_sample,), ((torch.ones_like(per_sample) * scale).to(per_sample.dtype),))

@@ -23,13 +23,13 @@ TOLERANCE = {torch.float64: 1e-8}
 TOLERANCE_LOW = 2e-2
 
 
-def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> float:
+def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> float:
     """Both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
     refuse_batch_norm(route, net.model)
     with repeatable(net.model) as replay:
         with uncompiled(net):
-            probe(route, net, loss_fn, batch, rows, replay)
-        error, where = distance(route, net, loss_fn, batch, rows, replay)
+            probe(route, net, loss_fn, batch, clustered, replay)
+        error, where = distance(route, net, loss_fn, batch, clustered, replay)
     if error > tolerance(net.model):
         raise GroupingError(
             f"route {route!r} differs from 'loop' by {error:.1e} in the gradient of {where}: the samples are not "
@@ -38,15 +38,22 @@ def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], r
     return error
 
 
-def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> tuple[Chosen, str]:
+def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> tuple[Chosen, str]:
     """The route that ``auto`` settles on, and why."""
     with uncompiled(net):  # the rules are the same, and no program is compiled for a few samples
-        route, why = _on_few(Network(net.model, net.separable), loss_fn, batch, rows)
+        route, why = _on_few(Network(net.model, net.separable), loss_fn, batch, clustered)
     if net.compiled is None or route != "grouped":
         return route, why
     with repeatable(net.model):
         try:
-            run(route, net, loss_fn, batch, rows, GradientStore(net.model, rows.k, None, reuse=False).sinks(fresh=True))
+            run(
+                route,
+                net,
+                loss_fn,
+                batch,
+                clustered,
+                GradientStore(net.model, clustered.k, None, reuse=False).sinks(fresh=True),
+            )
         except Exception as error:  # uncompiled it has just run: whatever it is, compilers are not up to it
             return "split", f"'grouped' does not compile: {type(error).__name__}: {error}"
     return route, f"{why}, and it compiled"
@@ -56,13 +63,13 @@ def uncompiled(net: Network) -> AbstractContextManager[Any]:
     return nullcontext() if net.compiled is None else torch.compiler.set_stance("force_eager")
 
 
-def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], rows: ClusteredBatch) -> tuple[Chosen, str]:
+def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> tuple[Chosen, str]:
     """On the evidence of at most two samples a cluster of a sorted batch."""
     try:
         refuse_batch_norm("grouped", net.model)
     except GroupingError as reason:
         return "loop", str(reason)
-    small, few = first_of_each(batch, rows)
+    small, few = first_of_each(batch, clustered)
     if few.k > 1 and few.sizes.count(0) == few.k - 1 and few.B == 2:
         # Of one cluster alone every route gives the same, wherever its rows stand: take its samples for two clusters.
         few = ClusteredBatch(torch.arange(2, device=few.cluster.device), [1, 1, *[0] * (few.k - 2)], None)
@@ -134,23 +141,23 @@ def distance(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     replay: Replay,
 ) -> tuple[float, str]:
     """How far a route's J is from that of ``loop``, and in which parameter; NaN where they draw different numbers."""
     if route == "loop":
         return 0.0, ""
-    k = rows.k
+    k = clustered.k
     J = GradientStore(net.model, k, None, reuse=net.compiled is None)
     reference = GradientStore(net.model, k, None)
     replay.rewind()
     sinks = J.sinks(fresh=True)
-    run(route, net, loss_fn, batch, rows, sinks)
+    run(route, net, loss_fn, batch, clustered, sinks)
     J.keep(sinks)
     if route == "split" and replay.drew():
         return float("nan"), ""
     replay.rewind()
-    run("loop", net, loss_fn, batch, rows, reference.sinks(fresh=True))
+    run("loop", net, loss_fn, batch, clustered, reference.sinks(fresh=True))
     error, index = worst_error(J.tensors, reference.tensors)
     return error, J.named[index][0]
 
@@ -179,7 +186,7 @@ def probe(
     net: Network,
     loss_fn: LossFn,
     batch: Sequence[Any],
-    rows: ClusteredBatch,
+    clustered: ClusteredBatch,
     replay: Replay,
 ) -> None:
     """One forward each with the first and the last sample all NaN: nothing of it may reach another sample.
@@ -188,7 +195,7 @@ def probe(
     """
     if route == "loop":
         return
-    for j in sorted({0, rows.B - 1}):
+    for j in sorted({0, clustered.B - 1}):
 
         def poison(x: Tensor, j: int = j) -> Tensor:
             if not x.is_floating_point():
@@ -197,16 +204,20 @@ def probe(
             x[j] = torch.nan
             return x
 
-        poisoned = each_row(batch, rows.B, poison)
+        poisoned = each_row(batch, clustered.B, poison)
         replay.rewind()
         if route == "grouped":
             with GroupedMode(
-                net.model, rows, GradientStore(net.model, rows.k, None).sinks(fresh=True), net.separable, probe=j
+                net.model,
+                clustered,
+                GradientStore(net.model, clustered.k, None).sinks(fresh=True),
+                net.separable,
+                probe=j,
             ):
                 losses = loss_fn(*poisoned)
         else:
             losses = loss_fn(*poisoned)
-        check_losses(losses, rows.B)
+        check_losses(losses, clustered.B)
         others = torch.isnan(losses)
         others[j] = False
         if others.any():
@@ -216,13 +227,15 @@ def probe(
             )
 
 
-def first_of_each(batch: Sequence[Any], rows: ClusteredBatch, each: int = 2) -> tuple[Sequence[Any], ClusteredBatch]:
+def first_of_each(
+    batch: Sequence[Any], clustered: ClusteredBatch, each: int = 2
+) -> tuple[Sequence[Any], ClusteredBatch]:
     """At most ``each`` samples of every cluster of a sorted batch."""
-    picked = [i for start, stop in rows.slices() for i in range(start, min(stop, start + each))]
-    index = torch.tensor(picked, device=rows.cluster.device)
-    sizes = [min(size, each) for size in rows.sizes]
+    picked = [i for start, stop in clustered.slices() for i in range(start, min(stop, start + each))]
+    index = torch.tensor(picked, device=clustered.cluster.device)
+    sizes = [min(size, each) for size in clustered.sizes]
 
     def pick(x: Tensor) -> Tensor:
         return x.detach().index_select(0, index.to(x.device)).requires_grad_(x.requires_grad)
 
-    return each_row(batch, rows.B, pick), ClusteredBatch(rows.cluster[index], sizes, None)
+    return each_row(batch, clustered.B, pick), ClusteredBatch(clustered.cluster[index], sizes, None)
