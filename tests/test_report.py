@@ -157,16 +157,16 @@ def test_a_finished_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        ({"steps": 0, "measured": False}, "unfinished: 0 of 60 steps", "No row of metrics has been written yet"),
+        ({"steps": 0, "measured": False}, "unfinished: 0 of 60 steps", "No metrics have been written yet"),
         ({"steps": 1, "measured": False}, "unfinished: 0 of 60 steps", "No grids were drawn"),
         ({"steps": 2, "measured": False}, "unfinished: 2 of 60 steps", "antdiff train --resume"),
         ({"steps": 40, "measured": False}, "unfinished: 40 of 60 steps", "Pairs in conflict"),
         ({"measured": False}, "trained, not measured: 60 of 60 steps", "Pairs in conflict"),
-        ({"steps": 80}, "finished: 80 of 60 steps", "Measured at step 60; the run has gone on since"),
+        ({"steps": 80}, "finished: 80 of 60 steps", "Measured at step 60; the run has continued since"),
         (
             {"config": replace(CONFIG, method="vanilla"), "gram": False},
             "finished",
-            "This run's method, vanilla, takes no cluster gradients",
+            "The method of this run, vanilla, takes no cluster gradients",
         ),
         ({"config": replace(CONFIG, experts=4), "gram": False}, "finished", "vanilla + experts"),
         ({"config": replace(CONFIG, eval_seeds=1)}, "finished", "1 sampling seed of 12 images"),

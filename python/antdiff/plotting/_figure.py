@@ -24,7 +24,6 @@ def new_figure(
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-        ax.title.set_size(9)
         ax.xaxis.label.set_size(9)
         ax.yaxis.label.set_size(9)
         if grid:

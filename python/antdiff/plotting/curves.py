@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from antdiff.plotting._figure import new_figure
-from antdiff.plotting.palette import CATEGORICAL, cluster_colours
+from antdiff.plotting.palette import CATEGORICAL, DASHES, cluster_colours
 
 
 def save_curves(
@@ -26,8 +26,10 @@ def save_curves(
         for ax, column in ((axes[0], f"loss_{i}"), (axes[1], f"weight_{i}")):
             values = np.array([row[column] for row in rows])
             ax.plot(steps, values, color=colours[i], alpha=0.25, linewidth=0.8)
-            ax.plot(steps, smooth(values), color=colours[i], linewidth=1.8, label=label if ax is axes[0] else None)
-    axes[0].plot(steps, smooth(np.array([row["loss"] for row in rows])), "k--", linewidth=1.3, label="mean over t")
+            (line,) = ax.plot(steps, smooth(values), color=colours[i], linewidth=1.8)
+            line.set_dashes(DASHES[i % len(DASHES)])
+            line.set_label(label if ax is axes[0] else None)
+    axes[0].plot(steps, smooth(np.array([row["loss"] for row in rows])), "k", linewidth=1.3, label="mean over t")
     axes[0].set(title="training loss of each cluster", xlabel="step", ylabel="mean squared error", yscale="log")
     axes[1].set(title="weight of each cluster", xlabel="step", ylabel="weight")
     axes[1].set_ylim(bottom=0)

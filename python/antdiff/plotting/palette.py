@@ -9,6 +9,8 @@ from __future__ import annotations
 SEQUENTIAL = "cividis"  # name of a matplotlib colour map
 CATEGORICAL = ("#0072b2", "#d55e00", "#009e73")  # from the palette of Okabe and Ito
 MARKERS = ("o", "s", "^")  # one per categorical colour
+# Lengths of dashes and gaps, in points. Clusters take them in turn, so that their lines differ in more than lightness.
+DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 2.5), (9, 3, 2, 3), (4.5, 2))
 # The parts of the map with a contrast of at least 3:1 against white paper and against the dark page of a report.
 _LIGHT_RANGE, _DARK_RANGE = (0.0, 0.6), (1.0, 0.42)
 

@@ -1,7 +1,7 @@
-"""``antdiff report``: a run, or a comparison, as one HTML file that needs nothing but a browser.
+"""The report of a run or of a comparison, as one HTML file that needs only a browser.
 
-What a run folder holds is shown, whatever it is: a run that has only begun, one that diverged, a method without cluster
-gradients.
+It shows whatever the run folder holds, so that it also works for a run that has just begun, one that diverged, and a
+method without cluster gradients.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from antdiff.experiments.report.svg import number
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a run folder, or of the folder of a comparison; the path of the file.
+    """Write the report of a run folder or of a comparison folder. Return the path of the file.
 
     Args:
-        out: where to write; None is ``<folder>/report.html``.
+        out: file to write; None means ``<folder>/report.html``.
 
     Raises:
-        ValueError: the folder holds neither.
+        ValueError: the folder holds neither a run nor a comparison.
     """
     if (folder / "config.json").exists():
         page = run_page(Run.load(folder))
@@ -33,7 +33,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     else:
         raise ValueError(
             f"{folder} must be the folder of a run (antdiff train) or of a comparison (antdiff compare); it has no "
-            "config.json, nor has a folder in it"
+            "config.json, and neither has a folder inside it"
         )
     out = out or folder / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def run_page(run: Run) -> str:
-    """The whole HTML document."""
+    """Return the HTML document of a run."""
     config = run.config
     lead = f"{Path(config.data).name}, {run.method}, {config.timestep_sampling} timesteps, seed {config.seed}"
     status, bad = run.status
@@ -60,12 +60,14 @@ def run_page(run: Run) -> str:
         section("configuration", "Configuration", sections.configuration(config)),
         section("environment", "Environment", sections.environment(run.environment)),
     ]
-    source = "Numbers: metrics.csv and results.json of the run folder. This file holds everything it shows."
+    source = (
+        "The numbers are in metrics.csv and results.json of the run folder. This file contains everything it shows."
+    )
     return document(f"{run.folder.resolve().name}: antdiff report", head, parts, len(run.intervals), source)
 
 
 def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
-    """The whole HTML document of a comparison: its table, its pictures, and a row for each of its runs."""
+    """Return the HTML document of a comparison: its table, its figures, and one row per run."""
     runs = [Run.load(cell) for cell in cells]
     rows = []
     for run in runs:
@@ -81,9 +83,11 @@ def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
         text = (folder / "table.txt").read_text(encoding="utf-8")
         parts.append(wide("", f"<pre>{escape(text)}</pre>", "Comparison"))
     else:
-        parts.append("<p>Not all runs are done: the same <code>antdiff compare</code> goes on with them.</p>")
-    means = "The table as a picture, with every training seed and its spread."
-    means_not = "a winner, where the spreads overlap, or what other data or a longer training would bring."
+        parts.append(
+            "<p>Not all runs are done. Repeat the same <code>antdiff compare</code> command to resume them.</p>"
+        )
+    means = "The table as a figure, with every training seed and the spread."
+    means_not = "a winner where the spreads overlap, or the result on other data or with longer training."
     for path in sorted(folder.glob("*.png")):
         title = path.stem.replace("_", " ")
         picture = image(path, f"{title}: the methods of the table with their spread over training seeds")
@@ -95,5 +99,5 @@ def comparison_page(folder: Path, cells: Sequence[Path]) -> str:
         section("configuration", "Configuration of the first run", sections.configuration(runs[0].config)),
         section("environment", "Environment", sections.environment(runs[0].environment)),
     ]
-    source = "antdiff report of one run's folder shows its curves and gradients."
+    source = "Run antdiff report on the folder of a single run to see its curves and gradients."
     return document(f"{name}: antdiff comparison", head, shown, 1, source)

@@ -1,4 +1,4 @@
-"""What a run folder holds, for its report."""
+"""The content of a run folder, for its report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from antdiff.train.config import TrainConfig
 from antdiff.train.log import read_csv
 from antdiff.train.run import intervals
 
-CLOSING = 0.1  # of the rows: what "at the end" is a mean over
+CLOSING = 0.1  # share of the rows that "at the end" averages over
 
 
 @dataclass(frozen=True)
 class Run:
-    """What there is of a run so far."""
+    """The part of a run that exists so far."""
 
     folder: Path
     config: TrainConfig
@@ -31,7 +31,7 @@ class Run:
 
     @staticmethod
     def load(folder: Path) -> Run:
-        """Read a run folder. A ValueError names what is missing or unreadable."""
+        """Read a run folder; raise a ValueError that names a missing or unreadable file."""
         config = TrainConfig.load(folder / "config.json")
         try:
             clusters = TimestepClusters.load(folder / "clusters.json")
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The balancing method and the companions, as titles call them."""
+        """The balancing method and the companions, as shown in titles."""
         return self.config.label
 
     @property
@@ -62,11 +62,11 @@ class Run:
         return [f"{start}..{stop - 1}" for start, stop in self.intervals]
 
     def column(self, name: str) -> np.ndarray:
-        """A column of metrics.csv [rows]; NaN where it was not measured or not yet written."""
+        """Return a column of metrics.csv, [rows]. NaN where it was not measured."""
         return np.array([row.get(name, np.nan) for row in self.rows], dtype=float)
 
     def closing(self, name: str) -> float:
-        """The column's mean over the last tenth of the rows."""
+        """Return the mean of a column over the last tenth of the rows."""
         values = self.column(name)
         values = values[-max(1, round(CLOSING * len(values))) :]
         values = values[np.isfinite(values)]
@@ -74,19 +74,19 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the last row's loss is not finite; a resumed run drops that row."""
+        """Whether the loss of the last row is not finite. A resumed run drops that row."""
         return bool(self.rows) and not np.isfinite(self.rows[-1]["loss"])
 
     @property
-    def silent(self) -> str:
-        """Why there is no curve to draw; empty if there is one."""
+    def no_curves(self) -> str:
+        """The reason why there is no curve to draw; empty if there is one."""
         if not self.rows:
-            return "<p>No row of metrics has been written yet.</p>"
-        return "" if np.isfinite(self.column("loss")).any() else "<p>No row of metrics has a finite loss.</p>"
+            return "<p>No metrics have been written yet.</p>"
+        return "" if np.isfinite(self.column("loss")).any() else "<p>No row of the metrics has a finite loss.</p>"
 
     @property
     def status(self) -> tuple[str, bool]:
-        """In words, and whether something went wrong."""
+        """The status in words, and whether it is an error."""
         steps = f"{self.step:,} of {self.config.steps:,} steps"
         if self.diverged:
             return f"diverged: the loss was not finite at step {self.step:,}", True
@@ -96,11 +96,11 @@ class Run:
 
 
 def caption_of(picture: Path) -> str:
-    """What the summary.json beside `picture` says of it under ``captions``; empty if nothing does."""
+    """Return the caption of `picture` in the summary.json beside it, under ``captions``; empty if there is none."""
     try:
         captions = (_read_json(picture.parent / "summary.json") or {}).get("captions")
     except ValueError:
-        return ""  # a report is not the place to fail over somebody's caption
+        return ""  # a damaged caption is no reason to fail
     text = captions.get(picture.name) if isinstance(captions, dict) else None
     return text if isinstance(text, str) else ""
 
@@ -111,5 +111,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read ({error}). Restore or delete it") from error
     return found if isinstance(found, dict) else None

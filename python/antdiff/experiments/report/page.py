@@ -1,4 +1,4 @@
-"""The HTML of a report: one document that refers to nothing outside itself."""
+"""The HTML of a report: one self-contained document."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from antdiff.plotting.palette import cluster_colours
 
 
 def section(name: str, title: str, parts: Iterable[str]) -> tuple[str, str, str]:
-    """Its anchor, its title, and its HTML."""
+    """Return the anchor, the title and the HTML of a section."""
     head = f"<section id='{name}' aria-labelledby='h-{name}'><h2 id='h-{name}'>{title}</h2>"
     return name, title, f"{head}{''.join(parts)}</section>"
 
 
 def figure(title: str, picture: str, means: str = "", means_not: str = "", *, kind: str = "") -> str:
-    """A picture with what it means and what it does not, in a sentence each.
+    """Return a picture with two captions: what it shows, and what it does not show.
 
     Args:
-        kind: of the style sheet: "wide" takes the whole row, "key" is no higher than it needs to be.
+        kind: class in the style sheet. "wide" takes the whole row, "key" only as much height as it needs.
     """
     if not picture:
         picture = "<p>Nothing was measured.</p>"
@@ -39,7 +39,7 @@ def grid(figures: Iterable[str]) -> str:
 
 
 def image(path: Path, alt: str) -> str:
-    """A PNG inside the page."""
+    """Return a PNG file as an inline image."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -49,7 +49,7 @@ def image(path: Path, alt: str) -> str:
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> str:
-    """A table whose first column names its rows; the others are numbers unless `text`."""
+    """Return a table. The first column holds the row names, the others numbers unless `text`."""
     cell = "td" if text else "td class='num'"
     styles = ["" if text or i == 0 else " class='num'" for i in range(len(heads))]
     head = "".join(f"<th scope='col'{style}>{escape(name)}</th>" for name, style in zip(heads, styles, strict=True))
@@ -63,7 +63,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, 
 
 
 def wide(title: str, content: str, label: str) -> str:
-    """Something wide on a card of its own, which scrolls sideways where there is no room."""
+    """Return a card for wide content, which scrolls sideways on narrow screens."""
     head = f"<h3>{escape(title)}</h3>" if title else ""
     label = escape(label, quote=True)
     scroll = f"<div class='scroll' tabindex='0' role='region' aria-label='{label}'>{content}</div>"
@@ -71,7 +71,7 @@ def wide(title: str, content: str, label: str) -> str:
 
 
 def document(title: str, head: str, sections: Sequence[tuple[str, str, str]], k: int, source: str) -> str:
-    """The file: style, head, links to the sections, the sections."""
+    """Return the HTML file: style, head, links to the sections, and the sections."""
     links = "".join(f"<a href='#{name}'>{title}</a>" for name, title, _ in sections)
     style = files("antdiff.experiments.report").joinpath("style.css").read_text(encoding="utf-8")
     light, dark = (_colours(cluster_colours(k, dark=dark)) for dark in (False, True))

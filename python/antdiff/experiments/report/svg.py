@@ -1,7 +1,7 @@
-"""Charts as inline SVG: text that stays text, colours from the page's style sheet, legible in grey and on a phone.
+"""Charts as inline SVG. Their text stays text, their colours come from the style sheet of the page.
 
-Every chart is drawn for a column of 380 CSS pixels. Clusters are told apart three ways at once: by lightness (cividis,
-in the order of the noise), by dashes, and by a label at the end of each line.
+Every chart is drawn for a column of 380 CSS pixels, and is legible in greyscale and on a phone. Clusters differ in
+three ways at once: in lightness (in the order of the noise), in dashes, and by a label at the end of each line.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from html import escape
 
 import numpy as np
 
-from antdiff.plotting.palette import sequential
+from antdiff.plotting.palette import DASHES, sequential
 
 WIDTH, HEIGHT = 380, 236
-LEFT, RIGHT, TOP, BOTTOM = 46, 68, 26, 36  # of the plotting area, inside which the axes lie
-LABEL_GAP = 13  # least distance of two labels' baselines
-CHARACTER = 6.7  # a little more than the mean width of one, in the 12-pixel type of the style sheet
-DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4.5 2")
-MOST_POINTS = 240  # of a line: beyond them a curve gets longer, not clearer
+LEFT, RIGHT, TOP, BOTTOM = 46, 68, 26, 36  # margins around the axes
+LABEL_GAP = 13  # minimum distance between the baselines of two labels
+CHARACTER = 6.7  # slightly more than the mean character width in the 12-pixel type of the style sheet
+MOST_POINTS = 240  # maximum points per line; more make the file larger, not the curve clearer
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x and y [N], its label, which of the clusters it belongs to (None: none), and y before smoothing."""
+    """One curve: its label, x and y [N], its cluster (None if it belongs to none), and y before smoothing."""
 
     label: str
     x: np.ndarray
@@ -35,7 +34,7 @@ class Line:
 
 
 def number(value: float) -> str:
-    """Three digits to read: 0.0123, 1.60, 245, 12k; a dash for what was not measured."""
+    """Format a value with three digits: 0.0123, 1.60, 245, 12k. A dash stands for a missing value."""
     if not math.isfinite(value):
         return "-"
     if abs(value) >= 1e4:
@@ -44,12 +43,12 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """A round number without the zeros that it ends in: 0.5, 1600, 20k."""
+    """Format a round number without trailing zeros: 0.5, 1600, 20k."""
     return f"{value:g}" if abs(value) < 1e4 else number(value)
 
 
 def with_spread(mean: float, sd: float) -> str:
-    """A mean with its standard deviation in the same decimals; without one where `sd` is 0."""
+    """Format a mean and its standard deviation with the same decimals; the mean alone if `sd` is 0."""
     text = number(mean)
     return f"{text} ± {sd:.{len(text.partition('.')[2])}f}" if sd else text
 
@@ -66,10 +65,10 @@ def line_chart(
     log: bool = False,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """Curves over one x axis, each labelled at its end; an empty string if none has a finite point.
+    """Draw curves over one x axis, each labelled at its end. Return an empty string if none has a finite point.
 
     Args:
-        y_range: of the axis; None takes what the data (and, on a linear axis, zero) need.
+        y_range: range of the y axis; None means that of the data, including zero on a linear axis.
     """
     shown = [line for line in lines if np.isfinite(line.y).any()]
     if not shown:
@@ -111,17 +110,17 @@ def heat_map(
     row_height: float,
     x_axis: tuple[str, float, float] | None = None,
 ) -> str:
-    """A matrix as coloured cells, its scale below; negative cells are hatched where no number says so.
+    """Draw a matrix as coloured cells, with its scale below. Negative cells are hatched unless numbers are shown.
 
     Args:
-        matrix: [R, C]; NaN cells stay empty.
-        x_axis: label, first and last value of a continuous x axis, in place of `columns`.
+        matrix: [R, C]. NaN cells stay empty.
+        x_axis: label, first value and last value of a continuous x axis, instead of `columns`.
     """
     R, C = matrix.shape
     left, top = 12 + CHARACTER * max(map(len, rows)), 8
     width, bottom = (WIDTH - left - 8) / C, top + R * row_height
     parts = []
-    every = max(1, math.ceil(12 / row_height))  # rows between two labels that do not touch
+    every = max(1, math.ceil(12 / row_height))  # label every n-th row, so that labels do not touch
     for r in range(R):
         y = top + r * row_height
         if r % every == 0:
@@ -149,7 +148,7 @@ def heat_map(
 def dot_plot(
     rows: Sequence[tuple[str, float, float, int | None]], *, title: str, x_label: str, log: bool = True
 ) -> str:
-    """A labelled dot a row, with its value in words and a bar of +- its spread: (label, value, spread, cluster)."""
+    """Draw one labelled dot per row (label, value, spread, cluster), with its value and a bar of +- its spread."""
     left, row_height = 12 + CHARACTER * max(len(label) for label, *_ in rows), 26
     bottom = 8 + len(rows) * row_height
     values = np.array([value for _, value, *_ in rows])
@@ -176,14 +175,14 @@ def dot_plot(
         )
         parts.append(_text(WIDTH - 4, y + 4, with_spread(value, spread), "end", "name"))
     parts.append(_text((left + WIDTH - 90) / 2, bottom + 30, x_label, "middle", "axis"))
-    said = "; ".join(f"{label}: {number(value)}" for label, value, *_ in rows)
-    return _svg(title, said + ".", parts, bottom + 38)
+    description = "; ".join(f"{label}: {number(value)}" for label, value, *_ in rows)
+    return _svg(title, description + ".", parts, bottom + 38)
 
 
 def interval_bar(intervals: Sequence[tuple[int, int]], *, title: str) -> str:
-    """Timesteps 0 to T as one bar cut into the clusters: the key to the colours and dashes of the curves."""
+    """Draw timesteps 0 to T as one bar divided into the clusters: the key to the colours and dashes of the curves."""
     T, left, right = intervals[-1][1], 10, 12
-    parts, free = [], 0.0  # from where on there is room for the next number
+    parts, free = [], 0.0  # free: left edge of the room for the next number
     for i, (start, stop) in enumerate(intervals):
         a, b = (left + (WIDTH - left - right) * t / T for t in (start, stop))
         parts.append(
@@ -198,15 +197,17 @@ def interval_bar(intervals: Sequence[tuple[int, int]], *, title: str) -> str:
     parts.append(_text(WIDTH - right, 48, str(T - 1), "middle", "name"))
     parts += [_text(left - 4, 64, "least noise"), _text(WIDTH - 4, 64, "most noise", "end")]
     parts.append(_text(WIDTH / 2, 64, "timestep t", "middle", "axis"))
-    said = "; ".join(f"cluster {i}: timesteps {start} to {stop - 1}" for i, (start, stop) in enumerate(intervals))
-    return _svg(title, said + ".", parts, 70)
+    description = "; ".join(
+        f"cluster {i}: timesteps {start} to {stop - 1}" for i, (start, stop) in enumerate(intervals)
+    )
+    return _svg(title, description + ".", parts, 70)
 
 
-# ---- what charts are made of -------------------------------------------------------------------------------------
+# ---- elements of charts ------------------------------------------------------------------------------------------
 
 
 class Axis:
-    """Values from low to high, on a length from a to b; made a little longer, to end on ticks, unless `fit`."""
+    """Maps values from low to high to positions from a to b. The range is extended to end on ticks, unless `fit`."""
 
     def __init__(self, low: float, high: float, a: float, b: float, *, log: bool = False, fit: bool = False) -> None:
         self.log, self.a, self.b = log, a, b
@@ -224,8 +225,8 @@ class Axis:
         return self.a + (self.b - self.a) * (value - low) / (high - low)
 
     def ticks(self, n: int) -> list[float]:
-        """About n round values within the axis."""
-        if self.log and self.high / self.low > 1.5:  # within less, round numbers lie as on a linear axis
+        """Return about n round values within the axis."""
+        if self.log and self.high / self.low > 1.5:  # on a shorter axis, use the round numbers of a linear one
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for mantissas in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
                 found = [m * 10.0**d for d in decades for m in mantissas if self.low <= m * 10.0**d <= self.high]
@@ -238,7 +239,7 @@ class Axis:
 
 
 def _step(length: float) -> float:
-    """The round number 1, 2 or 5 times a power of ten that is next above `length`."""
+    """Return the smallest number of at least `length` that is 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(length))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= length * (1 - 1e-9))
 
@@ -257,7 +258,7 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
 
 
 def _path(x: np.ndarray, y: np.ndarray, x_axis: Axis, y_axis: Axis) -> str:
-    """Straight segments through the points, with gaps where y is not finite (or, on a log axis, not positive)."""
+    """Return line segments through the points, with gaps where y is not finite or, on a log axis, not positive."""
     x, y = thinned(x, y)
     out, pen = [], "M"
     for a, b in zip(x, y, strict=True):
@@ -270,7 +271,7 @@ def _path(x: np.ndarray, y: np.ndarray, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: means over neighbours, NaN passed over."""
+    """Return at most `most` points, as means over neighbours that ignore NaN."""
     if len(x) <= most:
         return x, y
     parts = [part for part in np.array_split(np.arange(len(x)), most) if len(part)]
@@ -279,7 +280,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
 
 
 def _end_labels(ends: Sequence[tuple[tuple[float, float], str]]) -> str:
-    """Labels to the right of the lines' ends, moved apart where they would touch; of many lines, every n-th has one."""
+    """Draw labels at the ends of the lines, moved apart where they would touch. With many lines, label every n-th."""
     room = int((HEIGHT - BOTTOM - TOP + LABEL_GAP) / LABEL_GAP)
     ends = ends[:: math.ceil(len(ends) / room)]
     order = sorted(ends, key=lambda end: end[0][1])
@@ -303,7 +304,7 @@ def _cell(
     u = min(1.0, max(0.0, (value - limits[0]) / (limits[1] - limits[0])))
     box = f'x="{x:.1f}" y="{y:.1f}" width="{width + 0.3:.1f}" height="{height + 0.3:.1f}"'
     out = f'<rect {box} fill="{sequential(u)}"/>'
-    ink = "on-dark" if u < 0.47 else "on-light"  # which of white and black reads better there
+    ink = "on-dark" if u < 0.47 else "on-light"  # the better readable one of white and black
     if numbers:
         return out + _text(x + width / 2, y + height / 2 + 4, f"{value:.2f}", "middle", ink)
     return out + (f'<rect {box} fill="url(#negative-{ink})"/>' if value < 0 else "")
@@ -323,16 +324,17 @@ def _scale(limits: tuple[float, float], left: float, top: float, width: float) -
 
 
 def _described(lines: Sequence[Line]) -> str:
-    """From where to where each curve goes, for who cannot see it."""
-    said = []
+    """Describe the first and last value of each curve, for screen readers."""
+    parts = []
     for line in lines[:12]:
         finite = line.y[np.isfinite(line.y)]
-        said.append(f"{line.label}: from {number(finite[0])} to {number(finite[-1])}")
-    return "; ".join(said) + "."
+        parts.append(f"{line.label}: from {number(finite[0])} to {number(finite[-1])}")
+    return "; ".join(parts) + "."
 
 
 def _dash(cluster: int | None) -> str:
-    pattern = DASHES[cluster % len(DASHES)] if cluster is not None else ""
+    lengths = DASHES[cluster % len(DASHES)] if cluster is not None else ()
+    pattern = " ".join(f"{length:g}" for length in lengths)
     return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
