@@ -1,10 +1,10 @@
-"""Telemetry beside the training step it watches: kernels, time, its share of a step; and what a grid of samples costs.
+"""Cost of telemetry compared with a training step: kernels, time and share of a step. Also the cost of a sample grid.
 
     python benchmarks/bench_telemetry.py [--csv results.csv] [--device cuda] [--pairs 100]
 
-The step is the default one of antdiff train: a 634k-parameter UNet on digits, B = 64, K = 5, PCGrad on cluster
-gradients, AdamW. One thread. The difference of two noisy steps says little about microseconds, so the share of a step
-is the time of `add` alone (100 calls in a row) over that of a step; the paired ratio in CPU time may contradict it.
+The step is the default step of antdiff train: a 634k-parameter UNet on digits, B = 64, K = 5, PCGrad on cluster
+gradients, AdamW, one thread. The difference of two noisy steps cannot resolve microseconds. The share of a step is
+therefore the time of `add` alone (100 calls in a row) over that of a step. The paired ratio in CPU time is a check.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ K, B, CALLS, WINDOW = 5, 64, 100, 20
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operations that are not views."""
+    """Counts the operations that are not views."""
 
     count = 0
 
@@ -44,7 +44,7 @@ class Kernels(TorchDispatchMode):
 
 
 class Training:
-    """The default training step, with the numbers it hands to telemetry."""
+    """The default training step, with the numbers that it passes to telemetry."""
 
     def __init__(self, device: str) -> None:
         self.data = load_data("digits")
@@ -85,7 +85,7 @@ class Training:
 
 
 def paired_ratio(training: Training, pairs: int) -> tuple[float, float, float]:
-    """Quartiles of CPU time with telemetry over CPU time without, of pairs of steps in shuffled order."""
+    """Return the quartiles of CPU time with telemetry over CPU time without, over pairs of steps in random order."""
     order, shuffle, ratios = [True, False], random.Random(0), []
     for _ in range(pairs):
         shuffle.shuffle(order)
@@ -116,7 +116,7 @@ def main() -> None:
         with Kernels() as kernels:
             call()
         counts.append(kernels.count)
-    print(f"kernels: {counts[0]} a step, of which a hook sees all but the extension's; {counts[1]} in add")
+    print(f"kernels: {counts[0]} per step, not counting those of the extension; {counts[1]} in add")
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(args.device)
         grid = partial(save_progress_grid, training.model, training.schedule, training.data.shape, Path(folder))

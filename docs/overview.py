@@ -1,10 +1,9 @@
-"""Draws docs/overview.png: the way of the data through one training step, every panel computed.
-
+"""Draws docs/overview.png, the data flow of one training step. Every panel is computed.
 
     python docs/overview.py
 
 Left: the clusters. Middle: the cosines between the K cluster gradients of a small UNet after 200 plain steps on digits,
-averaged over 20 batches. Right: one such Gram matrix, and what its balancing methods make of it.
+averaged over 20 batches. Right: the weights that balancing methods compute from the Gram matrices of these batches.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 import antdiff
 from antdiff import balancing, diffusion
 from antdiff.plotting import plot_clusters
+from antdiff.plotting.palette import CATEGORICAL, SEQUENTIAL
 from antdiff.train.data import load_data, to_unit
 from antdiff.train.models import build_model, noise_schedule
 
@@ -55,23 +55,25 @@ def main() -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.25, 1, 1.35])
     plot_clusters(clusters, log_snr, ax=left)
     left.set_title("1  cluster the timesteps", fontsize=10)
-    middle.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+    low = min(0.0, float(cosines.min()))
+    middle.imshow(cosines, cmap=SEQUENTIAL, vmin=low, vmax=1)
     for i in range(K):
         for j in range(K):
-            dark = abs(float(cosines[i, j])) > 0.6
+            dark = float(cosines[i, j]) - low < 0.5 * (1 - low)
             middle.text(j, i, f"{cosines[i, j]:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
     middle.set(xticks=range(K), yticks=range(K), xlabel="cluster", ylabel="cluster")
-    middle.set_title("2  one gradient a cluster; their cosines", fontsize=10)
+    middle.set_title("2  one gradient per cluster: their cosines", fontsize=10)
     methods = {"sum": torch.ones(K, dtype=torch.float64)}
     for name in ("pcgrad", "nash"):
         methods[name] = torch.stack([balancing.get(name)().weights(G) for G in grams]).mean(0)
     for offset, (name, weights) in enumerate(methods.items()):
-        bars = np.arange(K) + 0.27 * (offset - 1)
-        hatch = ["", "//", ".."][offset]
-        right.bar(bars, weights / weights.sum(), width=0.25, label=name, hatch=hatch, edgecolor="white")
+        right.bar(
+            np.arange(K) + 0.27 * (offset - 1), weights / weights.sum(), width=0.25, label=name,
+            color=CATEGORICAL[offset], hatch=["", "//", ".."][offset], edgecolor="white",
+        )  # fmt: skip
     right.set(xlabel="cluster", ylabel="share of the weights", xticks=range(K))
     right.legend(frameon=False, fontsize=8)
-    right.set_title("3  weigh them by their Gram matrix", fontsize=10)
+    right.set_title("3  weights from their Gram matrix", fontsize=10)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=140)
 
 
