@@ -1,4 +1,4 @@
-"""Shared by all tests: nothing is written into the user's cache, and what is cached is made once a session."""
+"""Fixtures for all tests. The cache folder is a temporary one, shared by the tests of one session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-# The tests' tensors are small, and on a busy machine a barrier between OpenMP threads takes longer than the work.
+# The tensors of the tests are small. On a busy machine a barrier between OpenMP threads takes longer than the work.
 torch.set_num_threads(1)
 
 
@@ -22,7 +22,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``digits`` cut to a few hundred images: a whole run measures itself on all of its data, which takes seconds."""
+    """Cut ``digits`` to a few hundred images, since the evaluation of a run on all of them takes seconds."""
     from antdiff.train import data
 
     digits = data._digits()

@@ -1,4 +1,4 @@
-"""Data sources: what comes out is what the files hold, and a bad source is named with its remedy."""
+"""Data sources: the tensors equal the content of the files, and a bad source is named with its remedy."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_digits_are_scikit_learns_with_a_fixed_stratified_split() -> None:
     assert digits.train.dtype == torch.uint8
     assert (len(digits.train), len(digits.held_out)) == (1347, 450)
     original = load_digits().images
-    # every image of the package is in exactly one half, and 0..16 became 0..255
+    # Every image of the package is in exactly one part, and 0..16 became 0..255.
     together = torch.cat([digits.train, digits.held_out]).flatten(1).numpy()
     expected = np.rint(original.reshape(len(original), -1) * (255 / 16)).astype(np.uint8)
     assert sorted(map(bytes, together)) == sorted(map(bytes, expected))
     assert digits.train_labels is not None
     assert digits.held_out_labels is not None
     shares = [labels.bincount() / len(labels) for labels in (digits.train_labels, digits.held_out_labels)]
-    torch.testing.assert_close(*shares, atol=1 / 450, rtol=0)  # stratified: a class differs by less than one image
+    torch.testing.assert_close(*shares, atol=1 / 450, rtol=0)  # stratified, to within one image per class
     assert torch.equal(load_data("digits").train, digits.train)
 
 
@@ -138,7 +138,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert grey.shape == (1, 8, 8)
     assert grey.train_labels is not None
     assert grey.train_labels.unique().tolist() == [0, 1]
-    with Image.open(tmp_path / "grey" / "a" / "0.png") as image:  # at its own size an image is not touched
+    with Image.open(tmp_path / "grey" / "a" / "0.png") as image:  # an image that already has the size is not changed
         assert any(
             np.array_equal(np.asarray(image), pixels[0]) for pixels in torch.cat([grey.train, grey.held_out]).numpy()
         )

@@ -1,4 +1,4 @@
-"""``torchrun -m antdiff train``: the same run on any number of processes, and after one of them was killed."""
+"""``torchrun -m antdiff train`` gives the same run on any number of processes, and after one of them was killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.log import read_csv
 
-LIMIT = 240.0  # seconds: a run takes ten to thirty on an idle machine
+LIMIT = 240.0  # seconds; a run takes 10 to 30 on an idle machine
 SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--grid-every", "0",
             "--device", "cpu",
             "--eval-samples", "10", "--eval-seeds", "1", "--sample-steps", "1"]  # fmt: skip
@@ -42,7 +42,7 @@ def launch(ranks: int, program: list[str], restarts: int = 0) -> subprocess.Pope
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Its output; it and all it started are gone afterwards, whatever happened."""
+    """Return the output of a process. In every case the process and its children have ended afterwards."""
     try:
         output, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, output
@@ -82,7 +82,7 @@ def test_four_ranks_train_as_one_process_does(uninterrupted: Path, tmp_path: Pat
     assert all(torch.equal(state, four["rng"][name]) for name, state in one["rng"].items())
     alone, together = (read_csv(run / "metrics.csv") for run in (tmp_path / "one", uninterrupted))
     for a, b in zip(alone, together, strict=True):
-        # Sums run in another order, and Adam turns the sign of a gradient near zero into a whole step of the rate.
+        # The sums have another order, and Adam turns the sign of a gradient near zero into a full step of size lr.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
     files = {path.name for path in uninterrupted.iterdir()}
     assert files >= {"metrics.csv", "results.json", "samples.png", "curves.png", "model"}
@@ -96,7 +96,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_els
     try:
         deadline = time.monotonic() + LIMIT
         while not (run / "checkpoints" / "step-00000010.safetensors").exists():
-            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"  # noqa: PT018
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"  # noqa: PT018
             time.sleep(0.02)
         os.kill(process_of_rank(process.pid, 2), signal.SIGKILL)
     finally:

@@ -1,4 +1,4 @@
-"""The training loop: it computes what it says, and nothing that happens to a run costs more than the last steps."""
+"""The training loop computes what it documents, and an interrupted run loses at most the steps since its checkpoint."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def last_state(run: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit for bit the same nested state, NaN (what was not measured) included."""
+    """Whether two nested states are equal bit for bit. NaN, which means not measured, equals NaN."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, dict):
@@ -102,24 +102,24 @@ def test_vanilla_is_the_textbook_loop(digits: ImageData, tmp_path: Path) -> None
                 a.copy_(decay * a + (1 - decay) * p)
 
     state = last_state(run)
-    # The sums run in another order, and Adam turns the sign of a gradient near zero into a whole step of lr: compare
-    # the distance with the way the weights have come, which four roundings a term leave far below 1e-3 of it.
-    came = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
-    way = sum((p - q).square().sum() for p, q in zip(model.parameters(), came.parameters(), strict=True)).sqrt()
+    # The sums have another order, and Adam turns the sign of a gradient near zero into a full step of size lr. So the
+    # distance between the two results is compared with the distance from the start. Four roundings per term leave it far
+    # below 1e-3 of that.
+    start = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
+    moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), start.parameters(), strict=True)).sqrt()
     off = sum((p - q).square().sum() for p, q in zip(model.parameters(), state["model"].values(), strict=True)).sqrt()
-    assert off < 1e-3 * way
+    assert off < 1e-3 * moved
     off = sum((p - q).square().sum() for p, q in zip(average, list(state["ema"].values())[1:], strict=True)).sqrt()
-    assert off < 1e-3 * way
+    assert off < 1e-3 * moved
     rows = read_csv(run / "metrics.csv")
     counted = [row["loss_0"] for row in rows]
     assert len(counted) == 2
-    for row in rows:  # weights: the clusters' shares of 9 images, as the mean over the batch has them
+    for row in rows:  # vanilla's weights are the shares of the clusters in the batch of 9 images
         weights = [row[f"weight_{i}"] for i in range(config.k)]
         assert sum(weights) == pytest.approx(1)
         assert weights != pytest.approx([1 / config.k] * config.k)
-    assert rows[0]["loss"] == pytest.approx(
-        np.mean(losses[:2]), rel=0.5
-    )  # by intervals, not by samples: near, not equal
+    # The row weights the clusters by their intervals, not by their samples: the means are close but not equal.
+    assert rows[0]["loss"] == pytest.approx(np.mean(losses[:2]), rel=0.5)
 
 
 @pytest.mark.parametrize("method", ["linear", "uw", "pcgrad", "nash"])
@@ -136,14 +136,14 @@ def test_methods_with_every_sampling_take_a_step(
     if method in ("pcgrad", "nash"):
         assert 0 <= row["conflict_rate"] <= 1
     else:
-        assert np.isnan(row["conflict_rate"])  # no gradient was told from another
-    # a network that knows nothing predicts about zero, and errs by the variance of the noise: 1
+        assert np.isnan(row["conflict_rate"])  # no cluster gradients were computed
+    # An untrained network predicts about zero, so its error is the variance of the noise: 1.
     assert 0.5 < row["loss"] < 1.6
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_resumes_bit_for_bit(method: str, digits: ImageData, tmp_path: Path) -> None:
-    """On epochs of one step, so that the methods that average over one have something to average."""
+    """An epoch has one step here, so that methods which average over an epoch do so within the run."""
     few = replace(digits, train=digits.train[:9])
     config = replace(TINY, method=method, k=3, steps=4)
     whole, broken = (new_run(config, tmp_path / name) for name in ("whole", "broken"))
@@ -173,7 +173,7 @@ def test_the_direction_of_a_method_without_weights_reaches_the_parameters() -> N
 def test_without_conflict_pcgrad_is_the_plain_mean(
     digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one cluster there is nobody to conflict with: the two routes to the gradient must meet."""
+    """With one cluster there is no conflict, so the gradient of the loss and the cluster gradient must agree."""
     states = []
     for method in ("linear", "pcgrad"):
         config = replace(TINY, method=method, k=1, steps=1, checkpoint_every=1)
@@ -194,14 +194,13 @@ def test_training_leaves_the_global_generators_alone(digits: ImageData, tmp_path
 
 
 def test_the_average_of_the_weights_never_asks_the_device() -> None:
-    """Meta tensors have no values to read, so that whatever would wait for a device fails. The values are those of the
-    textbook loop above."""
+    """Meta tensors have no values, so that any read by the host fails. The textbook loop above tests the values."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to("meta")
     average = MovingAverage(model, 0.9)
     for _ in range(3):
         average.update_parameters(model)
     assert int(average.n_averaged) == 3
-    with pytest.raises((NotImplementedError, RuntimeError)):  # what the test would see
+    with pytest.raises((NotImplementedError, RuntimeError)):  # the failure that a read causes
         next(model.parameters()).sum().item()
 
 
@@ -223,7 +222,7 @@ def test_batches_visit_every_image_once_an_epoch() -> None:
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     method: Any, timesteps: Any, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(TINY, method=method, timesteps=timesteps, steps=7)  # 7: the last row is of a window cut short
+    config = replace(TINY, method=method, timesteps=timesteps, steps=7)  # 7: the last window is one step short
     whole = new_run(config, tmp_path / "whole")
     assert train(config, digits, whole, progress=False)
 
@@ -235,7 +234,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         nonlocal taken
         taken += 1
         if taken == 5:
-            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the middle of step 5, between two rows and two checkpoints
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C during step 5, between rows and between checkpoints
         return original(self, device)
 
     monkeypatch.setattr(Batches, "next", interrupting)
@@ -257,7 +256,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
     def dying(self: Telemetry, *args: Any) -> None:
         original(self, *args)
-        if len(read_csv(broken / "metrics.csv")) == 2:  # after row 4, one step beyond the checkpoint of step 3
+        if len(read_csv(broken / "metrics.csv")) == 2:  # at step 4, one step after the checkpoint of step 3
             raise MemoryError
 
     monkeypatch.setattr(Telemetry, "add", dying)
@@ -272,7 +271,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 
 def test_stop_requests_take_one_signal_kindly_and_the_next_at_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stop_requests() as stop:  # noqa: PT012  (the second signal is the point)
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stop:  # noqa: PT012  (the second signal must raise)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
@@ -299,7 +298,7 @@ def test_a_diverging_run_stops_and_keeps_good_checkpoints(digits: ImageData, tmp
     with pytest.raises(DivergenceError, match=r"not finite at step \d; the last good checkpoint is .*step-00000003"):
         train(replace(config, steps=9), digits, run, progress=False)
     assert latest_checkpoint(run / "checkpoints") == good
-    assert not np.isfinite(read_csv(run / "metrics.csv")[-1]["loss"])  # where it happened can be seen
+    assert not np.isfinite(read_csv(run / "metrics.csv")[-1]["loss"])  # the row shows where it happened
 
 
 def test_grids_over_time_disturb_nothing(digits: ImageData, tmp_path: Path) -> None:
@@ -311,7 +310,7 @@ def test_grids_over_time_disturb_nothing(digits: ImageData, tmp_path: Path) -> N
     grids = sorted((with_grids / "samples").iterdir())
     assert [path.name for path in grids] == ["step-00000003.png", "step-00000006.png", "step-00000007.png"]
     assert not (without / "samples").exists()
-    # the last one shows the average in the checkpoint, from noise that anybody can draw again
+    # The last grid shows samples of the averaged network in the checkpoint, from noise with a fixed seed.
     model, _ = load_model(with_grids, config, digits.shape, torch.device("cpu"))
     images = draw_samples(
         model, noise_schedule(), 16, digits.shape, steps=2, generator=torch.Generator().manual_seed(0)
@@ -434,7 +433,7 @@ def test_what_is_typed_at_a_resumption_counts_though_it_be_a_default(
     monkeypatch.setattr(run_module, "execute", lambda config, run, **_: asked.append(config))
     default = TrainConfig()
     for steps in ([], ["--steps", str(default.steps)]):
-        assert main(["train", "--resume", str(tmp_path / "r"), *steps]) == 130  # as if stopped
+        assert main(["train", "--resume", str(tmp_path / "r"), *steps]) == 130  # the status of a stopped run
     assert [config.steps for config in asked] == [TINY.steps, default.steps]
     assert main(["train", f"--resume={tmp_path / 'r'}", "--lr", str(default.lr)]) == 1
     assert "got lr=0.001 (saved: 0.5)" in capsys.readouterr().err
@@ -500,7 +499,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, capsys: pytest.Capt
     assert "FD (digits-CNN)" in table
     assert "held-out images (floor)" in table
     assert "FID" not in table.replace("not an FID", "")
-    # the exported network is the average that was measured
+    # The exported network is the averaged one that was measured.
     from diffusers import UNet2DModel
 
     exported = UNet2DModel.from_pretrained(run / "model").state_dict()

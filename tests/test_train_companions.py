@@ -1,4 +1,4 @@
-"""The companions behind flags of the training job: each trains, resumes bit for bit, loads and samples."""
+"""The companions as flags of the training job: a run with each one trains, resumes bit for bit, loads and samples."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit for bit the same nested state; NaN is NaN."""
+    """Whether two nested states are equal bit for bit. NaN equals NaN."""
     if isinstance(a, torch.Tensor):
         return bool(a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
     if isinstance(a, dict):
@@ -90,7 +90,7 @@ def test_a_curriculum_starts_with_the_noisiest_cluster_and_logs_its_stage(tmp_pa
     train(config, digits, tmp_path / "run", progress=False)
     rows = read_csv(tmp_path / "run" / "metrics.csv")
     assert [row["stage"] for row in rows] == [1, 1, 1]
-    assert all(row["loss_0"] != row["loss_0"] and row["loss_4"] > 0 for row in rows)  # NaN: no sample
+    assert all(row["loss_0"] != row["loss_0"] and row["loss_4"] > 0 for row in rows)  # NaN, since there was no sample
     saved = state(tmp_path / "run")
     assert saved["balancer"]["log_variance"].tolist()[:4] == [0, 0, 0, 0]
     assert int(saved["timesteps"]["curriculum"]["stage"]) == 1
@@ -204,7 +204,7 @@ def few_of(whole: ImageData) -> ImageData:
 
 @pytest.fixture
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same measurements, of fewer images and by a network that nobody trained."""
+    """Run the same evaluation on fewer images, with an untrained feature network."""
     few = few_of(load_data("digits"))
     for module in ("train.data", "experiments.compare", "experiments.sample"):
         monkeypatch.setattr(f"antdiff.{module}.load_data", lambda *_, **__: few)
@@ -253,13 +253,13 @@ def test_compare_holds_a_patch_against_as_many_steps_without_one(tmp_path: Path,
     for key, value in base["ema"].items():
         if key.startswith("module."):
             assert torch.equal(patched["model"][key.removeprefix("module.")], value)
-    # "longer" took over vanilla's checkpoint, and is what a run of that length from the start would be
+    # "longer" continues vanilla's checkpoint, and equals a run of that length from the start.
     straight = replace(config, method="vanilla", timesteps="uniform", steps=10, seed=1)
     start_run(straight, tmp_path / "straight")
     assert train(straight, few_of(digits), tmp_path / "straight", progress=False)
     assert same(state(tmp_path / "longer-seed1"), state(tmp_path / "straight"))
     again = compare(config, ["vanilla"], [1], tmp_path, companions=["patch"], progress=False)
-    assert json.dumps(again) == json.dumps(found)  # read, not run
+    assert json.dumps(again) == json.dumps(found)  # the results were read, not computed again
 
 
 @pytest.mark.parametrize(

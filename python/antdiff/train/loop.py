@@ -76,7 +76,7 @@ def train(
                 if parts.curriculum is not None:
                     row["stage"] = float(parts.curriculum.stage)
                 recorder.log(step, row)
-                # Check after the row is written, so that it shows which number is not finite. The first check names ranks.
+                # Check after the row is written, which then shows what is not finite. The first check names the ranks.
                 parts.backward.gradients.check()
                 check_finite(row["loss"], step, run)
 
