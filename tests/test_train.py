@@ -103,8 +103,8 @@ def test_vanilla_is_the_textbook_loop(digits: ImageData, tmp_path: Path) -> None
 
     state = last_state(run)
     # The sums have another order, and Adam turns the sign of a gradient near zero into a full step of size lr. So the
-    # distance between the two results is compared with the distance from the start. Four roundings per term leave it far
-    # below 1e-3 of that.
+    # distance between the two results is compared with the distance from the start. Four roundings per term leave it
+    # far below 1e-3 of that.
     start = build_model("unet", 1, 8, generator_seed=rng["weights"].initial_seed())
     moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), start.parameters(), strict=True)).sqrt()
     off = sum((p - q).square().sum() for p, q in zip(model.parameters(), state["model"].values(), strict=True)).sqrt()

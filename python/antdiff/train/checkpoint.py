@@ -122,7 +122,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}){_remedy(path)}") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not an antdiff checkpoint of format {FORMAT}")
+        raise CheckpointError(f"{path} is not an antdiff checkpoint of format {FORMAT}. Another version may read it")
     if metadata["sha256"] != _digest(tensors, metadata["tree"]):
         raise CheckpointError(f"checkpoint {path} is corrupt: its content does not match its checksum{_remedy(path)}")
     state = _unflatten(json.loads(metadata["tree"]), tensors)
