@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from antdiff import BalancedBackward
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
 from antdiff.diffusion import log_snr
 from antdiff.experiments import evaluate as run_module
 from antdiff.experiments.evaluate import closing_table, execute
-from antdiff.gradients.jacobian import write_grads
 from antdiff.train.checkpoint import (
     CheckpointError,
     DivergenceError,
@@ -158,16 +158,29 @@ def test_every_method_trains_and_resumes_bit_for_bit(method: str, digits: ImageD
     assert len(trained) >= len(list(build_model("unet", 1, 8, generator_seed=0).parameters()))
 
 
+class FixedDirection:
+    """A method that chooses per parameter, whatever the gradients are."""
+
+    needs = "rows"
+
+    def direction(self, rows: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        assert [row is None for row in rows] == [False, True, False]
+        return [torch.tensor([1.0, 2.0]), None, torch.full((3,), 0.25)]
+
+
 def test_the_direction_of_a_method_without_weights_reaches_the_parameters() -> None:
     model = torch.nn.Module()
     model.a, model.frozen = (torch.nn.Parameter(torch.zeros(2), requires_grad=on) for on in (True, False))
     model.b = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    write_grads(list(model.parameters()), [torch.tensor([1.0, 2.0]), None, torch.full((3,), 0.25)])
+    backward = BalancedBackward(model, FixedDirection(), 2, "split", dtype=torch.float32)
+    result = backward(lambda x: x * (model.a.sum() + model.b.sum().float()), (torch.ones(4),), torch.arange(4) % 2)
+    assert result.weights is None
     assert model.a.grad is not None
     assert model.b.grad is not None
     assert model.frozen.grad is None
     assert model.a.grad.tolist() == [1, 2]
     assert model.b.grad.tolist() == [0.25] * 3
+    assert model.b.grad.dtype == torch.bfloat16
 
 
 def test_without_conflict_pcgrad_is_the_plain_mean(
