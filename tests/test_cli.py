@@ -19,6 +19,7 @@ from antdiff._command import command
 from antdiff.cli import main
 from antdiff.cli.cluster import Schedule
 from antdiff.diffusion import SCHEDULES
+from antdiff.info import train_extra_remedy
 from antdiff.train.config import TrainConfig
 from antdiff.train.run import start_run
 
@@ -218,4 +219,4 @@ def test_help_needs_no_diffusers_and_a_missing_package_names_the_extra() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--timesteps" in done.stdout
-    assert done.stderr.count('pip install "antdiff[train]"') == 2
+    assert done.stderr.count(train_extra_remedy()) == 2

@@ -39,11 +39,7 @@ def collect() -> tuple[dict[str, str], list[str]]:
     missing = [name for name in TRAIN_PACKAGES if version(name) is None]
     facts["train extra"] = ", ".join(f"{name} {version(name)}" for name in TRAIN_PACKAGES if version(name)) or "none"
     if missing:
-        command = COMMANDS["train"].format(target="antdiff" if installed else ".")
-        where = "" if installed else " in the source tree"
-        remedies.append(
-            f"antdiff train, compare and sample need {', '.join(missing)}. Install the extra{where}: {command}"
-        )
+        remedies.append(f"antdiff train, compare and sample need {', '.join(missing)}. {train_extra_remedy()}")
     if build is None:
         facts["will be used"] = "nothing: the extension does not load"
     else:
@@ -51,6 +47,13 @@ def collect() -> tuple[dict[str, str], list[str]]:
         cpu = f"CPU kernels ({isa}, {'OpenMP' if build.get('openmp') else 'no OpenMP'}, {threads} threads)"
         facts["will be used"] = f"CUDA kernels for tensors on {gpu}, {cpu} for the rest" if gpu else cpu
     return facts, remedies
+
+
+def train_extra_remedy() -> str:
+    """Return the sentence that says how to install the train extra."""
+    installed = version("antdiff") is not None
+    command = COMMANDS["train"].format(target="antdiff" if installed else ".")
+    return f"Install the extra{'' if installed else ' in the source tree'}: {command}"
 
 
 def _extension(facts: dict[str, str], remedies: list[str]) -> dict[str, Any] | None:

@@ -30,8 +30,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if os.environ.get("ANTDIFF_DEBUG") or (error.name or "").startswith("antdiff"):
             raise
-        remedy = 'This command needs the train extra: pip install "antdiff[train]"'
-        print(f"antdiff: error: {error}. {remedy}", file=sys.stderr)
+        from antdiff.info import train_extra_remedy
+
+        print(f"antdiff: error: {error}. {train_extra_remedy()}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # antdiff cluster ... | head: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the buffer
