@@ -1,4 +1,4 @@
-"""Task affinity against brute-force autograd, its estimators, its memory, and how it goes on after an interruption."""
+"""Tests of task affinity: against brute-force autograd, its estimators, its memory, and resuming an interrupted run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from antdiff.diffusion import log_snr
 T = 1000
 LEVELS = log_snr("cosine", T)
 
-# Cosines of float64 gradients of some hundred parameters and tens of samples: sums in another order, each entry off by
-# less than a thousand roundings. The corrected cosine divides by split-half products, here down to a tenth of |a| |b|.
+# Cosines of float64 gradients of some hundred parameters and tens of samples. Sums in another order change each entry
+# by less than a thousand roundings. The corrected cosine divides by split-half products, here down to 0.1 |a| |b|.
 AUTOGRAD = 1e4 * UNIT_ROUNDOFF[torch.float64]
 
 
 class Net(nn.Module):
-    """Two layers and a time embedding; float64."""
+    """Two layers and a time embedding, in float64."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def halves_by_hand(x0: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def gradients(model: nn.Module, x0: Tensor, noise: Tensor, ts: list[int], only: str = "") -> Tensor:
-    """[n, P] by autograd, one timestep at a time."""
+    """Return the gradients [n, P] from autograd, one timestep at a time."""
     alpha = LEVELS.sigmoid()
     rows = []
     for t in ts:
@@ -75,7 +75,7 @@ def gradients(model: nn.Module, x0: Tensor, noise: Tensor, ts: list[int], only: 
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The estimator as it is written, pair by pair."""
+    """Return the corrected cosines from their definition, pair by pair."""
     n = len(a)
     out = torch.full((n, n), torch.nan, dtype=torch.float64)
     for i in range(n):
@@ -111,7 +111,7 @@ def test_affinity_is_that_of_brute_force_autograd(batch_size: int) -> None:
 
 
 def test_a_timestep_whose_product_is_not_positive_has_no_affinity() -> None:
-    """Without a signal half of the products are negative: a network that is right on average."""
+    """A network that is right on average has no signal: half of the products are negative."""
     torch.manual_seed(0)
     a, b = torch.randn(8, 40, dtype=torch.float64), torch.randn(8, 40, dtype=torch.float64)
     rows = torch.cat([a, b])
@@ -123,8 +123,11 @@ def test_a_timestep_whose_product_is_not_positive_has_no_affinity() -> None:
 
 
 def test_the_correction_removes_what_noise_takes_from_a_cosine() -> None:
-    """True cosine 0.8, noise three times as long: over many draws the raw cosine stays near 0.08, the corrected one is
-    right on average, to the standard error of its mean (4 of them)."""
+    """The true cosine is 0.8, and the noise is three times as long as the gradient.
+
+    Over many draws the raw cosine stays near 0.08, and the corrected one is right on average, within 4 standard errors
+    of its mean.
+    """
     generator = torch.Generator().manual_seed(0)
     P, draws = 4000, 200
     truth = torch.zeros(2, P, dtype=torch.float64)
@@ -156,7 +159,7 @@ def test_checkpoints_are_averaged_and_the_model_is_left_as_it_was() -> None:
 
 def test_conditions_follow_their_images_and_a_loss_of_ones_own_is_used() -> None:
     model, x0 = net(), images()
-    shift = x0 * 3  # rows that tell a wrong order
+    shift = x0 * 3  # rows that reveal a wrong order
     seen = []
 
     def loss(net: nn.Module, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -169,7 +172,7 @@ def test_conditions_follow_their_images_and_a_loss_of_ones_own_is_used() -> None
     torch.testing.assert_close(given.products, 4 * default.products, rtol=AUTOGRAD, atol=0)
 
 
-# ---- going on --------------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------------------
 
 
 class Stop(Exception):  # noqa: N818
@@ -180,7 +183,7 @@ class Stop(Exception):  # noqa: N818
 def test_an_interrupted_computation_goes_on_to_the_same_bits(
     sketch: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven timesteps in blocks of two, two halves each: eight calls a checkpoint."""
+    """Seven timesteps in blocks of two, with two halves each: eight calls per checkpoint."""
     calls, limit = [0], [0]
     compute = module._Stream._gradients
 
@@ -201,7 +204,7 @@ def test_an_interrupted_computation_goes_on_to_the_same_bits(
     with pytest.raises(Stop):
         run(tmp_path, stop_after=5)  # in the first checkpoint, between the halves of a block
     with pytest.raises(Stop):
-        run(tmp_path, stop_after=8)  # four calls to end it, and four of the second one
+        run(tmp_path, stop_after=8)  # four calls to finish it, and four of the second checkpoint
     found = run(tmp_path)
     assert calls[0] == 4
     again = run(tmp_path)
@@ -244,7 +247,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of all tensors that live at once and were made inside."""
+    """Measures the peak memory in bytes of the tensors created inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +268,7 @@ class Peak(TorchDispatchMode):
         self.known.add(key)
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.drop, key, size)  # storages keep their Python object as long as they live
+        weakref.finalize(storage, self.drop, key, size)  # storages keep their Python object for their whole lifetime
 
     def drop(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -273,7 +276,7 @@ class Peak(TorchDispatchMode):
 
 
 class Wide(nn.Module):
-    """203,025 parameters in two groups, and activations of a few kilobytes."""
+    """A network of 203,025 parameters in two groups, with activations of a few kilobytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,7 +299,7 @@ def test_memory_stays_within_what_was_asked_for(
     class Mapped(module.ResumableRows):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            if on_disk:  # pages of a file, which the system takes back when it likes
+            if on_disk:  # pages of a file do not count, since the system can reclaim them
                 peak.take(self.rows.untyped_storage())
                 peak.now -= self.rows.nbytes
                 peak.most = peak.now
@@ -314,7 +317,7 @@ def test_memory_stays_within_what_was_asked_for(
     assert (found.stats["sketch_dim"] is None) == (memory == 30 or on_disk)
     assert found.stats["memory_bytes"] <= memory * 10**6
     assert found.stats["block"] * P * 4 < peak.most <= memory * 10**6 + 200_000
-    assert peak.most > 0.5 * found.stats["memory_bytes"]  # what is counted is what is there
+    assert peak.most > 0.5 * found.stats["memory_bytes"]  # the plan is not far above the memory used
 
 
 # ---- all timesteps ---------------------------------------------------------------------------------------------------
@@ -328,11 +331,11 @@ def test_interpolation_is_symmetric_with_a_unit_diagonal_and_keeps_the_grid() ->
     assert bool((full.diagonal() == 1).all())
     torch.testing.assert_close(full[GRID][:, GRID], found.affinity, rtol=0, atol=AUTOGRAD)
     step = (full[1:] - full[:-1]).abs().max()
-    assert step < 0.05  # continuous, next to the diagonal too: 2 / 50, the smallest gap of the grid
+    assert step < 0.05  # continuous, also next to the diagonal: 2 / 50, the smallest gap of the grid
 
 
 def test_interpolation_is_exact_for_gradients_that_are_linear_in_t_between_the_points() -> None:
-    """Unit gradients on the grid, linear between: the interpolated matrix is the cosine of them."""
+    """The interpolated matrix is the cosine of unit gradients that are linear between the grid timesteps."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.nn.functional.normalize(torch.randn(4, 9, generator=generator, dtype=torch.float64), dim=1)
     grid = torch.tensor([3, 10, 30, 47])
@@ -364,7 +367,7 @@ def test_clusters_of_a_block_matrix_are_its_blocks() -> None:
     found = TaskAffinity(
         A, grid, LEVELS, A, A[None], torch.ones(1, n), torch.ones(1, n), A[None], ("all",), {}
     ).clusters(4)
-    assert (found.starts - torch.tensor(starts)).abs().max() <= 10  # a step of the grid
+    assert (found.starts - torch.tensor(starts)).abs().max() <= 10  # one step of the grid
 
 
 def test_gap_correlation_is_minus_one_where_affinity_falls_with_the_gap() -> None:

@@ -1,4 +1,4 @@
-"""``antdiff analyze``: on a run folder from end to end, and on a linear problem whose transfer gap is known."""
+"""Tests of ``antdiff analyze``: on a run folder from end to end, and on a linear problem with a known transfer gap."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
 
     def interrupted(self: Any, *args: Any) -> None:
         calls[0] += 1
-        if calls[0] == 4:  # two calls a checkpoint: in the middle of the second one
+        if calls[0] == 4:  # two calls per checkpoint: this is in the middle of the second checkpoint
             raise KeyboardInterrupt
         compute(self, *args)
 
@@ -75,7 +75,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     out = Path("r/analysis/affinity")
     assert (out / "state" / "checkpoint-0.npz").exists()
     assert main(command) == 0
-    assert calls[0] == 4 + 4  # the first checkpoint was not done again
+    assert calls[0] == 4 + 4  # the first checkpoint was not repeated
     text = capsys.readouterr().out
     assert "Spearman of affinity with the gap in t:" in text
     assert not (out / "state").exists()
@@ -91,7 +91,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     for name in ("affinity.png", "gaps.png", "layers.png"):
         assert pixels(out / name).std() > 10
 
-    # the clusters train, and the run keeps them
+    # a run can train with the clusters, and it keeps them
     clusters = TimestepClusters.load(out / "clusters.json")
     assert clusters == found.clusters(3)
     assert summary["clusters"]["gradient affinity"]["starts"] == clusters.starts.tolist()
@@ -102,7 +102,7 @@ def test_affinity_and_conflict_of_a_run_and_training_with_its_gradient_clusters(
     assert "loss_3" not in row
 
     capsys.readouterr()
-    assert main(["analyze", "conflict", "r", "--batch-size", "0"]) == 1  # 0 is not "not given"
+    assert main(["analyze", "conflict", "r", "--batch-size", "0"]) == 1  # 0 does not mean "not given"
     assert "batch_size must be at least" in capsys.readouterr().err
     assert main(["analyze", "conflict", "r", "--batches", "2", "--repeats", "2", "--batch-size", "10"]) == 0
     assert "conflicting pairs in a batch" in capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
 
     def counted(config: TrainConfig, data: ImageData, folder: Path, **options: Any) -> bool:
         if len(folders) == allowed[0]:
-            return False  # as a signal would
+            return False  # as after a signal
         folders.append(folder)
         return train(config, data, folder, **options)
 
@@ -144,7 +144,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     assert "repeat the same command" in capsys.readouterr().err
     allowed[0] = 99
     assert main(command) == 0
-    # the run itself is the joint model, since steps and seed are its own; two clusters, two budgets
+    # the run itself is the joint model, since steps and seed are those of the run; two clusters, two budgets
     names = [str(folder.relative_to("r/analysis/transfer/seed0")) for folder in folders]
     assert names == ["cluster0-iterations", "cluster1-iterations", "cluster0-samples", "cluster1-samples"]
     assert "one seed: no statement possible" in capsys.readouterr().out
@@ -152,22 +152,24 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
     assert summary["ntg_fd"]["samples"]["intervals"][0]["low"] is None
     with np.load("r/analysis/transfer/transfer.npz") as archive:
         assert archive["loss_samples"].shape == (1, 2)
-    assert main(command) == 0  # nothing left to train
+    assert main(command) == 0  # nothing is left to train
     assert len(folders) == 4
     before = summary["ntg_loss"]
     longer = replace(TrainConfig.load(Path("r/config.json")), steps=4)
     Path("r/config.json").write_text(longer.to_json())
     assert train(longer, load_data("digits"), Path("r"), progress=False)
-    for asked in ([], ["--steps", "2"]):  # neither what was measured nor the specialists are those of other steps
+    for asked in ([], ["--steps", "2"]):  # neither measurements nor specialists of other steps are reused
         assert main([*command, *asked]) == 1
         assert "cluster0-iterations holds a run with other settings" in capsys.readouterr().err
     assert len(folders) == 4
-    assert main([*command, "--steps", "2", "--out", "two"]) == 0  # the run has four: a joint model of its own
+    assert (
+        main([*command, "--steps", "2", "--out", "two"]) == 0
+    )  # the run has four steps, so a separate joint model is trained
     assert folders[4] == Path("two/seed0/joint")
     assert json.loads(Path("two/summary.json").read_text())["ntg_loss"] != before
     clusters = TimestepClusters.load("r/clusters.json")
     TimestepClusters(clusters.T, [0, 100]).save("r/clusters.json")
-    assert main([*command, "--steps", "2", "--out", "two"]) == 1  # as from a run with other clusters
+    assert main([*command, "--steps", "2", "--out", "two"]) == 1  # as if the run had other clusters
     assert "holds a run with other settings" in capsys.readouterr().err
     assert pixels(Path("r/analysis/transfer/transfer.png")).std() > 10
 
@@ -176,7 +178,7 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
 
 
 class OneNumber(nn.Module):
-    """A denoiser with one parameter: noise estimate c x."""
+    """A denoiser with one parameter c, whose noise estimate is c x."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -193,7 +195,7 @@ class OneNumber(nn.Module):
 
 
 class SecondMoment:
-    """In the judge's place: a distance of distributions of pixels that needs no features."""
+    """Replaces Judge: a distance between pixel distributions that needs no features."""
 
     def __init__(self, data: ImageData, net: Any) -> None:
         pass
@@ -208,13 +210,16 @@ def levels() -> tuple[Tensor, Tensor]:
 
 
 def test_the_gap_of_linear_denoisers_is_that_of_their_optima(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For x_t = a x_0 + s e with E x_0^2 = m, the loss of c x_t is (1 - c s)^2 + c^2 a^2 m, so the best c for a set of
-    timesteps is sum s / sum (s^2 + a^2 m): the specialists are better, by a known amount.
+    """The specialists are better than the joint model by a known amount.
 
-    Training ends within |dc| < 0.02 of it (steps of the averaged Adam at lr 0.02), which costs (s^2 + a^2 m) dc^2 <
-    4e-4; the losses are means over 8 x 400 x 16 errors, whose noise is common to both and leaves 2 % of the gap.
+    For x_t = a x_0 + s e with E x_0^2 = m, the loss of c x_t is (1 - c s)^2 + c^2 a^2 m. The best c for a set of
+    timesteps is therefore sum s / sum (s^2 + a^2 m).
+
+    Training ends within |dc| < 0.02 of this optimum (steps of the averaged Adam at lr 0.02), which costs
+    (s^2 + a^2 m) dc^2 < 4e-4. The losses are means over 8 x 400 x 16 errors with common noise, which leaves 2 % of the
+    gap as error.
     """
-    generator = torch.Generator().manual_seed(5)  # 0 is the seed of the noise that losses are measured with
+    generator = torch.Generator().manual_seed(5)  # not 0, the seed of the noise with which losses are measured
     x0 = to_uint8(0.8 * torch.randn(400, 1, 4, 4, generator=generator).sign())
     data = ImageData("gaussian", x0, x0, None, None)
     for module in (prepare, run):
@@ -239,7 +244,7 @@ def test_the_gap_of_linear_denoisers_is_that_of_their_optima(tmp_path: Path, mon
         return float(s2[start:stop].sqrt().sum() / (s2 + a2 * m)[start:stop].sum())
 
     def loss(c: float, start: int, stop: int) -> float:
-        at = [start + (2 * probe + 1) * (stop - start) // 16 for probe in range(8)]  # as held_out_losses probes
+        at = [start + (2 * probe + 1) * (stop - start) // 16 for probe in range(8)]  # the probes of held_out_losses
         return float(((1 - c * s2[at].sqrt()).square() + c * c * a2[at] * m).mean())
 
     for i, span in enumerate(((0, 300), (300, 1000))):
@@ -293,7 +298,7 @@ def test_steps_and_averages_of_specialists() -> None:
     assert transfer.specialist_steps(config, clusters, 0, "iterations") == 200
     balanced = TrainConfig(method="pcgrad", steps=200)  # each cluster gets a third of the batch
     assert [transfer.specialist_steps(balanced, clusters, i, "samples") for i in range(3)] == [67, 67, 67]
-    assert transfer.with_average(TrainConfig()) == TrainConfig()  # the default run is its own joint model
+    assert transfer.with_average(TrainConfig()) == TrainConfig()  # so the default run can be its own joint model
     assert transfer.with_average(replace(config, steps=80)).ema == pytest.approx(0.9)
 
 

@@ -1,4 +1,4 @@
-"""The command line: every command runs, and every mistake ends in one line that says what to do."""
+"""Tests of the command line: every command runs, and every mistake ends in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_train_resume_sample_and_cluster(
 
     assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
     assert (run / "checkpoints" / "step-00000004.safetensors").exists()
-    assert TrainConfig.load(run / "config.json").steps == 4  # so that going on once more goes on to 4
+    assert TrainConfig.load(run / "config.json").steps == 4  # so that another resumption also runs to step 4
     assert main(["train", "--resume", str(run), "--steps", "3"]) == 1
     assert "steps must be at least 4" in capsys.readouterr().err
 
@@ -64,7 +64,7 @@ def test_train_resume_sample_and_cluster(
     with np.load("here/pictures.v1.npz") as archive:
         images = archive["arr_0"]
     assert (images.dtype, images.shape) == (np.uint8, (13, 8, 8, 1))
-    with Image.open("here/pictures.v1.png") as grid:  # the first image of the grid is the first of the archive
+    with Image.open("here/pictures.v1.png") as grid:  # the first image of the grid is the first image of the archive
         pixels = np.asarray(grid)
     assert np.array_equal(pixels[4:68:8, 4:68:8], images[0, :, :, 0])
 
@@ -126,7 +126,7 @@ def test_a_run_that_stops_early_says_how_to_go_on(
     monkeypatch.setattr("antdiff.experiments.compare.execute", interrupted)
     assert main(["compare", "--out", str(tmp_path / "c")]) == 130
     assert "repeat the same command to resume" in capsys.readouterr().err
-    # the folder now holds a run: a second one does not write over it
+    # the folder now holds a run, which a second run does not overwrite
     assert main(["train", "--out", str(tmp_path / "r")]) == 1
     assert "already holds a run" in capsys.readouterr().err
 
@@ -152,7 +152,7 @@ def test_printed_commands_work_as_printed(
     follow(capsys.readouterr().out)
     assert Path("a run/report.html").exists()
 
-    assert main(["train", *QUICK, "--out", "a run"]) == 1  # holds a run
+    assert main(["train", *QUICK, "--out", "a run"]) == 1  # the folder already holds a run
     follow(capsys.readouterr().err)
 
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Comparisons: the rule that keeps luck from winning, and cells that are run once."""
+"""Tests of comparisons: the rule that keeps chance from winning, and cells that run only once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_difference_is_students_t() -> None:
 
 
 def test_luck_rarely_wins() -> None:
-    """Eight differences at a time among methods that are all the same: in about 5 % of comparisons at most one wins."""
+    """Eight simultaneous differences between identical methods: at most about 5 % of the comparisons have a winner."""
     rng = np.random.default_rng(0)
     wins = 0
     for _ in range(400):
@@ -77,9 +77,9 @@ def test_table_states_differences_only_beyond_the_noise() -> None:
     assert verdicts["uw - vanilla"][3] == "-20"
     assert verdicts["uw - vanilla"][5:7] == ["lower", "-0.03"]
     assert verdicts["uw - vanilla"][8:] == ["lower"]
-    assert len({line.index("FD") for line in lines if "FD" in line}) == 2  # two tables, each with its columns
+    assert len({line.index("FD") for line in lines if "FD" in line}) == 2  # two tables, each with aligned columns
     assert "25 ± 1 " in text
-    assert "0.19 ± 0.0003" in text  # 0.3 of 0.4 and 0.7 of 0.1: by the intervals' lengths
+    assert "0.19 ± 0.0003" in text  # 0.3 of 0.4 and 0.7 of 0.1, weighted by the lengths of the intervals
     assert "Bonferroni" in text
     single = comparison_table({method: cells[:1] for method, cells in results.items()}, "one seed")
     assert "nothing is said about differences" in single
@@ -88,12 +88,12 @@ def test_table_states_differences_only_beyond_the_noise() -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
-    """Replaces training by a note of what would have been trained, and a made-up result."""
+    """Replace training by a list of the settings that would have been trained, and by made-up results."""
     noted: list[TrainConfig] = []
 
     def fake(config: TrainConfig, run: Path, **_: Any) -> dict[str, Any] | None:
         if len(noted) == 3:
-            return None  # a signal
+            return None  # as after a signal
         noted.append(config)
         result = cell(20 + config.seed, [0.4, 0.1])
         (run / "results.json").write_text(json.dumps(result))

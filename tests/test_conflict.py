@@ -1,4 +1,4 @@
-"""Conflict of clusters, negative transfer gaps and their intervals, on problems whose answer is known."""
+"""Tests of conflict, negative transfer gaps and their intervals, on problems with known answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COSINES = torch.tensor([[1, -0.6, 0.8], [-0.6, 1, 0], [0.8, 0, 1]], dtype=torch.
 
 
 class Linear(nn.Module):
-    """Its loss is <w, mean of the cluster + noise>: the gradient of a sample is the mean of its cluster, plus noise."""
+    """A model with the loss <w, mean of the cluster + noise>: a sample's gradient is its cluster's mean plus noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,15 +58,17 @@ def test_without_noise_everything_is_the_cosine_of_the_means() -> None:
 
 
 def test_noise_hides_conflict_in_batches_and_not_in_expectation() -> None:
-    """Noise as long as 0.6 sqrt(400 / 4) = 6 means a gradient: batch cosines are nearly nothing, the corrected ones
-    are right to four standard errors of their mean."""
+    """With noise of 0.6 sqrt(400 / 4) = 6 times the length of a gradient's mean, batch cosines are nearly zero.
+
+    The corrected cosines are right within four standard errors of their mean.
+    """
     found = measured(0.6)
     off = ~torch.eye(3, dtype=torch.bool)
     assert float(found.batch_cosine.mean(0)[off].abs().max()) < 0.1
     assert 0.2 < float(found.share().mean) < 0.6
     mean, low, high = found.expected()
-    error = (high - low) / 2 / 2.365  # Student's t of 7 degrees of freedom
-    assert bool(((mean - COSINES).abs() <= 4 * error + 0.02)[off].all())  # 0.02: second order
+    error = (high - low) / 2 / 2.365  # Student's t with 7 degrees of freedom
+    assert bool(((mean - COSINES).abs() <= 4 * error + 0.02)[off].all())  # 0.02 for second-order terms
     assert float(error[off].max()) < 0.15
     assert found.conflicting_pairs() == 1
 
@@ -83,7 +85,7 @@ def test_products_of_different_batches_are_those_of_all_pairs() -> None:
 
 
 def test_a_student_interval_holds_the_mean_as_often_as_it_says() -> None:
-    """4,000 intervals of 95 %: 0.95 give or take four standard errors, 4 sqrt(0.95 0.05 / 4000) = 0.014."""
+    """Of 4,000 intervals, 0.95 cover the truth, within four standard errors: 4 sqrt(0.95 0.05 / 4000) = 0.014."""
     values = 3 + torch.randn(4, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     _, low, high = student_interval(values)
     assert float(((low < 3) & (high > 3)).double().mean()) == pytest.approx(0.95, abs=0.014)
@@ -95,7 +97,7 @@ def test_a_student_interval_holds_the_mean_as_often_as_it_says() -> None:
 
 
 def test_a_gap_is_paired_by_seed_and_its_sign_is_told() -> None:
-    """Joint losses that differ between seeds by far more than the gap."""
+    """The joint losses differ between seeds by far more than the gap."""
     joint = torch.tensor([[1.0, 5.0, 9.0], [2.0, 6.0, 3.0], [9.0, 1.0, 1.0]], dtype=torch.float64)
     change = torch.tensor([[-0.11, 0.3, 0.1], [-0.10, 0.31, -0.1], [-0.09, 0.29, 0.02]], dtype=torch.float64)
     gap = TransferGap(joint, joint + change, "samples")

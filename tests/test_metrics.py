@@ -1,4 +1,4 @@
-"""The metrics against their definitions, and the feature network they see through."""
+"""Tests of the quality metrics against their definitions, and of the feature network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Pixels(torch.nn.Module):
-    """A feature space in which everything can be worked out by hand: the pixels."""
+    """A feature space in which everything can be computed by hand: the pixels."""
 
     num_features = 16
 
@@ -43,9 +43,9 @@ def test_frechet_distance_is_the_closed_form() -> None:
     root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(other.T)).real
     expected = ((real.mean(0) - other.mean(0)) ** 2).sum() + np.trace(np.cov(real.T) + np.cov(other.T) - 2 * root)
     judge = Judge(data, Pixels())  # type: ignore[arg-type]
-    # computed in float64 and handed over in float32: one rounding
+    # computed in float64 and returned in float32: one rounding
     assert judge.measure(fake).fd == pytest.approx(expected, rel=2 * UNIT_ROUNDOFF[torch.float32])
-    assert judge.measure(fake) == judge.measure(fake)  # no state leaks from one measurement to the next
+    assert judge.measure(fake) == judge.measure(fake)  # no state leaks into the next measurement
 
 
 def test_precision_and_recall_are_their_definitions() -> None:
@@ -103,7 +103,7 @@ def test_a_damaged_cache_is_made_again_the_same(cache: Path, monkeypatch: pytest
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
-    # a cache that cannot be written costs a warning, not the run
+    # a cache that cannot be written causes a warning, not an error
     (cache / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="not cached"):
         feature_net(data, steps=3, cache=cache / "file")
@@ -119,7 +119,7 @@ def test_held_out_losses_ask_every_model_the_same_questions() -> None:
     asked: list[int] = []
 
     class Oracle(torch.nn.Module):
-        """Solves x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise for the noise, and errs by t / 1000."""
+        """Solves x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise for the noise, and adds an error of t / 1000."""
 
         def forward(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             asked.append(int(t[0]))
@@ -131,8 +131,8 @@ def test_held_out_losses_ask_every_model_the_same_questions() -> None:
     assert asked == [12, 37, 62, 87, 212, 436, 661, 885, 998, 999]
     squares = [(t / 1000) ** 2 for t in asked]
     expected = [np.mean(squares[:4]), np.mean(squares[4:8]), np.mean(squares[8:])]
-    # x_t is float32 after a few roundings (4 u), and recovering the noise from it divides that by sqrt(1 - abar), which
-    # is above 1/100; the smallest error that the oracle is to show is 0.012, and squaring doubles what is relative.
+    # x_t is float32 after a few roundings (4 u). Recovering the noise divides them by sqrt(1 - abar), which is above
+    # 1/100. The smallest error of the oracle is 0.012, and squaring doubles the relative error.
     np.testing.assert_allclose(losses, expected, rtol=2 * 100 * 4 * UNIT_ROUNDOFF[torch.float32] / 0.012)
 
 
@@ -147,7 +147,7 @@ def test_sampling_is_ddims_and_repeats() -> None:
 
     assert draw(7, 3).shape == (7, 1, 4, 4)
     assert torch.equal(draw(7, 3), draw(7, 3))
-    # without noise to take away, x_0 is the clipped x_t / sqrt(abar) of the first step
+    # with a noise estimate of zero, x_0 is the clipped x_t / sqrt(abar) of the first step
     start = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     first = noise_schedule().alphas_cumprod[750].sqrt()
     torch.testing.assert_close(draw(5, 5), (start / first).clamp(-1, 1))

@@ -1,4 +1,4 @@
-"""The sketch: unbiased, and within the variance that its docstring proves, over many seeds."""
+"""Tests of the sketch over many seeds: it is unbiased, and its variance is within the bound proved in its docstring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEEDS = 400
 
 
 class Bag(nn.Module):
-    """Parameters of given shapes."""
+    """A module with parameters of given shapes."""
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ SHAPES = ((40, 30), (500,), (7, 11, 3), (64,))
 
 
 def sketches(J: list[Tensor], dim: int, group_of: object = None) -> Tensor:
-    """[SEEDS, k, D]"""
+    """Return the rows of every seed, [SEEDS, k, D]."""
     model, out = Bag(*(x.shape[1:] for x in J)), []
     for seed in range(SEEDS):
         projection = Projection(model, group_of or (lambda name: "all"), dim, torch.Generator().manual_seed(seed))
@@ -40,7 +40,9 @@ def gradients(kind: str) -> list[Tensor]:
     for x in J:
         if kind == "parallel":
             x[1] = 2 * x[0] + 0.1 * x[1]
-        elif kind == "heavy":  # nearly all in a few entries at one place of each piece: the worst for folding unrotated
+        elif (
+            kind == "heavy"
+        ):  # most of the norm in a few entries at one place of each piece: the worst case without rotations
             x *= 0.01
             x.flatten(1)[:, ::97] = 1 + x.flatten(1)[:, ::97]
     return J
@@ -49,8 +51,11 @@ def gradients(kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["dense", "parallel", "heavy"])
 @pytest.mark.parametrize("apart", [False, True])
 def test_inner_products_are_unbiased_and_within_the_bound(kind: str, apart: bool) -> None:
-    """Over 400 seeds: the mean within 4 standard errors, and the mean square error below the bound, of which its own
-    fluctuation (sqrt(2 / 400) = 7 % for a Gaussian, a few times that where few entries dominate) allows 1.3."""
+    """Over 400 seeds, the mean is within 4 standard errors and the mean square error is below 1.3 times the bound.
+
+    The factor allows for the fluctuation of the mean square error: sqrt(2 / 400) = 7 % for a Gaussian, and a few times
+    that if few entries dominate.
+    """
     dim = 97
     J = gradients(kind)
     whole = torch.cat([x.flatten(1) for x in J], 1)
@@ -61,7 +66,7 @@ def test_inner_products_are_unbiased_and_within_the_bound(kind: str, apart: bool
     bound = (G.diagonal()[:, None] * G.diagonal() + G.square()) / dim  # [3, 3]
     assert bool((errors.mean(0).abs() <= 4 * (bound / SEEDS).sqrt()).all())
     assert bool((errors.square().mean(0) <= 1.3 * bound).all())
-    if kind == "dense" and not apart:  # and it is not met by not sketching at all
+    if kind == "dense" and not apart:  # the sketch does have an error, so that the test is not void
         assert bool((errors.square().mean(0) > 0.6 * bound).all())
 
 
@@ -87,7 +92,7 @@ def test_the_same_generator_gives_the_same_sketch_and_another_a_different_one() 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
 def test_affinities_are_within_their_bound(noise: float) -> None:
-    """sketch_sd is to first order, so d is large enough for errors of a few percent; the same 1.3 as above."""
+    """sketch_sd is a first-order bound, so d is large enough for errors of a few percent. 1.3 is as above."""
     generator = torch.Generator().manual_seed(1)
     P, n, dim = 6000, 4, 2500
     common = torch.randn(1, P, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The report of a run: whole, self-contained and readable, whatever state the run is in."""
+"""Tests of the report of a run: complete, self-contained and readable, whatever the state of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from antdiff.train.log import CsvLogger
 
 SECTIONS = ["quality", "samples", "clusters", "losses", "gradients", "analysis", "configuration", "environment"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
-LEAVES = {"path", "rect", "line", "circle"}  # of SVG, closed by themselves
+LEAVES = {"path", "rect", "line", "circle"}  # self-closing elements of SVG
 STYLE = (Path(page.__file__).parent / "style.css").read_text()
 
 
@@ -68,7 +68,7 @@ class Page(HTMLParser):
 
 
 def check(page: Page) -> None:
-    """What holds for every report: it needs nothing from outside, and nothing in it is for the eye alone."""
+    """Check what holds for every report: it refers to nothing outside, and screen readers can read all of it."""
     assert page.source.startswith("<!doctype html>")
     assert page.all("html") == [{"lang": "en"}]
     assert not re.search(r"https?:|url\((?!#)|@import|<script|<link", page.source)
@@ -108,7 +108,7 @@ RESULTS: dict[str, Any] = {
 def make_run(
     folder: Path, config: TrainConfig = CONFIG, *, steps: int = 60, gram: bool = True, measured: bool = True
 ) -> Path:
-    """A run folder as training leaves it, with made-up numbers."""
+    """Make a run folder like that of a training, with made-up numbers."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json())
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13", "extension file": "/home/somebody/_C.so"}))
@@ -138,24 +138,24 @@ def test_a_finished_run(tmp_path: Path) -> None:
     report = Page(write_report(run))
     check(report)
     assert [name for name in report.ids if name in SECTIONS] == SECTIONS
-    for told in (
+    for text in (
         "my run", "digits, pcgrad, stratified-weighted timesteps, seed 0", "finished: 60 of 60 steps",
         "FD (digits-CNN)", "2.28 ± 0.49", "0.707 ± 0.006", "held-out images 0.606, noise 74.1",
         "per-pixel Gaussian 42.8 0.123 0.837", "2 sampling seeds of 12 images", "torch 2.13",
     ):  # fmt: skip
-        assert told in report.text, told
+        assert text in report.text, text
     assert "somebody" not in report.text
     for field in fields(TrainConfig):
         assert f"{field.name} " in report.text
-    assert "steps 60 1600" in report.text  # what differs from the default stands beside it
+    assert "steps 60 1600" in report.text  # the default is shown beside a different value
     embedded = {base64.b64decode(picture["src"].partition(",")[2]) for picture in report.all("img")}
     assert embedded == {path.read_bytes() for path in (run / "samples.png", *(run / "samples").iterdir())}
-    assert report.source.count("Does not show") >= 11  # every curve and map
+    assert report.source.count("Does not show") >= 11  # every curve and heat map
     assert len([chart for chart in report.all("svg") if "role" in chart]) == 11
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "told"),
+    ("options", "status", "text"),
     [
         ({"steps": 0, "measured": False}, "unfinished: 0 of 60 steps", "No metrics have been written yet"),
         ({"steps": 1, "measured": False}, "unfinished: 0 of 60 steps", "No grids were drawn"),
@@ -176,12 +176,12 @@ def test_a_finished_run(tmp_path: Path) -> None:
         ({"config": replace(CONFIG, patch="runs/<base> & co")}, "finished", "runs/<base> & co"),
     ],
 )
-def test_a_run_of_any_kind_in_any_state(tmp_path: Path, options: dict[str, Any], status: str, told: str) -> None:
+def test_a_run_of_any_kind_in_any_state(tmp_path: Path, options: dict[str, Any], status: str, text: str) -> None:
     report = Page(write_report(make_run(tmp_path / "run", **options)))
     check(report)
     assert [name for name in report.ids if name in SECTIONS] == SECTIONS
     assert status in report.text
-    assert told in report.text
+    assert text in report.text
 
 
 @pytest.mark.parametrize("after", [0, 40])
@@ -346,7 +346,7 @@ def test_negative_cells_are_hatched_where_no_number_stands() -> None:
     for text in ("-0.25", "0.50", "0.75"):
         assert f">{text}<" in numbered
     cells = len(re.findall("<rect", plain)) - len(re.findall("<rect", svg._scale((-1, 1), 0, 0, 9))) - 1
-    assert cells == 3  # NaN has none
+    assert cells == 3  # NaN has no cell
 
 
 def test_numbers_are_short() -> None:
@@ -390,7 +390,7 @@ def test_text_and_lines_stand_out_in_both_themes(theme: int) -> None:
         assert len(clusters) == k
         assert min(contrast(colour, colours["card"]) for colour in clusters) >= 3  # WCAG AA for graphics
         greys = np.diff([luminance(colour) for colour in clusters])
-        assert (greys > 0).all() or (greys < 0).all()  # in greyscale too, the order is that of the noise
+        assert (greys > 0).all() or (greys < 0).all()  # the order of the noise also holds in greyscale
 
 
 def test_numbers_on_cells_can_be_read() -> None:

@@ -1,9 +1,8 @@
-"""Telemetry: its numbers are those of J, it waits for nothing, and it goes on where it stopped."""
+"""Tests of telemetry: its numbers are those of J, it never waits for the device, and it resumes."""
 
 from __future__ import annotations
 
 import csv
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "report.md"
 
 
 def steps(n: int, *, empty: bool = False, seed: int = 0) -> Iterator[tuple[torch.Tensor, ...]]:
-    """losses [K], counts [K], weights [K], J [K, P] of n steps; if `empty`, cluster s % K of step s has no samples."""
+    """Yield losses, counts, weights, each [K], and J [K, P] of n steps. If `empty`, step s lacks cluster s % K."""
     generator = torch.Generator().manual_seed(seed)
     for s in range(n):
         losses = torch.rand(K, generator=generator) + 0.1
@@ -59,7 +58,7 @@ def test_a_row_is_what_the_gradients_themselves_say(empty: bool) -> None:
     record(telemetry, taken)
     row = telemetry.read()
 
-    # Everything below is from J by hand, a pair at a time.
+    # Everything below is computed from J by hand, pair by pair.
     samples, sums, lengths, weights, updates, rates = np.zeros(K), np.zeros(K), [], [], [], []  # type: ignore[var-annotated]
     cosines: dict[tuple[int, int], list[float]] = {(i, j): [] for i in range(K) for j in range(i + 1, K)}
     for losses, counts, w, J in taken:
@@ -99,7 +98,7 @@ def test_losses_are_weighed_by_samples_and_their_mean_by_share() -> None:
     telemetry.add(torch.tensor([3.0, 8.0, 0.0]), torch.tensor([3, 2, 0]), torch.tensor([0.4, 0.3, 0.5]), gram.abs())
     row = telemetry.read()
     assert (row["loss_0"], row["loss_1"]) == (2.5, 6.0)
-    assert np.isnan(row["loss_2"])  # never drawn
+    assert np.isnan(row["loss_2"])  # without samples
     assert row["loss"] == pytest.approx((0.5 * 2.5 + 0.25 * 6) / 0.75)
     assert row["weight_0"] == pytest.approx(0.3)
     assert row["conflict_rate"] == pytest.approx(1 / 6)  # one of three pairs, in one of two steps
@@ -121,7 +120,7 @@ def test_what_was_not_measured_is_nan_and_a_late_cluster_has_its_own_beginning()
 
 
 def test_steps_with_and_without_a_gram_matrix_share_a_row() -> None:
-    """As with update_every: the numbers about gradients are means over the steps that had any."""
+    """As with update_every, the gradient columns are means over the steps that have a Gram matrix."""
     telemetry = Telemetry(2, window=4)
     gram = torch.tensor([[4.0, -3.0], [-3.0, 9.0]], dtype=torch.float64)
     for i in range(4):
@@ -151,12 +150,13 @@ def test_scale_does_not_matter_and_poison_stays_visible() -> None:
 
 
 def test_a_method_without_weights_has_everything_else() -> None:
-    """As one that chooses for each parameter: NaN weights reach nothing but themselves and the update."""
+    """For a method that chooses per parameter, only the weights and the length of the update are NaN."""
     telemetry = Telemetry(2, window=1)
     gram = torch.tensor([[4.0, -3.0], [-3.0, 9.0]], dtype=torch.float64)
-    telemetry.add(torch.ones(2), torch.ones(2), torch.full((2,), torch.nan), gram)
-    row = telemetry.read()
-    assert {key for key, value in row.items() if np.isnan(value)} == {"weight_0", "weight_1", "update_norm"}
+    for weights in (None, torch.full((2,), torch.nan)):
+        telemetry.add(torch.ones(2), torch.ones(2), weights, gram)
+        row = telemetry.read()
+        assert {key for key, value in row.items() if np.isnan(value)} == {"weight_0", "weight_1", "update_norm"}
 
 
 def test_a_late_reading_covers_the_last_steps_of_the_window() -> None:
@@ -168,15 +168,6 @@ def test_a_late_reading_covers_the_last_steps_of_the_window() -> None:
     assert late.read() == pytest.approx(first, rel=tolerances.summed(torch.float64))  # in another order
     with pytest.raises(RuntimeError, match="read\\(\\) needs a step"):
         late.read()
-
-
-def test_a_method_without_weights_has_none_in_its_row() -> None:
-    telemetry, (step,) = Telemetry(K, window=2), steps(1)
-    losses, counts, _, J = step
-    telemetry.add(losses, counts, None, ops.gram(J))
-    row = telemetry.read()
-    unknown = {key for key, value in row.items() if math.isnan(value)}
-    assert unknown == {"update_norm", *(f"weight_{i}" for i in range(K))}
 
 
 def test_one_cluster_has_no_pairs() -> None:
@@ -204,11 +195,11 @@ def test_misuse() -> None:
         telemetry.load_state_dict(Telemetry(2, window=2).state_dict())
 
 
-# ---- what a step costs -------------------------------------------------------------------------------------------
+# ---- the cost of a step ------------------------------------------------------------------------------------------
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that ran, views left out."""
+    """Records the names of the operations that run, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,14 +217,14 @@ def test_a_step_is_four_kernels_and_none_of_them_waits() -> None:
         G = ops.gram(J)
         with Operations() as seen:
             telemetry.add(losses, counts, weights, G)
-        assert seen.names == ["cat", "remainder", "index_copy_", "add_"]  # no copy to the host, no number asked for
+        assert seen.names == ["cat", "remainder", "index_copy_", "add_"]  # no copy to the host and no value read
     with Operations() as seen:
         telemetry.read()
-    assert "_local_scalar_dense" in seen.names  # so the counting above would have seen a wait
+    assert "_local_scalar_dense" in seen.names  # so the check above would have detected a sync
 
 
 def test_a_step_traces_whole_and_replays() -> None:
-    """No break in the graph, and nothing of one step is baked into it: as a CUDA graph needs it."""
+    """The graph has no break and contains no value of a single step, as a CUDA graph requires."""
     plain, traced = Telemetry(K, window=3), Telemetry(K, window=3)
     compiled = torch.compile(traced.add, fullgraph=True, backend="eager")
     for losses, counts, weights, J in steps(3):
@@ -267,7 +258,7 @@ def test_a_captured_step_records_each_replay_and_waits_for_none() -> None:
     assert replayed.read() == plain.read()
 
 
-# ---- going on ----------------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------------
 
 
 def test_state_goes_on_bit_for_bit() -> None:
@@ -287,7 +278,7 @@ def test_state_goes_on_bit_for_bit() -> None:
     assert restored.read() == whole.read()
 
 
-# ---- where rows go -----------------------------------------------------------------------------------------------
+# ---- loggers -----------------------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -327,7 +318,7 @@ def test_every_logger_gets_every_row_and_cosines_a_picture(tmp_path: Path) -> No
     )
     assert len(events.Scalars("grad_norm/cluster_1")) == 11  # NaN is left out
     assert not [tag for tag in events.Tags()["scalars"] if "cosine" in tag]
-    MetricLog(tmp_path, start=10).close()  # the run goes on from step 10, whose own row is there to stay
+    MetricLog(tmp_path, start=10).close()  # the run resumes from step 10, whose row is kept
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("grad_norm/cluster_0")] == list(range(1, 11))
@@ -364,7 +355,7 @@ def test_wandb_gets_tagged_numbers_and_a_page_to_go_on_with(tmp_path: Path, monk
         return page
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for _ in range(2):  # the second time as a resumed run
+    for _ in range(2):  # the second time, as a resumed run
         logger = WandbLogger("project", tmp_path, {"lr": 0.1})
         logger.log(20, {"loss": 1.0, "loss_0": 2.0, "grad_norm_0": float("nan"), "cosine_0_1": 0.5})
         logger.close()
