@@ -82,7 +82,7 @@ def test_mistakes_on_several_ranks_are_named(four: Results) -> None:
     texts = {
         "nested": "ValueError: model must be a DistributedDataParallel wrapper or contain none; got one inside it",
         "verify": "ValueError: model must have whole parameters for verify().",
-        "local shards": "ValueError: group must be the ranks of model's mesh",
+        "local shards": "ValueError: group must be the 4 ranks of model's mesh; got 1",
         "cluster": "ValueError: scheme must not be 'cluster' to accumulate",
         "nan": "NonFiniteError: the losses of ranks 0, 1, 2, 3 are not finite",
         "the jacobian of nan": "RuntimeError: jacobian exists once the with block",
@@ -150,9 +150,9 @@ def test_a_nan_is_named_on_every_rank(four: Results) -> None:
     for results in four:
         said = results["a_nan_on_rank_2"]
         for name in ("reduce_scatter", "all_reduce", "pcgrad", "uw", "between"):
-            assert said[name] == ("the losses of rank 2 are not finite: look at the batch and the weights there.", [2])
+            assert said[name] == ("the losses of rank 2 are not finite. Check the batch and the weights on it.", [2])
         assert said["slope"][1] == []
-        assert "a backward made it" in said["slope"][0]
+        assert "a backward produced it" in said["slope"][0]
 
 
 @pytest.mark.parametrize("name", ["nash", "linear"])
@@ -329,5 +329,5 @@ def test_mistakes_are_named() -> None:
     x, y = cases.samples(10)
     with pytest.raises(ValueError, match="k ints for each of the 1 ranks; got 2 lists"):
         cg(cases.losses_of(model), (x, y), torch.arange(10) % 5, counts=[[2] * 5, [0] * 5])
-    with pytest.raises(ValueError, match="rows of each of the 1 ranks"):
+    with pytest.raises(ValueError, match="samples of this rank, or of each of the 1 ranks"):
         StratifiedTimesteps(TimestepClusters.uniform(10, 5)).sample([5, 5])

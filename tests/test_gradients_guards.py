@@ -221,7 +221,7 @@ def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
 
     cg = ClusterGradients(model, K)
     cg(noisy, batch, cluster_ids())
-    assert cg.explain().startswith("route 'split': loss_fn gives other losses")
+    assert cg.explain().startswith("route 'split': loss_fn gives different losses")
 
 
 @pytest.mark.parametrize("make", LAYERS, ids=lambda m: m.__name__)
@@ -434,7 +434,7 @@ def test_nothing_waits_for_the_garbage_collector(hold: Any) -> None:
 
 def test_counts_of_a_batch_that_is_not_sorted() -> None:
     model, x = Net(torch.nn.Identity()), torch.randn(3, 3, 8)
-    with pytest.raises(ValueError, match=r"ascending order, .* got id 2 for 1 at row 1"):
+    with pytest.raises(ValueError, match=r"ascending order, .* got id 2 instead of 1 at row 1"):
         ClusterGradients(model, K, "grouped")(
             mean_square(model), (x,), torch.tensor([0, 2, 1]), counts=[1, 1, 1, *[0] * (K - 3)]
         )

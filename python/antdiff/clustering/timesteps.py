@@ -1,4 +1,4 @@
-"""Samplers of timesteps for a training step. Both return (t, cluster, weight), so that a loop can swap them."""
+"""Samplers of timesteps for a training step. Both return (t, cluster, weight), so they can replace each other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from antdiff.clustering.clusters import TimestepClusters
 from antdiff.distributed.chunks import contiguous_counts
 from antdiff.distributed.ranks import Group, Ranks
 
-_KEEP = 64  # layouts to keep: k of them serve one batch size
+_KEEP = 64  # the number of layouts to cache; one batch size needs up to k of them
 
 
 class TimestepBatch(NamedTuple):
-    """What a sampler returns."""
+    """A batch of timesteps, their clusters and the weights of their losses."""
 
     t: Tensor  # int64 [B]
     cluster: Tensor  # int64 [B]
@@ -25,44 +25,45 @@ class TimestepBatch(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What is the same in every step with one batch size and rotation, on the device."""
+    """Tensors that are the same in every step with the same batch size and rotation, on the device."""
 
-    start: Tensor  # int64 [B], first timestep of the row's cluster
-    size: Tensor  # int64 [B], timesteps in it
+    start: Tensor  # int64 [B], the first timestep of each sample's cluster
+    size: Tensor  # int64 [B], the number of timesteps in it
     cluster: Tensor  # int64 [B]
     weight: Tensor  # float32 [B]
 
 
 class StratifiedTimesteps:
-    """Draw each cluster's share of a batch uniformly from its interval; rows are sorted by cluster.
+    """Draw each cluster's share of a batch uniformly from its interval. The samples are sorted by cluster.
 
-    Of a batch of B rows each cluster gets B // k, and the B % k rows left over go to as many clusters, starting where
-    the last step stopped: over k steps of the same B every cluster gets exactly B rows. With B < k some clusters get no
-    row in a step.
+    In a batch of B samples each cluster gets B // k. The remaining B % k samples go to as many clusters, starting where
+    the last step stopped, so over k steps of the same B every cluster gets exactly B samples. If B < k, some clusters
+    get no sample in a step.
 
-    On several ranks the shares are those of the batch of all ranks, which every rank draws whole from a generator in
-    the same state, and of which rank r keeps a contiguous chunk: the rows from ``sum(sizes[:r])`` on. So nothing is
-    sent, one process and any number of ranks train on the same timesteps, and every rank knows the counts of all::
+    On several ranks the shares are those of the batch of all ranks. Every rank draws this whole batch from a generator
+    in the same state, and rank r keeps a contiguous chunk of it that starts at sample ``sum(sizes[:r])``. Nothing is
+    sent, any number of ranks train on the same timesteps as one process, and every rank knows the counts of all::
 
         counts = sampler.counts(len(x0))                   # of all ranks, for cluster_gradients(..., counts=counts)
         t, cluster, weight = sampler.sample(len(x0))       # of this rank
 
     With R ranks, R a multiple of K, and B R divisible by K, each rank holds one cluster.
 
-    Stratifying changes the density of t from uniform to ``p(t) = n_c / (B |I_c|)``, with n_c the cluster's rows and
-    ``|I_c|`` its size: short intervals are visited more often. With ``importance=False`` that is left as it is and all
-    weights are 1 (ANT: every cluster counts the same, however long). With ``importance=True`` a row of cluster c has
-    weight ``k |I_c| / T``, which undoes the change where losses are means over each cluster: for
-    ``loss_c = sum_{b in c} w_b L(t_b) / n_c``, as ``ops.cluster_loss`` computes it, ``(1/k) sum_c loss_c`` is an
-    unbiased estimate of the mean of L over uniform t, since ``(1/k) (k |I_c| / T) E_{I_c} L`` sums to that mean. The
-    weight does not depend on n_c, and its mean over the clusters is 1. (With B < k a step lacks clusters, whose losses
-    are then 0: take ``sum_c loss_c / B`` in place of ``/ k``.)
+    Stratification changes the density of t from uniform to ``p(t) = n_c / (B |I_c|)``, where n_c is the number of
+    samples of the cluster and ``|I_c|`` the length of its interval, so short intervals are sampled more often. With
+    ``importance=False`` all weights are 1 (ANT: every cluster counts the same, whatever its length). With
+    ``importance=True`` a sample of cluster c has weight ``k |I_c| / T``, which undoes the change if losses are means
+    over each cluster. For ``loss_c = sum_{b in c} w_b L(t_b) / n_c``, as ``ops.cluster_loss`` computes it,
+    ``(1/k) sum_c loss_c`` is an unbiased estimate of the mean of L over uniform t, since
+    ``(1/k) (k |I_c| / T) E_{I_c} L`` sums to that mean. The weight does not depend on n_c, and its mean over the
+    clusters is 1. If B < k, a step lacks clusters, whose losses are then 0; use ``sum_c loss_c / B`` instead of
+    ``/ k``.
 
     Args:
         clusters: the intervals.
-        importance: whether weights undo the change of density.
-        seed: of the generator that :meth:`sample` uses if it is given none. None: torch's global generator of the
-            device in one process, and seed 0 on several ranks, which must draw the same numbers.
+        importance: whether the weights undo the change of density.
+        seed: the seed of the generator that :meth:`sample` uses if it is given none. None: torch's global generator of
+            the device in one process, and seed 0 on several ranks, which must draw the same numbers.
         group: the ranks: a process group; None for the default group if torch.distributed is initialised, else one
             process; ``"local"`` for one process in any case.
     """
@@ -75,7 +76,7 @@ class StratifiedTimesteps:
         self.importance = bool(importance)
         self.ranks = Ranks(group)
         self.seed = 0 if seed is None and self.ranks.size > 1 else seed
-        self._offset = 0  # the cluster that gets the next row left over
+        self._offset = 0  # the cluster that gets the next remaining sample
         self._layouts: dict[tuple[int, int, torch.device], _Layout] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -86,52 +87,57 @@ class StratifiedTimesteps:
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> TimestepBatch:
-        """Draw one batch of timesteps, and advance the rotation of the rows left over.
+        """Draw one batch of timesteps, and advance the rotation of the remaining samples.
 
-        On CUDA nothing waits for the device, except when a (B, rotation) is met for the first time.
+        On CUDA there is no host-device sync, except for the first use of a batch size and rotation.
 
         Args:
-            B: number of rows of this rank, at least 1 and the same on every rank; or the rows of each rank, R ints.
-            device: of the result; default the generator's, else the CPU.
-            generator: source of randomness, on the same device, and in the same state on every rank; default see
+            B: the number of samples on this rank, at least 1 and the same on every rank; or the number on each rank,
+                R ints.
+            device: the device of the result. Default: the generator's, else the CPU.
+            generator: the source of randomness, on the same device, and in the same state on every rank. Default: see
                 ``seed``.
 
         Returns:
             ``t`` int64 ``[B]``, ``cluster`` int64 ``[B]`` ascending, ``weight`` float32 ``[B]``, of this rank.
 
         Raises:
-            TypeError, ValueError: B is not a positive int, or the generator is on another device.
+            TypeError, ValueError: B is not a positive int or R ints, or the generator is on another device.
+            RuntimeError: the process group was initialised after this sampler was made.
         """
         sizes = self._sizes(B)
-        whole = as_count("B", sum(sizes))
+        total = as_count("B", sum(sizes))
         if generator is None and (
             self.seed is not None or self._generators
         ):  # the state of a seeded sampler was loaded
             generator = self._generator(torch.device("cpu" if device is None else device))
         device = _device(device, generator)
-        layout = self._layout(whole, device)
-        self._offset = (self._offset + whole) % self.clusters.k
+        layout = self._layout(total, device)
+        self._offset = (self._offset + total) % self.clusters.k
         t = layout.start + _below(layout.size, generator)
         if self.ranks.size == 1:
             return TimestepBatch(t, layout.cluster.clone(), layout.weight.clone())
         start = sum(sizes[: self.ranks.rank])
-        mine = slice(start, start + sizes[self.ranks.rank])
-        return TimestepBatch(t[mine], layout.cluster[mine].clone(), layout.weight[mine].clone())
+        chunk = slice(start, start + sizes[self.ranks.rank])
+        return TimestepBatch(t[chunk], layout.cluster[chunk].clone(), layout.weight[chunk].clone())
 
     def shares(self, B: int) -> list[int]:
-        """Return the rows that each cluster gets in the next step, whose batch of all ranks has B rows: K ints."""
+        """Return each cluster's number of samples in the next step, K ints, for B samples over all ranks."""
         k = self.clusters.k
         return [B // k + ((c - self._offset) % k < B % k) for c in range(k)]
 
     def counts(self, B: int | Sequence[int]) -> list[list[int]]:
-        """Return the rows of each cluster on each rank in the next step, R lists of K; ``B`` as in :meth:`sample`."""
+        """Return each cluster's number of samples on each rank in the next step, R lists of K ints.
+
+        ``B`` is given as to :meth:`sample`.
+        """
         sizes = self._sizes(B)
         return contiguous_counts(self.shares(sum(sizes)), sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rotation and, if :meth:`sample` has used them, the states of the sampler's own generators.
 
-        It is the same on every rank. A generator that is passed to :meth:`sample` has a state of its own.
+        The state is the same on every rank. It does not contain a generator that is passed to :meth:`sample`.
         """
         state: dict[str, Any] = {"k": self.clusters.k, "offset": self._offset}
         if self._generators:
@@ -141,8 +147,10 @@ class StratifiedTimesteps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, on any number of ranks.
 
+        If the state has generators, :meth:`sample` uses them even if this sampler has no seed.
+
         Raises:
-            ValueError: it is not the state of a sampler with as many clusters.
+            ValueError: it is not the state of a sampler with the same number of clusters.
         """
         k, offset = state.get("k"), state.get("offset")
         if k != self.clusters.k or not isinstance(offset, int) or not 0 <= offset < k:
@@ -157,13 +165,14 @@ class StratifiedTimesteps:
         return self._generators[device]
 
     def _sizes(self, B: int | Sequence[int]) -> list[int]:
-        """Return the rows of each rank."""
+        """Return the number of samples on each rank."""
         self.ranks.require_all()
         if not isinstance(B, Sequence):
             return [as_count("B", B)] * self.ranks.size
         if len(B) != self.ranks.size:
             raise ValueError(
-                f"B must be this rank's rows, or the rows of each of the {self.ranks.size} ranks; got {list(B)}."
+                f"B must be the samples of this rank, or of each of the {self.ranks.size} ranks; got {list(B)}. "
+                "Pass one int, or one int per rank."
             )
         return [as_count("B", size, least=0) for size in B]
 
@@ -175,15 +184,15 @@ class StratifiedTimesteps:
             sizes = self.clusters.sizes  # [k]
             cluster = torch.arange(self.clusters.k).repeat_interleave(torch.tensor(self.shares(B)))  # [B]
             weight = sizes.double() * self.clusters.k / self.clusters.T if self.importance else torch.ones_like(sizes)
-            rows = self.clusters.starts[cluster], sizes[cluster], cluster, weight.float()[cluster]
-            self._layouts[key] = _Layout(*(x.to(device) for x in rows))
+            layout = self.clusters.starts[cluster], sizes[cluster], cluster, weight.float()[cluster]
+            self._layouts[key] = _Layout(*(x.to(device) for x in layout))
         return self._layouts[key]
 
 
 class UniformTimesteps:
-    """Draws t uniformly from 0..T-1, as ordinary diffusion training does; clusters get rows as it falls out.
+    """Draw t uniformly from 0..T-1, as ordinary diffusion training does. The sizes of the clusters are random.
 
-    Same interface as :class:`StratifiedTimesteps`; rows are not grouped, and weights are 1.
+    The interface is that of :class:`StratifiedTimesteps`. Samples are not sorted by cluster, and weights are 1.
     """
 
     def __init__(self, clusters: TimestepClusters) -> None:
@@ -193,27 +202,27 @@ class UniformTimesteps:
     def sample(
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> TimestepBatch:
-        """One batch of timesteps; arguments, result and errors as in :meth:`StratifiedTimesteps.sample`."""
+        """Draw one batch. Arguments, result and errors are those of :meth:`StratifiedTimesteps.sample`."""
         B = as_count("B", B)
         device = _device(device, generator)
         t = torch.randint(self.clusters.T, (B,), device=device, generator=generator)
         return TimestepBatch(t, self.clusters.cluster_of(t), torch.ones(B, dtype=torch.float32, device=device))
 
     def state_dict(self) -> dict[str, int]:
-        """Empty: each draw is independent of the last."""
+        """Return an empty dict, since each draw is independent of the last."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accepts the state of a uniform sampler, which is empty."""
+        """Accept the state of a uniform sampler, which is empty."""
         if state:
             raise ValueError(f"state must be that of a uniform sampler, which is empty; got {dict(state)}.")
 
 
 def _below(size: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform integers in ``[0, size)``, a different size a row: int64 ``[B]``.
+    """Return uniform integers in ``[0, size)``, int64 ``[B]``, with one size per sample.
 
-    62 random bits modulo the size: always inside the interval, where scaling a float could round up to its end. The
-    chance of a value is off by less than size / 2^62 of itself.
+    They are 62 random bits modulo the size, which is always inside the interval; a scaled float could round up to its
+    end. The relative error of a value's probability is less than size / 2^62.
     """
     bits = torch.randint(1 << 62, size.shape, device=size.device, generator=generator)
     return bits.remainder_(size)

@@ -1,4 +1,4 @@
-"""What only several ranks need: exchanges of rows, the cost model, losses over all ranks, sharded checkpoints."""
+"""Training on several ranks: exchanges of rows, the cost model, losses over all ranks, sharded checkpoints."""
 
 from antdiff.distributed.checkpoint import load_checkpoint, save_checkpoint
 from antdiff.distributed.chunks import contiguous_counts

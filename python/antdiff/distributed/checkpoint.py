@@ -1,4 +1,4 @@
-"""Checkpoints of a run on several ranks, sharded or not: saved on N of them, loaded on M."""
+"""Checkpoints of a run on several ranks, sharded or not. They are saved on N ranks and loaded on M."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from typing import Any
 import torch.distributed as dist
 
 from antdiff._files import sync_folder
-from antdiff.distributed.ranks import Ranks, answering
+from antdiff.distributed.ranks import Ranks, naming_lost_ranks
 
-KEPT = 2  # the newest, and the one before
+KEPT = 2  # the newest checkpoint and the one before
 
 
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], *, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Writes ``folder/step-<step>`` by torch.distributed.checkpoint, then deletes all but the newest two.
+    """Write ``folder/step-<step>`` with torch.distributed.checkpoint, then delete all checkpoints but the newest two.
 
-    Every rank calls it and writes its part. It is written beside its place and renamed by rank 0 when all have done: a
-    rank that dies on the way leaves the earlier checkpoints as they were.
+    Every rank calls this function and writes its part to a temporary folder, which rank 0 renames when all ranks have
+    written. If a rank dies before that, the earlier checkpoints are unchanged.
 
     Args:
-        folder: the same on every rank, on a file system that all see.
-        step: its number.
+        folder: the same on every rank, on a file system that all ranks share.
+        step: the number of the training step.
         state: nested dicts of tensors, DTensors (the state dicts of a ``fully_shard`` model and its optimizer),
-            numbers, strings, and what else can be pickled. What is no DTensor has to be the same on every rank; what a
-            rank has of its own goes under a key of its own, such as ``f"rng{rank}"``.
+            numbers, strings and other objects that can be pickled. Values other than DTensors must be the same on
+            every rank. Store a value that differs between ranks under one key per rank, such as ``f"rng{rank}"``.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
         LostRankError: another rank has died or hangs.
-        CheckpointException: of torch.distributed.checkpoint, where some rank could not write.
+        CheckpointException: a rank could not write (from torch.distributed.checkpoint).
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -42,35 +45,37 @@ def save_checkpoint(
     path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was cut short
-    _together(ranks)
-    with warnings.catch_warnings(), answering("the save of a checkpoint"):
+        shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted save
+    _barrier(ranks)
+    with warnings.catch_warnings(), naming_lost_ranks("the save of a checkpoint"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         save(dict(state), storage_writer=FileSystemWriter(temporary, sync_files=True), process_group=ranks.group)
-    _together(ranks)
+    _barrier(ranks)
     if ranks.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)  # the same step again, after a restart
+        shutil.rmtree(path, ignore_errors=True)  # the same step may be saved again after a restart
         temporary.rename(path)
         sync_folder(folder)
         for old in _checkpoints(folder)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
-    _together(ranks)
+    _barrier(ranks)
     return path
 
 
 def load_checkpoint(folder: Path, state: dict[str, Any], *, group: dist.ProcessGroup | None = None) -> int | None:
-    """Reads the newest checkpoint of ``folder`` into ``state``, on any number of ranks.
+    """Read the newest checkpoint of ``folder`` into ``state``, on any number of ranks.
 
     Args:
-        state: as given to :func:`save_checkpoint`, of the same keys: tensors and DTensors are filled in place, however
-            they are sharded now; other values are replaced. Give a model what was read with ``load_state_dict``.
+        state: a dict with the same keys as were given to :func:`save_checkpoint`. Tensors and DTensors are filled in
+            place, whatever their sharding is now; other values are replaced. Pass the results to ``load_state_dict``
+            of the model and the optimizer.
 
     Returns:
-        Its step, or None where the folder has none; the same on every rank.
+        The step of the checkpoint, or None if the folder has no checkpoint. It is the same on every rank.
 
     Raises:
         LostRankError: another rank has died or hangs.
-        CheckpointException: of torch.distributed.checkpoint: unreadable, or keys or shapes that it does not hold.
+        CheckpointException: the checkpoint cannot be read, or does not have a key or shape of ``state`` (from
+            torch.distributed.checkpoint).
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -78,13 +83,13 @@ def load_checkpoint(folder: Path, state: dict[str, Any], *, group: dist.ProcessG
     ranks = Ranks(group)
     found = _checkpoints(folder)
     newest: list[Path | None] = [found[-1] if found else None]
-    if ranks.size > 1:  # rank 0 decides: a network file system may show the others an older listing
-        with answering("the choice of a checkpoint"):
+    if ranks.size > 1:  # rank 0 decides, since a network file system may show older listings to the others
+        with naming_lost_ranks("the choice of a checkpoint"):
             dist.broadcast_object_list(newest, group=ranks.group, group_src=0)
     path = newest[0]
     if path is None:
         return None
-    with warnings.catch_warnings(), answering("the load of a checkpoint"):
+    with warnings.catch_warnings(), naming_lost_ranks("the load of a checkpoint"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         load(state, storage_reader=FileSystemReader(path), process_group=ranks.group)
     return int(path.name.removeprefix("step-"))
@@ -94,7 +99,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _together(ranks: Ranks) -> None:
+def _barrier(ranks: Ranks) -> None:
     if ranks.size > 1:
-        with answering("a checkpoint"):
+        with naming_lost_ranks("a checkpoint"):
             dist.barrier(ranks.group)

@@ -1,4 +1,4 @@
-"""What a step sends, and how long that takes: arithmetic, from bytes, bandwidths and latencies."""
+"""A model of the communication of a step: bytes and times, computed from bandwidths and latencies."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Of one scheme and step.
+    """The communication of one scheme per step.
 
     Attributes:
-        bytes: sent by a rank, on average over ranks.
-        seconds: communication alone, without overlap.
-        exposed: what of it no computation hides.
+        bytes: bytes sent per rank, averaged over ranks.
+        seconds: time of the communication alone, without overlap.
+        exposed: the part of this time that no computation hides.
     """
 
     bytes: float
@@ -33,31 +33,36 @@ def cost_model(
     network: float = 45e9,
     latency: float = 20e-6,
 ) -> dict[str, Cost]:
-    """Bytes and times of one step's gradients, for each scheme that serves.
+    """Compute the bytes and times that each scheme takes for the gradients of one step.
 
-    Assumptions. A collective takes ``latency`` plus its bytes over the bandwidth it finds; collectives do not run
-    beside one another. A ring (all-reduce, reduce-scatter, all-gather) over several nodes leaves each node through all
-    of its network cards at once, so it runs at min(nvlink, node x network); an all-to-all sends what is for other nodes
-    through the rank's own card. Neighbours that share a cluster count as one node's, if they are not more than it has.
-    ``ddp`` hides all but its last bucket (a tenth) in the backward, two thirds of ``step``; ``reduce_scatter`` every
-    row but the last in the slices that follow, a K-th of ``step`` each; nothing hides the direction's gathering. The
-    defaults are nominal figures of eight GPUs on NVLink with a 400 Gb/s card each, not measurements.
+    The model assumes the following.
+
+    - A collective takes ``latency`` plus its bytes divided by the bandwidth. Collectives do not overlap each other.
+    - A ring (all-reduce, reduce-scatter, all-gather) over several nodes uses all network cards of a node at once, so
+      its bandwidth is min(nvlink, node x network). An all-to-all sends the part for other nodes through the rank's own
+      card.
+    - Neighbouring ranks that share a cluster are on one node, if a node has as many ranks.
+    - ``ddp`` hides all but its last bucket (a tenth) behind the backward, which is two thirds of ``step``.
+      ``reduce_scatter`` hides every row but the last behind the slices that follow, each a K-th of ``step``. Nothing
+      hides the all-gather of the direction.
+
+    The defaults are nominal figures of eight GPUs on NVLink with one 400 Gb/s network card each, not measurements.
 
     Args:
-        numel: P, trainable parameters.
-        k: clusters.
-        world_size: R.
-        itemsize: bytes a number.
-        counts: samples of each cluster on each rank, R lists of k; default what contiguous chunks of a stratified batch
-            give.
-        step: seconds of forward and backward on a rank.
-        node: ranks in a node.
-        nvlink, network: bytes a second and rank, inside and out of a node, each direction.
-        latency: seconds a collective.
+        numel: P, the number of trainable parameters.
+        k: the number of clusters.
+        world_size: R, the number of ranks.
+        itemsize: bytes per number.
+        counts: samples of each cluster on each rank, R lists of k ints. None: those of contiguous chunks of a
+            stratified batch.
+        step: seconds per forward and backward on a rank.
+        node: ranks per node.
+        nvlink, network: bytes per second and rank within a node and between nodes, in each direction.
+        latency: seconds per collective.
 
     Returns:
-        ``ddp`` (a plain step's all-reduce), ``all_reduce``, ``reduce_scatter``, ``cluster`` and ``fsdp`` (beyond what
-        fully_shard sends by itself: only the K x K numbers).
+        A cost for each of ``ddp`` (the all-reduce of a plain step), ``all_reduce``, ``reduce_scatter``, ``cluster`` and
+        ``fsdp`` (only the K x K numbers that are sent in addition to what fully_shard sends by itself).
     """
     R, row = world_size, float(numel * itemsize)
     rho = (R - 1) / R
@@ -76,7 +81,7 @@ def cost_model(
         c = R // k
         inside = latency + (c - 1) / c * row / (nvlink if c <= node else ring)
         rows = (inside if c > 1 else 0.0) + _all_to_all(row / c, k, c, node, nvlink, network, latency)
-        around = rows  # the same way back
+        around = rows  # the direction returns on the same path
     else:
         rows = slots * _all_to_all(row, R, 1, node, nvlink, network, latency)
         around = gather
@@ -95,13 +100,16 @@ def cost_model(
 
 
 def _held(k: int, R: int) -> list[int]:
-    """Clusters of each rank where a batch of equal shares, sorted by cluster, is cut into R equal chunks."""
+    """Return the number of clusters on each rank if a sorted batch of equal shares is cut into R equal chunks."""
     return [((r + 1) * k - 1) // R - r * k // R + 1 for r in range(R)]
 
 
 def _all_to_all(
     size: float, members: int, apart: int, node: int, nvlink: float, network: float, latency: float
 ) -> float:
-    """``size`` bytes of each rank to ``members`` ranks, neighbours among which are ``apart`` ranks from one another."""
+    """Return the time in which each rank sends ``size`` bytes in equal parts to ``members`` ranks.
+
+    Neighbouring members are ``apart`` ranks from each other.
+    """
     near = max(1, min(members, node // apart))
     return latency + max(size * (near - 1) / members / nvlink, size * (members - near) / members / network)

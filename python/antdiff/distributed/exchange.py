@@ -1,22 +1,25 @@
-"""From K rows on every rank to their sum over the ranks: the schemes.
+"""The schemes that sum K rows over the ranks.
 
 The Gram matrix of a mean is not the mean of Gram matrices, so the rows are summed before their inner products are
-taken. R ranks, rho = (R - 1) / R; "row" is the gradient of one cluster, P numbers. Bytes are those that a rank sends.
+taken. There are R ranks, and rho = (R - 1) / R. A row is the gradient of one cluster, P numbers. The table counts the
+numbers sent per rank and step.
 
-==================  =====================================================================  =======================
-scheme              how                                                                    numbers sent
-==================  =====================================================================  =======================
-``all_reduce``      all K rows everywhere; each rank computes the same K x K and direction  2 rho K P
-``reduce_scatter``  each rank gets a piece of all K rows, and later gathers the direction    rho K P + rho P
-``cluster``         the same, but a rank sends the rows of the clusters it holds only       rho m P + rho P
-==================  =====================================================================  =======================
+==================  ========================================================================  =================
+scheme              how the rows are summed                                                   numbers sent
+==================  ========================================================================  =================
+``all_reduce``      every rank gets all K rows and computes the same K x K and direction      2 rho K P
+``reduce_scatter``  every rank gets a piece of all K rows and later gathers the direction     rho K P + rho P
+``cluster``         as ``reduce_scatter``, but a rank sends only the rows of its clusters     rho m P + rho P
+==================  ========================================================================  =================
 
-m, the rows a rank holds, is 1 where the batch is cut into contiguous chunks by cluster and R is a multiple of K: as
-many bytes as an ordinary all-reduce of one gradient. For other R it is (R + K - gcd(R, K)) / R on average.
+m is the number of clusters on a rank. It is 1 if the batch is cut into contiguous chunks by cluster and R is a multiple
+of K; the rank then sends as many bytes as an ordinary all-reduce of one gradient. For other R it is
+(R + K - gcd(R, K)) / R on average.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,15 +31,15 @@ from antdiff.distributed.ranks import Ranks, Work, wait
 
 
 class Exchange:
-    """Takes a rank's rows one after another and gives its part of their sum over the ranks.
+    """Receives the rows of this rank one by one, and returns this rank's part of their sum over the ranks.
 
     Attributes:
         J: this rank's part of the K global rows, a list of ``[K, ...]``, complete after :meth:`finish`.
-        sharded: the parts of the ranks are disjoint, so the Gram matrix is the sum of theirs.
-        per_parameter: J has an entry for each of ``params``, ``[K, *shape]``; else it is one matrix ``[K, S]``.
-        lockstep: every rank has to write as many rows, empty ones included, each after running the network.
-        averaging: what a backward sums over ranks arrives divided by this.
-        replicas: ranks that hold the same part of J.
+        sharded: whether the parts of the ranks are disjoint. The Gram matrix is then the sum over the ranks.
+        per_parameter: whether J has one entry ``[K, *shape]`` per parameter; else it is one matrix ``[K, S]``.
+        lockstep: whether every rank must run the network for every row, also for the rows of clusters it lacks.
+        averaging: the factor by which a backward divides the sum over ranks.
+        replicas: the number of ranks that hold the same part of J.
     """
 
     sharded, per_parameter, lockstep = True, False, False
@@ -50,18 +53,18 @@ class Exchange:
         self.J: list[Tensor] = []
 
     def begin(self, counts: Counts | None) -> None:
-        """Before the rows of a step; ``counts`` where they are known on every rank."""
+        """Prepare for the rows of a step. ``counts`` are those of all ranks, or None if they are not known."""
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
-        """Row i of this rank, times ``factor``, is on its way; None stands for a zero gradient, or row."""
+        """Send row i of this rank times ``factor``. None stands for a zero gradient or a zero row."""
         raise NotImplementedError
 
     def finish(self) -> list[Tensor]:
-        """J, once every row has arrived."""
+        """Wait until all rows have arrived, and return J."""
         raise NotImplementedError
 
     def combine(self, weights: Tensor) -> None:
-        """``p.grad = weights^T J``, whole on every rank."""
+        """Write ``weights^T J`` to ``p.grad``, whole on every rank."""
         raise NotImplementedError
 
     def set_grads(self, direction: Sequence[Tensor]) -> None:
@@ -69,28 +72,28 @@ class Exchange:
         _set_grads(self.params, direction)
 
     def nbytes(self) -> int:
-        """Memory of rows, buffers and result on this rank."""
+        """Return the memory of rows, buffers and ``p.grad`` on this rank in bytes."""
         raise NotImplementedError
 
 
 def views(flat: Tensor, params: list[nn.Parameter], k: int | None = None) -> list[Tensor]:
-    """The parameters' pieces of a flat buffer, one after another: ``[*shape]``, or ``[k, *shape]``."""
-    views, at = [], 0
+    """Return the parameters' consecutive pieces of a flat buffer, as views ``[*shape]`` or ``[k, *shape]``."""
+    views, start = [], 0
     for p in params:
         n = p.numel() * (k or 1)
-        views.append(flat[at : at + n].view(p.shape if k is None else (k, *p.shape)))
-        at += n
+        views.append(flat[start : start + n].view(p.shape if k is None else (k, *p.shape)))
+        start += n
     return views
 
 
 def fill(views: list[Tensor], grads: Sequence[Tensor | None] | None, factor: Tensor | float) -> None:
-    """``views = factor * grads``, fused; zero where there is none."""
+    """Write ``factor * grads`` to ``views`` with fused kernels, and zero where a gradient is None."""
     grads = grads if grads is not None else [None] * len(views)
-    to = [v for v, g in zip(views, grads, strict=True) if g is not None]
-    if to:
-        torch._foreach_copy_(to, [g for g in grads if g is not None])
+    targets = [v for v, g in zip(views, grads, strict=True) if g is not None]
+    if targets:
+        torch._foreach_copy_(targets, [g for g in grads if g is not None])
         if not (isinstance(factor, float) and factor == 1.0):
-            torch._foreach_mul_(to, factor)
+            torch._foreach_mul_(targets, factor)
     if missed := [v for v, g in zip(views, grads, strict=True) if g is None]:
         torch._foreach_zero_(missed)
 
@@ -101,7 +104,7 @@ def _set_grads(params: list[nn.Parameter], views: Sequence[Tensor]) -> None:
 
 
 class AllReduce(Exchange):
-    """The reference, and the fastest for a small network: one message of K P numbers, nothing to gather."""
+    """One message of K P numbers. It is the fastest scheme for small networks, and the reference for the others."""
 
     sharded, per_parameter = False, True
 
@@ -128,10 +131,10 @@ class AllReduce(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """Each row goes out while the next one is computed; J is this rank's S columns of it.
+    """Each row is sent while the next one is computed. J is S columns of the rows per rank.
 
-    Two rows are in flight at most, so a rank holds K P / R numbers of J and not K P. The direction is gathered into the
-    buffer of the first row, which the next step overwrites: p.grad are views of it.
+    At most two rows are in flight, so a rank holds K P / R numbers of J instead of K P. The direction is gathered into
+    the buffer of the first row, and ``p.grad`` are views of it, which the next call overwrites.
     """
 
     in_flight = 2
@@ -146,11 +149,11 @@ class ReduceScatter(Exchange):
         self.columns = torch.empty(k, self.S, dtype=dtype, device=self.device)
         self.J = [self.columns]
         self.received: dict[int, Tensor] = {}
-        self.pending: list[tuple[Work, int, int] | None] = [None, None]  # work, slot's cluster, buffer
+        self.pending: list[tuple[Work, int, int] | None] = [None, None]  # work, cluster, buffer
         self.next = 0
 
     def begin(self, counts: Counts | None) -> None:
-        self._drain()  # of a step that an error has ended
+        self._drain()  # rows may be in flight if an error ended the last call
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
         b, self.next = self.next, 1 - self.next
@@ -165,7 +168,7 @@ class ReduceScatter(Exchange):
     def combine(self, weights: Tensor) -> None:
         ops.combine(weights, self.columns, out=self._piece())
         self._gather()
-        self.grads[self.numel :].zero_()  # poisoned weights have made it NaN, and the next row keeps it
+        self.grads[self.numel :].zero_()  # padding: NaN weights make it NaN, and writing a row does not reset it
         _set_grads(self.params, views(self.grads, self.params))
 
     def nbytes(self) -> int:
@@ -198,35 +201,39 @@ class ReduceScatter(Exchange):
         wait(self.ranks.all_gather(self.grads, self._piece()), "all_gather")
 
     def _buffer(self, b: int, numel: int) -> Tensor:
-        """What arrives while row b is in flight, at least ``numel`` long, made once."""
+        """Return the receive buffer of row b, ``[numel]``. It is allocated once."""
         if b not in self.received or self.received[b].numel() < numel:
             self.received[b] = torch.empty(numel, dtype=self.dtype, device=self.device)
         return self.received[b][:numel]
 
 
 class Held(ReduceScatter):
-    """Scheme ``cluster``: only the rows that a rank holds are sent, which every rank knows of every other.
+    """Scheme ``cluster``: a rank sends only the rows of the clusters it holds, which all ranks know beforehand.
 
-    In slot j each rank sends its j-th row, cut into a piece for every rank; the pieces of one cluster are added up
-    where they arrive.
+    In slot j each rank sends its j-th row, cut into one piece per rank. The receiving rank adds up the pieces of a
+    cluster.
     """
+
+    def __init__(self, ranks: Ranks, params: list[nn.Parameter], k: int, dtype: torch.dtype) -> None:
+        super().__init__(ranks, params, k, dtype)
+        self.senders_clusters: list[list[int]] = [[], []]  # for each buffer, the clusters whose rows it receives
 
     def begin(self, counts: Counts | None) -> None:
         super().begin(counts)
         assert counts is not None
         held = [[i for i, n in enumerate(row) if n] for row in counts]  # clusters of each rank
-        self.mine = held[self.ranks.rank]
+        self.clusters = held[self.ranks.rank]
         slots = max(map(len, held))
         self.slots = [[(q, row[j]) for q, row in enumerate(held) if len(row) > j] for j in range(slots)]
         self.slot = 0
         self.columns.zero_()
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
-        if i in self.mine:
+        if i in self.clusters:
             super().write(i, grads, factor)
 
     def finish(self) -> list[Tensor]:
-        for _ in range(self.slot, len(self.slots)):  # the others' rows
+        for _ in range(self.slot, len(self.slots)):  # slots in which only other ranks send
             b, self.next = self.next, 1 - self.next
             self._settle(b)
             self.pending[b] = (self._send(-1, b), -1, b)
@@ -235,8 +242,7 @@ class Held(ReduceScatter):
     def _send(self, i: int, b: int) -> Work:
         R, S, senders = self.ranks.size, self.S, dict(self.slots[self.slot])
         self.slot += 1
-        self._order = getattr(self, "_order", [[], []])
-        self._order[b] = list(senders.values())
+        self.senders_clusters[b] = list(senders.values())
         received = [S if q in senders else 0 for q in range(R)]
         sends = self.ranks.rank in senders
         return self.ranks.all_to_all(
@@ -247,28 +253,26 @@ class Held(ReduceScatter):
         )
 
     def _arrived(self, i: int, b: int) -> None:
-        clusters = self._order[b]
+        clusters = self.senders_clusters[b]
         pieces = self.received[b][: self.S * len(clusters)].view(-1, self.S)
-        at = 0
-        for n, c in _runs(clusters):  # ascending with the ranks: neighbours share a cluster
-            self.columns[c] += pieces[at : at + n].sum(0)
-            at += n
+        start = 0
+        for n, c in _runs(clusters):  # the clusters ascend with the ranks, so the pieces of a cluster are neighbours
+            self.columns[c] += pieces[start : start + n].sum(0)
+            start += n
 
 
 def _runs(values: list[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for value in values:
-        if runs and runs[-1][1] == value:
-            runs[-1] = (runs[-1][0] + 1, value)
-        else:
-            runs.append((1, value))
-    return runs
+    """Return the length and the value of each run of equal values."""
+    return [(len(list(run)), value) for value, run in itertools.groupby(values)]
 
 
 class OneEach(ReduceScatter):
-    """Scheme ``cluster`` where R = c K and each c neighbouring ranks hold one cluster: summed among them first, then
-    exchanged with the ranks of the other clusters. As many bytes as :class:`Held`, but only a c-th of them, P / c,
-    leave the group of neighbours, which is what counts where neighbours share a node."""
+    """Scheme ``cluster`` for R = c K, where c neighbouring ranks hold one cluster.
+
+    Neighbours sum their rows first, then exchange the sums with the ranks of the other clusters. This sends as many
+    bytes as :class:`Held`, but only P / c numbers, a c-th of them, leave the group of neighbours. This is faster if
+    neighbours share a node.
+    """
 
     in_flight = 1
 
@@ -276,8 +280,8 @@ class OneEach(ReduceScatter):
         super().__init__(ranks, params, k, dtype)
         c = ranks.size // k
         self.cluster = ranks.rank // c
-        self.inside = ranks.mine_of([[m * c + x for x in range(c)] for m in range(k)])
-        self.across = ranks.mine_of([[m * c + x for m in range(k)] for x in range(c)])
+        self.inside = ranks.own_subgroup([[m * c + x for x in range(c)] for m in range(k)])
+        self.across = ranks.own_subgroup([[m * c + x for m in range(k)] for x in range(c)])
         self.chunk = torch.empty(k * self.S if c > 1 else 0, dtype=dtype, device=self.device)
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
@@ -290,9 +294,9 @@ class OneEach(ReduceScatter):
         if c > 1:
             chunk = self.chunk
             if self.gloo:
-                arrived = self._buffer(0, self.flats[0].numel())
-                wait(self.inside.all_to_all(arrived, self.flats[0]), "the sum of a cluster's rows")
-                torch.sum(arrived.view(c, -1), 0, out=chunk)
+                received = self._buffer(0, self.flats[0].numel())
+                wait(self.inside.all_to_all(received, self.flats[0]), "the sum of a cluster's rows")
+                torch.sum(received.view(c, -1), 0, out=chunk)
             else:
                 wait(self.inside.reduce_scatter(chunk, self.flats[0]), "the sum of a cluster's rows")
         wait(self.across.all_to_all(self.columns.view(-1), chunk), "the exchange of rows")
@@ -301,7 +305,8 @@ class OneEach(ReduceScatter):
     def nbytes(self) -> int:
         return super().nbytes() + self.chunk.nbytes
 
-    # Rank (cluster m, place j) ends with piece j K + m of the row: the pieces of its chunk j lie across the clusters.
+    # Rank j of the group of cluster m holds piece j K + m of each row, so the pieces of chunk j are spread over the
+    # groups of all clusters.
 
     def _chunk(self) -> Tensor:
         return self.grads[self.inside.rank * self.k * self.S :][: self.k * self.S]

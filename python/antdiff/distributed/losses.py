@@ -1,4 +1,4 @@
-"""Methods that look at losses alone: K losses of the whole batch, and one ordinary reduction of the gradients."""
+"""Methods that need only losses: the K losses of the whole batch, and one ordinary reduction of the gradients."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ def global_losses(
     averaged: bool = False,
     nonfinite: Literal["raise", "poison"] = "raise",
 ) -> tuple[Tensor, Tensor]:
-    """The mean losses of the clusters over all ranks, for any function of them to be back-propagated.
+    """Return the mean losses of the clusters over all ranks, to be back-propagated through any function of them.
 
-    Their values are the same on every rank; their gradient is that of this rank's samples, so that the gradients of the
-    ranks add up to that of the whole batch::
+    Their values are the same on every rank. Their gradient is that of this rank's samples, so the sum of the gradients
+    over the ranks is the gradient of the whole batch::
 
         losses, counts = ops.cluster_loss(model(xt, t), noise, cluster, K, weight)
         losses, counts = distributed.global_losses(losses, counts)
         balancer.loss(losses, counts).backward()
         distributed.reduce_gradients(model)
 
-    One all-reduce of 2 K + R numbers. A process without torch.distributed gets back what it gave.
+    It sends one all-reduce of 2 K + R numbers. In one process it returns its arguments.
 
     Args:
-        losses: ``[K]``, means over this rank's samples (0 where empty), with their graph.
-        counts: ``[K]``, this rank's samples.
-        group: the ranks; default all.
-        averaged: the gradients will be averaged over ranks, by DistributedDataParallel or FSDP, and not summed: they
-            are multiplied by the number of ranks.
-        nonfinite: ``"poison"``: a loss that is not finite is passed on, for a ``GradScaler`` to skip the step.
+        losses: ``[K]``, means over this rank's samples (0 for an empty cluster), with their graph.
+        counts: ``[K]``, this rank's samples per cluster.
+        group: the ranks: a process group, None for the default group, or ``"local"``.
+        averaged: whether gradients will be averaged over ranks, by DistributedDataParallel or FSDP, and not summed.
+            They are then multiplied by the number of ranks.
+        nonfinite: ``"poison"`` returns a loss that is not finite, so that a ``GradScaler`` skips the step.
 
     Returns:
-        Losses ``[K]`` and counts ``[K]`` of all ranks, in the dtypes given.
+        Losses ``[K]`` and counts ``[K]`` of all ranks, in the dtypes of the arguments.
 
     Raises:
-        NonFiniteError: a loss is not finite, naming the ranks; on the CPU alone, where looking costs nothing.
+        NonFiniteError: a loss is not finite; it names the ranks. Raised on the CPU only, where the check does not wait.
         LostRankError: another rank has died or hangs.
     """
     ranks = Ranks(group)
@@ -56,8 +56,8 @@ def global_losses(
     if nonfinite == "raise" and total.device.type == "cpu":
         refuse_nonfinite(sound, total)
     n = total[k:].clamp(min=1)
-    mine = (sums - sums.detach()) * (ranks.size if averaged else 1)  # 0, with a gradient
-    return (total[:k] / n).to(losses.dtype) + mine / n.to(losses.dtype), total[k:].to(counts.dtype)
+    own = (sums - sums.detach()) * (ranks.size if averaged else 1)  # zeros with a gradient
+    return (total[:k] / n).to(losses.dtype) + own / n.to(losses.dtype), total[k:].to(counts.dtype)
 
 
 def reduce_gradients(
@@ -66,13 +66,15 @@ def reduce_gradients(
     group: Group = None,
     skip_unused: bool = False,
 ) -> None:
-    """Sums ``p.grad`` over the ranks, in one message a dtype. Not for gradients that DistributedDataParallel or FSDP
-    has reduced.
+    """Sum ``p.grad`` over the ranks in place, in one message per dtype.
+
+    Do not call it for gradients that DistributedDataParallel or FSDP has reduced.
 
     Args:
-        params: the parameters, or the module that has them, the same on every rank.
-        group: the ranks; default all.
-        skip_unused: a ``p.grad`` of None stays None, and must be so on every rank; else it counts as zero.
+        params: the parameters, or the module that has them. They are the same on every rank.
+        group: the ranks: a process group, None for the default group, or ``"local"``.
+        skip_unused: leave a ``p.grad`` of None as it is. It must then be None on every rank. Otherwise it counts as
+            zero.
 
     Raises:
         LostRankError: another rank has died or hangs.
@@ -85,8 +87,8 @@ def reduce_gradients(
     for p in params:
         if p.requires_grad and not (skip_unused and p.grad is None):
             by_dtype.setdefault(p.dtype, []).append(p)
-    for group_ in by_dtype.values():
-        bucket = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in group_])
+    for same_dtype in by_dtype.values():
+        bucket = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in same_dtype])
         wait(ranks.all_reduce(bucket), "all_reduce")
-        for p, piece in zip(group_, bucket.split([p.numel() for p in group_]), strict=True):
+        for p, piece in zip(same_dtype, bucket.split([p.numel() for p in same_dtype]), strict=True):
             p.grad = piece.view(p.shape)

@@ -1,7 +1,7 @@
-"""The processes that train together, and what may go wrong between them.
+"""The processes that train together, and the errors of communication between them.
 
-Everything that crosses a process boundary goes through :class:`Ranks`, so that a rank that is lost or holds a NaN ends
-in the same named error on every other one.
+All communication of a step goes through :class:`Ranks`, so that every rank raises the same named error if one rank is
+lost or has a NaN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def _renamed(new: str, old: str) -> Callable[..., Work]:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; raised on every rank alike. ``ranks`` are those whose losses are."""
+    """A loss or a gradient is NaN or infinite. Every rank raises it.
+
+    Attributes:
+        ranks: the ranks whose losses are not finite.
+    """
 
     def __init__(self, message: str, ranks: list[int]) -> None:
         super().__init__(message)
@@ -39,7 +43,7 @@ class NonFiniteError(RuntimeError):
 
 
 class LostRankError(RuntimeError):
-    """A collective failed or timed out: another rank has died, or hangs."""
+    """A collective failed or timed out, because another rank has died or hangs."""
 
 
 class Ranks:
@@ -78,11 +82,11 @@ class Ranks:
         return self.size == 1 or self.size == dist.get_world_size()
 
     def over_gloo(self, device: torch.device) -> bool:
-        """Whether tensors there travel by gloo, whose reduce_scatter is an all_reduce that throws most of it away."""
+        """Whether gloo sends tensors of ``device``. Its reduce_scatter is an all_reduce that discards most results."""
         return f"{device.type}:gloo" in dist.get_backend_config(self.group).split(",")
 
     def require_all(self) -> None:
-        """Refuse to train each rank by itself unnoticed.
+        """Raise if each rank would train alone without the user's knowledge.
 
         Raises:
             RuntimeError: the process group was initialised after this object was made.
@@ -95,47 +99,51 @@ class Ranks:
                 "this one was made before it. Move its construction, or pass group='local' to train each rank alone."
             )
 
-    def mine_of(self, groups: list[list[int]]) -> Ranks:
-        """Of disjoint groups of ranks that cover all, the one that has this rank. Every process of the job has to call:
-        torch.distributed can let the members alone make a group, but deadlocks where they are in unequal numbers of
-        groups already."""
+    def own_subgroup(self, groups: list[list[int]]) -> Ranks:
+        """Make disjoint groups that cover all ranks, and return the one that contains this rank.
+
+        Every process of the job has to call this. torch.distributed can make a group on its members alone, but it
+        deadlocks if the members are in different numbers of groups already.
+        """
         made = [dist.new_group(group) for group in groups]
         return Ranks(next(g for g, group in zip(made, groups, strict=True) if self.rank in group))
 
-    # ---- collectives: asynchronous, the result is there after wait() -------------------------------------------------
+    # ---- collectives: asynchronous, their results are valid after wait() ---------------------------------------------
 
     def all_reduce(self, x: Tensor) -> Work:
-        """Sums ``x`` over the ranks, in place. Sends 2 rho numel(x)."""
-        with answering("all_reduce"):
+        """Sum ``x`` over the ranks in place. Sends 2 rho numel(x) numbers per rank."""
+        with naming_lost_ranks("all_reduce"):
             return dist.all_reduce(x, group=self.group, async_op=True)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
-        """``out`` [S]: piece ``rank`` of the sum of ``x [size * S]`` over the ranks. Sends rho numel(x)."""
-        with answering("reduce_scatter"):
+        """Write piece ``rank`` of the sum of ``x [size * S]`` over the ranks to ``out [S]``. Sends rho numel(x)."""
+        with naming_lost_ranks("reduce_scatter"):
             return _renamed("reduce_scatter_single", "reduce_scatter_tensor")(out, x, group=self.group, async_op=True)
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
-        """``out [size * S]``: every rank's ``x [S]``, which may be its own piece of ``out``. Sends rho numel(out)."""
-        with answering("all_gather"):
+        """Write every rank's ``x [S]`` to ``out [size * S]``. ``x`` may be a piece of ``out``. Sends rho numel(out)."""
+        with naming_lost_ranks("all_gather"):
             return _renamed("all_gather_single", "all_gather_into_tensor")(out, x, group=self.group, async_op=True)
 
     def all_to_all(
         self, out: Tensor, x: Tensor, received: list[int] | None = None, sent: list[int] | None = None
     ) -> Work:
-        """Piece q of ``x`` to rank q, whose piece for this rank becomes piece q of ``out``; pieces are equal unless
-        sizes are given. Sends numel(x) less the own piece."""
-        with answering("all_to_all"):
+        """Send piece q of ``x`` to rank q, and write the piece that rank q sends to this rank to piece q of ``out``.
+
+        Pieces have equal sizes unless ``received`` and ``sent`` are given. Sends numel(x) less the rank's own piece.
+        """
+        with naming_lost_ranks("all_to_all"):
             return dist.all_to_all_single(out, x, received, sent, group=self.group, async_op=True)
 
     def total(self, x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums a few numbers over the ranks, and tells who is in trouble in the same message.
+        """Sum a few numbers over the ranks, and find the ranks whose numbers are not finite, in one message.
 
         Args:
             x: float64 ``[n]``.
-            finite: bool, whether this rank's part is sound.
+            finite: bool ``[]``, whether this rank's numbers are finite.
 
         Returns:
-            The sum ``[n]``, and for each rank whether its part is sound, bool ``[size]``, both on the device of x.
+            The sum ``[n]``, and for each rank whether its numbers are finite, bool ``[size]``, on the device of ``x``.
         """
         message = x.new_zeros(len(x) + self.size)
         message[: len(x)] = x
@@ -146,15 +154,15 @@ class Ranks:
 
 
 def wait(work: Work, what: str) -> None:
-    """Until a collective has ended; on CUDA the stream waits, not the host."""
+    """Wait until a collective has ended. On CUDA the stream waits, not the host."""
     if work is not None:
-        with answering(what):
+        with naming_lost_ranks(what):
             work.wait()
 
 
 @contextmanager
-def answering(what: str) -> Iterator[None]:
-    """Names the failure of a collective; an error in its arguments passes through as it is."""
+def naming_lost_ranks(what: str) -> Iterator[None]:
+    """Turn the failure of a collective into a LostRankError. Errors in its arguments are not changed."""
     try:
         yield
     except RuntimeError as error:
@@ -163,27 +171,27 @@ def answering(what: str) -> Iterator[None]:
             isinstance(error, dist.DistError) or any(word in text.lower() for word in ("gloo", "nccl", "timed out"))
         ):
             raise
-        me = dist.get_rank() if dist.is_initialized() else 0
+        rank = dist.get_rank() if dist.is_initialized() else 0
         raise LostRankError(
-            f"rank {me} waited in {what} for a rank that has died or hangs; its own message, or torchrun's report of "
-            "the first failure, says why. Under torchrun --max-restarts the job goes on from its last checkpoint. "
-            f"({text})"
+            f"rank {rank} waited in {what} for a rank that has died or hangs. Read that rank's own message, or the "
+            "first failure that torchrun reports. Under torchrun --max-restarts the job resumes from its last "
+            f"checkpoint. ({text})"
         ) from error
 
 
-def refuse_nonfinite(sound: Tensor, result: Tensor) -> None:
-    """Raises where a rank is unsound or the result [...] is not finite. Reads the values: on CUDA it waits.
+def refuse_nonfinite(finite: Tensor, result: Tensor) -> None:
+    """Raise if the numbers of a rank, or ``result``, are not finite. This reads the values, so on CUDA it waits.
 
     Raises:
-        NonFiniteError: naming the ranks.
+        NonFiniteError: it names the ranks.
     """
-    bad = torch.nonzero(~sound).flatten().tolist()
+    bad = torch.nonzero(~finite).flatten().tolist()
     if bad:
-        who = f"rank {bad[0]}" if len(bad) == 1 else f"ranks {', '.join(map(str, bad))}"
-        raise NonFiniteError(f"the losses of {who} are not finite: look at the batch and the weights there.", bad)
+        who, it = (f"rank {bad[0]}", "it") if len(bad) == 1 else (f"ranks {', '.join(map(str, bad))}", "them")
+        raise NonFiniteError(f"the losses of {who} are not finite. Check the batch and the weights on {it}.", bad)
     if not bool(result.isfinite().all()):
         raise NonFiniteError(
-            "a gradient is not finite although every rank's losses are: a backward made it. "
-            "torch.autograd.set_detect_anomaly(True) finds where.",
+            "a gradient is not finite although the losses of every rank are, so a backward produced it. "
+            "Find the op with torch.autograd.set_detect_anomaly(True).",
             [],
         )

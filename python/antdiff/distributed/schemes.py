@@ -1,4 +1,4 @@
-"""Which scheme sums the rows: asked for, or the one expected to be the fastest."""
+"""The choice of the scheme that sums rows over ranks: as requested, or the one expected to be the fastest."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Scheme = Literal["auto", "reduce_scatter", "cluster", "all_reduce"]
 def choose(
     scheme: Scheme, ranks: Ranks, k: int, numel: int, dtype: torch.dtype, counts: Counts | None
 ) -> tuple[type[Exchange], str]:
-    """The exchange of a scheme, and why it is this one. Every rank comes to the same one.
+    """Return the exchange of a scheme, and the reason for it. The result is the same on every rank.
 
     Raises:
         ValueError: scheme ``cluster`` without the counts of all ranks.
     """
     if scheme == "cluster" and counts is None:
         raise ValueError(
-            "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; see "
-            "antdiff.StratifiedTimesteps.counts."
+            "counts must be given for every rank, R lists of k ints, with scheme 'cluster'; got none for other ranks. "
+            "Pass antdiff.StratifiedTimesteps.counts(B)."
         )
     costs = cost_model(numel, k, ranks.size, itemsize=dtype.itemsize, counts=counts)
     why = "asked for"
@@ -38,9 +38,10 @@ def choose(
         why = f"{costs[scheme].seconds * 1e3:.3g} ms expected, against {others}"
     kinds: dict[str, type[Exchange]] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}
     kind = kinds[scheme]
-    if kind is Held and counts is not None and ranks.everyone and _one_each(counts, k):  # its groups are made by all
+    if kind is Held and counts is not None and ranks.everyone and _one_each(counts, k):
+        # The groups of OneEach have to be made by every process of the job.
         kind = OneEach
-    return kind, f"scheme {scheme!r} ({why}), which sends {costs[scheme].bytes / 1e6:.3g} MB a step and rank"
+    return kind, f"scheme {scheme!r} ({why}), which sends {costs[scheme].bytes / 1e6:.3g} MB per step and rank"
 
 
 def _one_each(counts: Counts, k: int) -> bool:

@@ -1,4 +1,4 @@
-"""FSDP2: the only place that knows of DTensor."""
+"""FSDP2. This is the only module that handles DTensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from antdiff.distributed.ranks import Ranks
 
 
 def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Parameter] | None:
-    """The trainable parameters of a ``fully_shard`` model; None for any other. They have to be asked for once, before
-    training: between forward and backward the model shows gathered ones in their place.
+    """Return the trainable parameters of a ``fully_shard`` model, or None for any other model.
+
+    Call it once, before training. Between a forward and its backward the model has gathered parameters in their place.
 
     Raises:
-        TypeError, ValueError: sharded in a way that is not supported.
+        TypeError, ValueError: the model is sharded in a way that is not supported.
     """
     if type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError(
-            "model must be sharded by fully_shard (FSDP2); got FullyShardedDataParallel, which hides p.grad."
+            "model must be sharded by fully_shard (FSDP2); got FullyShardedDataParallel, which hides p.grad. "
+            "Use torch.distributed.fsdp.fully_shard."
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     shards: list[Any] = [p for p in trained if hasattr(p, "to_local")]
@@ -33,14 +35,22 @@ def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Pa
     from torch.distributed.fsdp import FSDPModule
 
     if len(shards) < len(trained) or not isinstance(model, FSDPModule):
-        raise ValueError("model must be sharded whole: call fully_shard(model) on the network itself, after its parts.")
+        raise ValueError(
+            "model must have no unsharded trainable parameter; got one. Call fully_shard(model) on the network itself, "
+            "after its parts."
+        )
     p = shards[0]
     if sum(not x.is_replicate() for x in p.placements) != 1:
-        raise ValueError(f"model must be sharded by fully_shard alone; got {p.placements}, as of tensor parallelism.")
+        raise ValueError(
+            f"model must be sharded by fully_shard alone; got {p.placements}. Tensor parallelism is unsupported."
+        )
     if p.device_mesh.size() != ranks.size:
-        raise ValueError(f"group must be the ranks of model's mesh, {p.device_mesh.size()}; got one of {ranks.size}.")
+        raise ValueError(
+            f"group must be the {p.device_mesh.size()} ranks of model's mesh; got {ranks.size}. "
+            "Pass a group of these ranks, or None for a mesh of one dimension."
+        )
     if route != "split":
-        raise ValueError(f"route must be 'split' under FSDP2, which runs the network in step; got {route!r}.")
+        raise ValueError(f"route must be 'split' under FSDP2; got {route!r}. Leave route out.")
     return shards
 
 
@@ -55,8 +65,11 @@ def mesh_group(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 class Shards(Exchange):
-    """FSDP2 (``fully_shard``): each backward leaves this rank's shard of the row in ``p.grad``, summed over the ranks
-    by FSDP itself. Nothing but K x K numbers remains to be sent."""
+    """The rows under FSDP2 (``fully_shard``).
+
+    Each backward leaves this rank's shard of the row in ``p.grad``, already summed over the ranks by FSDP2. Only K x K
+    numbers remain to be sent.
+    """
 
     per_parameter, lockstep = True, True
 
@@ -64,7 +77,7 @@ class Shards(Exchange):
         super().__init__(ranks, params, k, dtype)
         p: Any = params[0]
         self.averaging = ranks.size
-        # Hybrid sharding: part of the mesh holds copies.
+        # In hybrid sharding, groups of ranks hold copies of the same shards.
         self.replicas = math.prod(p.device_mesh.size(d) for d, x in enumerate(p.placements) if x.is_replicate())
         self.local: list[Tensor] = [p.to_local() for p in params]  # type: ignore[attr-defined]
         self.J = [torch.zeros((k, *x.shape), dtype=x.dtype, device=x.device) for x in self.local]

@@ -23,7 +23,7 @@ from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
 
 @dataclass(frozen=True)
 class BackwardResult:
-    """The numbers behind the ``p.grad`` that a :class:`BalancedBackward` has written.
+    """The losses, weights and Gram matrix of a step of :class:`BalancedBackward`.
 
     Attributes:
         losses: ``[k]`` detached, the mean per-sample loss of each cluster over all ranks (0 where a cluster is empty).
@@ -50,29 +50,29 @@ class BalancedBackward:
 
     If the method needs gradients, a call computes the K cluster gradients, their Gram matrix, its weights, and their
     combination. On the calls between two solutions of a method with ``update_every=M`` the weights are known
-    beforehand, and the call is one plain backward of the weighted losses: no Jacobian, exactly the cost of a plain
-    step. If the method needs only losses (uncertainty weighting), every call is one plain backward.
+    beforehand. Such a call is one plain backward of the weighted losses, without a Jacobian, at exactly the cost of a
+    plain step. If the method needs only losses (uncertainty weighting), every call is one plain backward.
 
-    On several ranks (plain, DistributedDataParallel, FSDP2) every rank gets the same weights, from the Gram matrix of
-    the whole batch, and ends with the same ``p.grad``. Nothing is broadcast for it: balancers start alike and see the
-    same numbers, and those that draw have generators with the same seed. Calls that need no cluster gradients sum
-    ``p.grad`` once, as a plain step does.
+    On several ranks (plain, DistributedDataParallel, FSDP2) every rank computes the same weights from the Gram matrix
+    of the whole batch, and ends with the same ``p.grad``. No broadcast is needed: balancers start in the same state and
+    see the same numbers, and methods that draw random numbers have generators with the same seed. Calls that need no
+    cluster gradients sum ``p.grad`` once, as a plain step does.
 
     In float16, with ``scaler = torch.amp.GradScaler()``, ``p.grad`` contains the loss scale, so the scaler is used as
     usual: ``scaler.step(optimizer)`` unscales, and skips the step if a gradient overflowed; then ``scaler.update()``.
 
     Args:
         model, k, route, hold, scheme, group, dtype, separable, compile: see :class:`antdiff.ClusterGradients`.
-        balancer: an object of ``antdiff.balancing``. Its ``update_every`` is obeyed. With ``scaler`` it must have been
-            made with ``nonfinite="poison"``. On several ranks it is made with the same settings on every rank.
+        balancer: an object of ``antdiff.balancing``. Its ``update_every`` is respected. With ``scaler`` it must be made
+            with ``nonfinite="poison"``. On several ranks it must be made with the same settings on every rank.
         scaler: the gradient scaler of mixed precision in float16.
         micro_batch: the largest number of samples in the network at a time; the gradients are those of the whole batch.
-            Under FSDP2 every rank needs as many samples.
-        skip_unused: on several ranks, for steps without cluster gradients: the ``p.grad`` of a parameter that no sample
-            reaches stays None, as in one process, and must be so on every rank; else it is zero.
+            Under FSDP2 every rank needs the same number of samples.
+        skip_unused: for steps without cluster gradients on several ranks. If True, the ``p.grad`` of a parameter that
+            no sample reaches stays None, as in one process, and must be None on every rank. If False, it is zero.
 
     Attributes:
-        gradients: the :class:`antdiff.ClusterGradients`; ``gradients.explain()`` says which route it takes.
+        gradients: the :class:`antdiff.ClusterGradients`. ``gradients.explain()`` returns its route.
     """
 
     def __init__(
@@ -93,22 +93,27 @@ class BalancedBackward:
         skip_unused: bool = False,
     ) -> None:
         needs = getattr(balancer, "needs", None)
-        has = {"gram": "weights", "losses": "weights", "rows": "direction"}
-        if isinstance(balancer, type) or needs not in has or not hasattr(balancer, has[needs]):
+        method_of = {"gram": "weights", "losses": "weights", "rows": "direction"}
+        if isinstance(balancer, type) or needs not in method_of or not hasattr(balancer, method_of[needs]):
             raise TypeError(
                 f"balancer must be a method of antdiff.balancing, such as balancing.PCGrad(); got {balancer!r}."
             )
         if scaler is not None and getattr(balancer, "nonfinite", "poison") == "raise":
             raise ValueError(
-                "balancer must be made with nonfinite='poison' for use with a scaler, which skips such steps."
+                "balancer must be made with nonfinite='poison' if there is a scaler, which skips such steps; got "
+                "nonfinite='raise'. Make it with nonfinite='poison'."
             )
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1; got {micro_batch}.")
         if micro_batch is not None and needs == "losses":
-            raise ValueError("micro_batch must be None for a method that needs the losses of the whole batch first.")
+            raise ValueError(
+                "micro_batch must be None for a method that needs the losses of the whole batch first; got "
+                f"{micro_batch}. Leave it out."
+            )
         if micro_batch is not None and hold == "gram":
             raise ValueError(
-                "micro_batch must be None with hold='gram', since the Gram matrix of a sum needs its rows."
+                "micro_batch must be None with hold='gram', since the Gram matrix of a sum needs its rows; got "
+                f"{micro_batch}. Leave one of the two out."
             )
         if micro_batch is not None and scheme == "cluster":
             raise ValueError(
@@ -116,7 +121,10 @@ class BalancedBackward:
                 f"micro_batch={micro_batch}. Leave one of the two out."
             )
         if needs == "rows" and hold == "gram":
-            raise ValueError("hold must be 'jacobian' for a method that chooses per parameter, which needs the rows.")
+            raise ValueError(
+                "hold must be 'jacobian' for a method that chooses per parameter, which needs the rows; got 'gram'. "
+                "Leave hold out."
+            )
         if needs == "rows" and scheme == "auto":
             scheme = "all_reduce"  # a choice per parameter needs whole rows on every rank
         self.gradients = ClusterGradients(
@@ -173,7 +181,7 @@ class BalancedBackward:
     def _between(
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | Counts | None
     ) -> BackwardResult:
-        """The weights are known: take the gradient of ``sum_i weights_i losses_i`` by one plain backward."""
+        """Compute the gradient of ``sum_i weights_i losses_i`` by one plain backward, with the last weights."""
         gradients = self.gradients
         gradients.ranks.require_all()
         clustered, batch = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k)).sort(batch)
@@ -203,9 +211,9 @@ class BalancedBackward:
                 sums += torch.where(clustered.one_hot(torch.bool)[:, start:stop], values, 0).sum(1)
         self._reduce()
         if gradients.several:
-            sums, sound = gradients.ranks.total(sums, sums.isfinite().all())
+            sums, finite = gradients.ranks.total(sums, sums.isfinite().all())
             if self.scaler is None and sums.device.type == "cpu":
-                refuse_nonfinite(sound, sums)
+                refuse_nonfinite(finite, sums)
         losses = (sums / total.clamp(min=1)).to(dtype)
         return BackwardResult(losses, total.to(torch.int64), weights, None)
 

@@ -1,4 +1,4 @@
-"""Which rows of the batch, and of every tensor computed from it, belong to which cluster."""
+"""The clusters of a batch, and of the rows of every tensor that is computed from the batch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antdiff._checks import describe
+
 
 class GroupingError(RuntimeError):
-    """The gradients of the clusters cannot be told apart here; the message says where, why and what to do."""
+    """The gradients of the clusters cannot be told apart. The message says where, why and what to do."""
 
 
 class ClusteredBatch:
-    """The clusters of a batch of B samples, and with them the clusters of the rows of any tensor ``[R, ...]`` made from
-    it, where R is a multiple of B and row r belongs to sample ``r // (R / B)``.
+    """The clusters of a batch of B samples, and so of the rows of any tensor ``[R, ...]`` computed from the batch.
+
+    R is a multiple of B, and row r belongs to sample ``r // (R / B)``.
 
     Attributes:
         cluster: int64 ``[B]``, on the device of the batch.
-        sizes: samples of each cluster, K Python ints: no kernel launch waits for the device to know them.
-        order: int64 ``[B]``, the samples in the order of their clusters; None where they already stand in it.
+        sizes: samples of each cluster, K Python ints, so that no kernel launch waits for the device.
+        order: int64 ``[B]``, the permutation that sorts the samples by cluster; None if they are sorted already.
     """
 
     def __init__(self, cluster: Tensor, sizes: list[int], order: Tensor | None) -> None:
@@ -34,29 +37,28 @@ class ClusteredBatch:
 
     @classmethod
     def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> ClusteredBatch:
-        """Checks the ids, sorts and counts them; with ``counts`` given they have to be sorted (no host sync)."""
+        """Check, sort and count the ids. With ``counts`` the ids must be sorted, and there is no host-device sync."""
         if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
-            came = f"{cluster.dtype} {list(cluster.shape)}" if isinstance(cluster, Tensor) else type(cluster).__name__
-            raise TypeError(f"cluster must be an int64 tensor [B]; got {came}.")
+            raise TypeError(f"cluster must be an int64 tensor [B]; got {describe(cluster)}.")
         B = cluster.numel()
         if counts is not None:
             sizes = [int(n) for n in counts]
             if len(sizes) != k or min(sizes) < 0 or sum(sizes) != B:
                 raise ValueError(f"counts must be k={k} sizes >= 0 that add up to B={B}; got {sizes}.")
-            if cluster.device.type == "cpu":  # elsewhere looking would wait for the device
+            if cluster.device.type == "cpu":  # on CUDA a check would wait for the device
                 want = torch.arange(k).repeat_interleave(torch.tensor(sizes))
                 if not torch.equal(cluster, want):
                     row = int(torch.nonzero(cluster != want)[0])
                     raise ValueError(
-                        f"cluster must be in ascending order, as often as counts says, where counts is given; got id "
-                        f"{int(cluster[row])} for {int(want[row])} at row {row}. Leave counts out to have it sorted."
+                        f"cluster must be in ascending order and agree with counts if counts is given; got id "
+                        f"{int(cluster[row])} instead of {int(want[row])} at row {row}. Leave counts out to sort it."
                     )
             return cls(cluster, sizes, None)
         order = torch.argsort(cluster, stable=True)
         edges = torch.arange(k + 1, device=cluster.device)
         stops = torch.searchsorted(cluster[order].contiguous(), edges)
         moved = (order[1:] < order[:-1]).any().to(stops.dtype)
-        *bounds, unsorted = torch.cat([stops, moved[None]]).tolist()  # the one wait for the device
+        *bounds, unsorted = torch.cat([stops, moved[None]]).tolist()  # the only host-device sync
         if bounds[0] != 0 or bounds[-1] != B:
             row = int(torch.nonzero((cluster < 0) | (cluster >= k))[0])
             raise ValueError(
@@ -65,7 +67,7 @@ class ClusteredBatch:
         return cls(cluster, [stop - start for start, stop in itertools.pairwise(bounds)], order if unsorted else None)
 
     def sort(self, batch: Sequence[Any]) -> tuple[ClusteredBatch, Sequence[Any]]:
-        """The batch with its samples in the order of their clusters."""
+        """Return the batch with its samples sorted by cluster."""
         order = self.order
         if order is None:
             return self, each_row(batch, self.B, leaf)
@@ -76,28 +78,30 @@ class ClusteredBatch:
 
     @property
     def counts(self) -> Tensor:
-        """``sizes`` as int64 ``[k]`` on the device, made there: a copy from the host would stand in the way of a CUDA
-        graph."""
+        """``sizes`` as int64 ``[k]`` on the device. Computed there, since a CUDA graph cannot copy it from the host."""
         return self.one_hot(torch.bool).sum(1)
 
     def slices(self) -> list[tuple[int, int]]:
-        """``[start, stop)`` of every cluster in a sorted batch."""
+        """Return ``[start, stop)`` of every cluster in a sorted batch."""
         stops = list(itertools.accumulate(self.sizes))
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
     def repeats(self, x: Tensor) -> int:
-        """Rows a sample in ``x [R, ...]``."""
+        """Return the number of rows per sample in ``x [R, ...]``."""
         R = x.shape[0] if x.dim() else 0
         m, left = divmod(R, self.B)
         if left or m == 0:
             raise GroupingError(
                 f"a tensor {list(x.shape)} computed from the batch meets a parameter, but its first dimension is no "
-                f"multiple of the batch size {self.B}: it is not one row, or a block of rows, a sample. {REMEDY}"
+                f"multiple of the batch size {self.B}, so it does not have one or more rows per sample. {REMEDY}"
             )
         return m
 
     def pieces(self, grad: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """For each cluster its rows of every ``[R, ...]``; what is made of them is linear in those of ``grad``."""
+        """Yield, for each cluster, its rows of every tensor ``[R, ...]``.
+
+        The caller must compute something that is linear in the rows of ``grad``.
+        """
         grouped = []
         for x in (grad, *tensors):
             m = self.repeats(x)
@@ -107,13 +111,14 @@ class ClusteredBatch:
         return zip(*grouped, strict=True)
 
     def row_cluster(self, m: int) -> Tensor:
-        """int64 ``[m B]``: the cluster of each row."""
+        """Return the cluster of each row, int64 ``[m B]``, for m rows per sample."""
         return self.cluster if m == 1 else self.cluster.repeat_interleave(m, output_size=m * self.B)
 
     def sums(self, x: Tensor) -> Tensor:
-        """``[R, ...]`` to ``[k, numel / R]``: the sum of each cluster's rows, accumulated in at least float32.
+        """Return the sum of each cluster's rows of ``x [R, ...]``, ``[k, numel / R]``, in at least float32.
 
-        The rows of a sample first, then one product with the one-hot matrix ``[k, B]``: two launches whatever K is.
+        The rows of each sample are summed first, then multiplied by the one-hot matrix ``[k, B]``. This takes two
+        kernel launches for any K.
         """
         m = self.repeats(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -121,7 +126,7 @@ class ClusteredBatch:
         return self.one_hot(dtype) @ per_sample
 
     def one_hot(self, dtype: torch.dtype) -> Tensor:
-        """``[k, B]``: 1 where sample b belongs to cluster k."""
+        """Return ``[k, B]``, 1 where sample b belongs to cluster i and 0 elsewhere."""
         if dtype not in self._one_hot:
             ids = torch.arange(self.k, device=self.cluster.device)
             self._one_hot[dtype] = (ids[:, None] == self.cluster[None]).to(dtype)
@@ -136,11 +141,11 @@ class ClusteredBatch:
 
 
 class PaddedBatch(ClusteredBatch):
-    """Rows whose number in each cluster is known to the device alone; ``room`` is how many there are at most.
+    """A batch whose cluster sizes are known on the device alone. Each cluster is padded to ``room`` samples.
 
     Args:
-        index: int64 ``[k room]``, the samples of each cluster in turn, filled up with any.
-        there: bool ``[k room]``, False where filled up.
+        index: int64 ``[k room]``, the samples of each cluster in turn; padding may be any sample.
+        there: bool ``[k room]``, False for padding.
     """
 
     def __init__(self, cluster: Tensor, k: int, index: Tensor, there: Tensor) -> None:
@@ -150,7 +155,7 @@ class PaddedBatch(ClusteredBatch):
 
     @staticmethod
     def fill(clustered: ClusteredBatch, room: int) -> tuple[Tensor, Tensor]:
-        """``index`` and ``there`` for sorted rows."""
+        """Return ``index`` and ``there`` for a sorted batch."""
         spans = [(range(start, stop), room - (stop - start)) for start, stop in clustered.slices()]
         index = [i for span, left in spans for i in (*span, *[0] * left)]
         there = [x for span, left in spans for x in (*[True] * len(span), *[False] * left)]
@@ -159,7 +164,7 @@ class PaddedBatch(ClusteredBatch):
         )
 
     def pieces(self, grad: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Filled up with rows whose gradient is zero."""
+        """Yield the padded rows of each cluster. The gradient of padding is zero."""
         first, *others = (
             x.unflatten(0, (self.B, self.repeats(x))).index_select(0, self.index) for x in (grad, *tensors)
         )
@@ -167,21 +172,20 @@ class PaddedBatch(ClusteredBatch):
         return zip(*(x.flatten(0, 1).split(x.shape[1] * self.sizes[0]) for x in (first, *others)), strict=True)
 
 
-REMEDY = (
-    "Put the batch in the first dimension, or use route='split', which needs no more than samples that are independent."
-)
+REMEDY = "Put the batch in the first dimension, or use route='split', which needs only independent samples."
 
 
 def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
-    """``f`` on every tensor of a batch whose first dimension is B; in dicts, lists and tuples too.
+    """Apply ``f`` to every tensor of a batch whose first dimension is B, in dicts, lists and tuples too.
 
     Raises:
-        TypeError: a list of B strings or numbers, or an array of B rows: samples that nobody would sort or cut.
+        TypeError: a list of B strings or numbers, or an array of B rows. These would be neither sorted nor sliced.
     """
     if B > 1 and _is_samples(value, B):
         raise TypeError(
-            f"batch must hold its samples as tensors, which are sorted and cut by cluster; got {type(value).__name__} "
-            f"of B={B} entries. Give ids or embeddings as a tensor [B, ...]; what is no sample belongs into loss_fn."
+            f"batch must hold its samples as tensors, which are sorted and sliced by cluster; got "
+            f"{type(value).__name__} of B={B} entries. Give ids or embeddings as a tensor [B, ...], and bind arguments "
+            "that are shared by the whole batch inside loss_fn."
         )
     if isinstance(value, Tensor):
         return f(value) if value.dim() > 0 and value.shape[0] == B else value
@@ -189,7 +193,9 @@ def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
         return {key: each_row(x, B, f) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         items = [each_row(x, B, f) for x in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # named tuples take them apart
+        return (
+            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        )  # a named tuple takes its items one by one
     return value
 
 
@@ -200,7 +206,7 @@ def _is_samples(value: Any, B: int) -> bool:
 
 
 def cut(batch: Sequence[Any], B: int, start: int, stop: int) -> Sequence[Any]:
-    """The samples ``[start, stop)`` of a batch."""
+    """Return the samples ``[start, stop)`` of a batch."""
     return each_row(batch, B, partial(_rows, start=start, stop=stop))  # type: ignore[no-any-return]
 
 
@@ -209,17 +215,20 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A tensor that starts a graph of its own: no gradient flows back into the batch, and one slice's backward cannot
-    free another's graph."""
+    """Return ``x`` as a leaf, so that no gradient flows back into the batch and slices share no graph."""
     return x.detach().requires_grad_() if x.requires_grad else x
 
 
 def check_losses(per_sample: object, size: int) -> None:
+    """Raise unless ``per_sample`` is a tensor ``[size]`` with a graph."""
     if not isinstance(per_sample, Tensor) or per_sample.shape != (size,):
-        came = list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__
         raise ValueError(
-            f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got {came}. "
+            f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got "
+            f"{list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__}. "
             "Average over the other dimensions, not over the samples."
         )
     if not per_sample.requires_grad:
-        raise ValueError("loss_fn must return losses that depend on model's parameters; got a tensor without a graph.")
+        raise ValueError(
+            "loss_fn must return losses that depend on model's parameters; got a tensor without a graph. "
+            "Compute them with gradients enabled, and do not detach them."
+        )

@@ -1,8 +1,8 @@
-"""The gradient of every cluster's loss, from one batch, for about the price of one backward.
+"""The gradients of K clusters' losses from one batch, for about the price of one backward.
 
-Samples of different clusters share no arithmetic except the parameters, so the K gradients of a batch cost the FLOPs of
-one forward and one backward, and K x P numbers. Three routes give the same rows: ``grouped``, ``split`` and ``loop``;
-each is described in its file.
+Samples of different clusters share nothing but the parameters, so the K gradients of a batch cost the FLOPs of one
+forward and one backward, and K x P numbers of memory. The routes ``grouped``, ``split`` and ``loop`` give the same
+rows. Each route is described in its file.
 """
 
 from __future__ import annotations
@@ -39,57 +39,60 @@ class ClusterGradients:
 
     The routes:
 
-    - ``"grouped"``: one forward and one backward; K weight gradients at every op that applies a parameter. Eager or
-      compiled. The random numbers of dropout are those of a plain step. K x P numbers more memory than a plain step;
-      where parameters are computed from parameters (weight normalisation), up to as much again.
-    - ``"split"``: one forward and backward per cluster, on its slice of the batch. Serves any network with independent
-      samples, compiled ones too; takes less memory than a plain step. As fast as ``grouped`` if a slice fills the
-      device. On several ranks a row travels while the next one is computed.
-    - ``"loop"``: one forward, K backwards, (1 + 2K)/3 of a plain step. Serves networks that mix samples (BatchNorm).
-    - ``"auto"``: at the first call, runs ``grouped`` on at most two samples per cluster and compares it with ``loop``,
-      then settles: ``grouped`` if they agree, ``split`` if the network has an op without a rule or does not compile,
-      ``loop`` if its samples depend on each other. :meth:`explain` says which and why.
+    - ``"grouped"``: one forward and one backward, with K weight gradients at every op that applies a parameter. It
+      runs eagerly or compiled. Dropout draws the same random numbers as in a plain step. It needs K x P numbers more
+      memory than a plain step, and up to as much again if parameters are computed from parameters (weight
+      normalisation).
+    - ``"split"``: one forward and backward per cluster, on its slice of the batch. It serves any network with
+      independent samples, compiled ones too, and needs less memory than a plain step. It is as fast as ``grouped`` if a
+      slice fills the device. On several ranks a row is sent while the next one is computed.
+    - ``"loop"``: one forward and K backwards, (1 + 2K)/3 of a plain step. It serves networks that mix samples
+      (BatchNorm).
+    - ``"auto"``: the first call runs ``grouped`` on at most two samples per cluster and compares it with ``loop``. The
+      route is then ``grouped`` if they agree, ``split`` if the network has an op without a rule or does not compile,
+      and ``loop`` if its samples depend on each other. :meth:`explain` returns the route and the reason.
 
-    On several ranks, row i is the gradient of the mean over the samples of cluster i on all ranks, whatever their
-    numbers, zero included: ``p.grad`` is what one process would compute from the whole batch, up to rounding, and needs
-    no further reduction. ``scheme`` says how the rows are summed (``antdiff.distributed.exchange`` describes it):
+    On several ranks, row i is the gradient of the mean over the samples of cluster i on all ranks. The ranks may have
+    any numbers of samples, zero included. ``p.grad`` is what one process would compute from the whole batch, up to
+    rounding, and needs no further reduction. ``scheme`` is the way in which the rows are summed
+    (``antdiff.distributed.exchange`` has the details):
 
     - ``"reduce_scatter"``: serves any batch. With route ``split`` a rank holds K P / R numbers.
-    - ``"cluster"``: for batches in which each rank holds few clusters, known to every rank: ``counts`` must be given
-      for all ranks.
-    - ``"all_reduce"``: every rank holds all rows, which GradDrop needs.
+    - ``"cluster"``: for batches in which each rank holds few clusters. ``counts`` must be given for all ranks.
+    - ``"all_reduce"``: every rank holds all rows, as GradDrop requires.
     - ``"auto"``: the scheme that :func:`antdiff.distributed.cost_model` expects to be the fastest.
 
-    Under FSDP2 the rows arrive summed and sharded from FSDP2 itself, and ``scheme`` is not used.
+    Under FSDP2 the rows are summed and sharded by FSDP2 itself, and ``scheme`` is not used.
 
     Args:
         model: the network, with the same weights on every rank. The reduction of DistributedDataParallel is switched
-            off while gradients are computed; ``loss_fn`` may call the wrapper or the network inside it.
+            off while gradients are computed. ``loss_fn`` may call the wrapper or the network inside it.
         k: the number of clusters, at least 1.
-        route: see above. None is ``"auto"`` in one process and ``"split"``, which needs the least memory and overlaps
-            communication, on several ranks. FSDP2 needs ``"split"``.
-        hold: ``"jacobian"`` holds the K x P numbers of the rows. ``"gram"`` holds only what is needed to compute their
-            Gram matrix and, once the weights are known, their combination. It takes the weight gradients twice, in all
-            4/3 of a plain step. Beyond a plain step it holds the input and the gradient of the output of every op with
-            a parameter, or its K weight gradients where they are smaller, and for a moment the K gradients of one
-            parameter. Parameters that others are computed from (weight normalisation) hold all of theirs. A checkpoint
-            saves nothing, since what it recomputes is needed again. ``"gram"`` needs the grouped route in eager mode,
-            and one process.
+        route: see above. None means ``"auto"`` in one process. On several ranks it means ``"split"``, which needs the
+            least memory and overlaps communication. FSDP2 needs ``"split"``.
+        hold: ``"jacobian"`` holds the K x P numbers of the rows. ``"gram"`` holds only the tensors from which their
+            Gram matrix and, once the weights are known, their combination are computed. It computes the weight
+            gradients twice, which makes 4/3 of a plain step. In addition to a plain step it holds the input and the
+            gradient of the output of every op with a parameter, or its K weight gradients if they are smaller, and for
+            a short time the K gradients of one parameter. Parameters that other tensors are computed from (weight
+            normalisation) hold all their K gradients. Activation checkpointing saves no memory, since the recomputed
+            tensors are held. ``"gram"`` needs the grouped route in eager mode, and one process.
         scheme: see above.
         group: the ranks: a process group; None for the group of the DistributedDataParallel or FSDP2 wrapper, else the
             default group if torch.distributed is initialised, else one process; ``"local"`` never communicates.
-        dtype: of the rows; default each parameter's own, and on several ranks the widest of them, to which the sum over
-            ranks is rounded. ``torch.bfloat16`` halves the memory.
-        separable: functions without a grouped rule, as called (``torch.ops.my.op``), that treat the samples, the first
-            dimension of their tensors, independently and use no random numbers. Costs one more forward of that op.
-        compile: options of ``torch.compile`` with which ``grouped`` compiles loss functions (``{}`` for the defaults;
-            ``dynamic`` is not among them). None: as ``model`` is if ``model`` or the loss function is compiled, and
-            eager otherwise. A program is compiled for each tuple of cluster sizes, so keep the counts equal from step
-            to step. The rows are then new tensors at each call.
+        dtype: the dtype of the rows. None: the dtype of each parameter, and on several ranks the widest of them, to
+            which the sum over ranks is rounded. ``torch.bfloat16`` halves the memory.
+        separable: functions without a grouped rule, given as they are called (``torch.ops.my.op``), that treat the
+            samples, the first dimension of their tensors, independently and use no random numbers. Each costs one more
+            forward of the op.
+        compile: options of ``torch.compile`` with which ``grouped`` compiles loss functions. ``{}`` means the defaults,
+            and ``dynamic`` is not allowed. None: the options of ``model`` if ``model`` or the loss function is
+            compiled, and eager mode otherwise. A program is compiled for each tuple of cluster sizes, so keep the
+            counts equal from step to step. The rows are then new tensors at each call.
         nonfinite: on several ranks, ``"raise"`` raises :class:`antdiff.distributed.NonFiniteError` on every rank if a
-            loss or the Gram matrix is not finite; on CUDA, where looking would wait for the device, :meth:`check`
-            raises it later. ``"poison"`` never raises, for use with a ``GradScaler``. In one process the balancing
-            method looks at the Gram matrix.
+            loss or the Gram matrix is not finite. On CUDA this check would wait for the device, so :meth:`check`
+            raises the error later. ``"poison"`` never raises, for use with a ``GradScaler``. In one process the
+            balancing method checks the Gram matrix.
 
     Attributes:
         model: the network, without its DistributedDataParallel wrapper.
@@ -140,7 +143,7 @@ class ClusterGradients:
         shards = sharded_parameters(inner, self.ranks, route or "split")
         several = self.ranks.size > 1 or shards is not None
         if several and hold == "gram":
-            raise ValueError("hold must be 'jacobian' on several ranks; got 'gram', which serves one process.")
+            raise ValueError("hold must be 'jacobian' on several ranks; got 'gram'. Leave hold out.")
         self.route: Route = route or ("split" if several else "auto")
         network = Network(inner, tuple(separable), compiler_of(inner, compile, separable))
         why = "asked for" if route is not None else "the default on several ranks"
@@ -163,28 +166,29 @@ class ClusterGradients:
         """Compute the K cluster gradients of a batch. On several ranks every rank calls it, with its own samples.
 
         Args:
-            loss_fn: ``loss_fn(*slice)`` gives the per-sample losses ``[b]`` of a slice of the batch, b >= 1;
-                importance or timestep weights belong inside it.
+            loss_fn: ``loss_fn(*slice)`` returns the per-sample losses ``[b]`` of a slice of the batch, b >= 1. Apply
+                importance or timestep weights inside it.
             batch: the arguments of ``loss_fn``. Tensors whose first dimension is B are sliced, in dicts, lists and
-                tuples too; everything else is passed as it is. No gradient flows back into the batch. A rank may lack
+                tuples too. Everything else is passed unchanged. No gradient flows back into the batch. A rank may lack
                 clusters, or have no sample at all (FSDP2 needs one).
             cluster: int64 ``[B]``, ids in ``[0, k)``, in any order.
             counts: the number of samples of each cluster as k Python ints, if the batch is already sorted by cluster
                 (as :class:`antdiff.StratifiedTimesteps` draws it). Without it the ids are sorted and counted, which on
-                CUDA waits for the device. On several ranks also R lists of k ints, the same on all ranks
-                (:meth:`antdiff.StratifiedTimesteps.counts`): then no counts are exchanged, and the rows of empty
-                clusters are not sent.
+                CUDA waits for the device. It may also be a list of k ints per rank, the same on all ranks
+                (:meth:`antdiff.StratifiedTimesteps.counts`). Counts are then not exchanged, and with scheme
+                ``"cluster"`` the rows of empty clusters are not sent.
             scaler: the gradient scaler of mixed precision in float16. The rows and ``p.grad`` then contain its scale;
                 the losses and the Gram matrix do not.
 
         Returns:
-            The rows, their losses and counts; see :class:`antdiff.gradients.ClusterJacobian`. ``p.grad`` is left as it
-            was. A parameter that no sample of cluster i reaches has a zero row i, and so has every parameter if cluster
-            i is empty.
+            The rows, their losses and counts; see :class:`antdiff.gradients.ClusterJacobian`. ``p.grad`` is not
+            changed, except that the schemes ``"reduce_scatter"`` and ``"cluster"`` reuse the memory of the ``p.grad``
+            that the last jacobian wrote. A parameter that no sample of cluster i reaches has a zero row i, and so has
+            every parameter if cluster i is empty.
 
         Raises:
             TypeError, ValueError: a batch, ids, counts or losses of the wrong kind or shape.
-            GroupingError: the route cannot tell the clusters' gradients apart in this network.
+            GroupingError: the route cannot separate the clusters' gradients in this network.
             NonFiniteError: see ``nonfinite``.
             LostRankError: another rank has died or hangs.
         """
@@ -207,14 +211,19 @@ class ClusterGradients:
             total.jacobian.combine(weights)
 
         ``total.jacobian`` is that of the whole batch. On several ranks rows are exchanged once, when the block ends,
-        and ranks may add different numbers of micro-batches, except under FSDP2. Wrong ids or counts change nothing;
-        any other error ends the accumulation.
+        and ranks may add different numbers of micro-batches. Under FSDP2 rows are exchanged at each micro-batch, and
+        ranks must add the same number. Wrong ids or counts change nothing. Any other error, and another call of the
+        same object, end the accumulation.
 
         Raises:
-            ValueError: no micro-batch was added, or ``hold="gram"``, since the Gram matrix of a sum needs the rows.
+            ValueError: no micro-batch was added, ``hold="gram"``, since the Gram matrix of a sum needs the rows, or
+                ``scheme="cluster"`` on several ranks, which needs the counts beforehand.
         """
         if self.hold == "gram":
-            raise ValueError("hold must be 'jacobian' to accumulate: the Gram matrix of a sum needs the summed rows.")
+            raise ValueError(
+                "hold must be 'jacobian' to accumulate, since the Gram matrix of a sum needs the summed rows; got "
+                "'gram'. Make the object with hold='jacobian'."
+            )
         self.ranks.require_all()
         kind = ShardedAccumulation if self.is_sharded else RankedAccumulation if self.several else Accumulation
         total = kind(self._ranked)
@@ -231,26 +240,28 @@ class ClusterGradients:
     def record(
         self, cluster: Tensor, *, counts: Sequence[int] | Counts | None = None, scaler: Scaler | None = None
     ) -> Iterator[Recording]:
-        """Record a forward that you run yourself on the whole batch (routes ``grouped`` and ``loop``, one process).
+        """Record a forward on the whole batch that you run yourself (routes ``grouped`` and ``loop``, one process).
 
         Example::
 
             with cluster_gradients.record(cluster) as recording:
                 jacobian = recording.backward(per_sample_loss(model, x, noise, t))
 
-        Samples may come in any order; sorted by cluster, the grouped route copies nothing. ``auto`` takes ``grouped``
-        here unless an earlier call has chosen otherwise, since it cannot run the network by itself to check it.
+        Samples may be in any order. If they are sorted by cluster, the grouped route copies nothing. ``auto`` takes
+        ``grouped`` here unless an earlier call has chosen another route, since it cannot run the network to check it.
+        Another call of the same object inside the block ends the recording.
         """
         if self.several or self.hold == "gram":
             raise ValueError(
-                "record() serves one process with hold='jacobian'. Call cluster_gradients(loss_fn, batch, cluster)."
+                f"record() needs one process and hold='jacobian'; got {self.ranks.size} ranks and hold={self.hold!r}. "
+                "Call cluster_gradients(loss_fn, batch, cluster)."
             )
         self.ranks.require_all()
         own_counts = rank_counts(counts, self.ranks, self.k)
         with self.unsynchronised(), self._local.record(cluster, own_counts, scaler) as recording:
             yield recording
 
-    # ---- asking --------------------------------------------------------------------------------------------------
+    # ---- inspection ----------------------------------------------------------------------------------------------
 
     @property
     def is_sharded(self) -> bool:
@@ -259,7 +270,7 @@ class ClusterGradients:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The trainable parameters; under FSDP2 the shards, also while the model shows gathered ones."""
+        """The trainable parameters. Under FSDP2 these are the shards, also while the model has gathered parameters."""
         return self._ranked.params
 
     def unsynchronised(self) -> AbstractContextManager[Any]:
@@ -267,26 +278,26 @@ class ClusterGradients:
         return self._ranked.unsynchronised()
 
     def nbytes(self) -> int:
-        """Return the memory of rows, buffers and, on several ranks, ``p.grad`` on this rank, in bytes, after a call."""
+        """Return the memory of the rows in bytes; on several ranks of rows, buffers and ``p.grad``, after a call."""
         return self._ranked.nbytes() if self.several else self._local.nbytes()
 
     def explain(self) -> str:
-        """Say which route, and on several ranks which scheme, is taken, why, and the memory that the rows hold."""
+        """Return the route, on several ranks the scheme, the reasons for both, and the memory of the rows as text."""
         return self._ranked.explain() if self.several else self._local.explain()
 
     def verify(
         self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | Counts | None = None
     ) -> float:
-        """Check the route on a batch of this process, once, before training; arguments as for a call.
+        """Check the route on a batch of this process, once, before training. Arguments are those of a call.
 
-        First a probe: with all values of one sample NaN, no other sample may become NaN wherever the batch meets a
-        parameter, nor in the losses. It finds BatchNorm, attention over the batch, losses over the batch and layouts
-        whose first dimension is not the batch, and names the place. Then a comparison of the rows with the ``loop``
-        route, from the same random numbers; it is skipped for ``split`` if the forward draws any, since the slices draw
-        others.
+        The first check is a probe. All values of one sample are NaN, and no other sample may become NaN at any op that
+        applies a parameter, or in the losses. The probe finds BatchNorm, attention over the batch, losses over the
+        batch and layouts whose first dimension is not the batch, and names the op. The second check compares the rows
+        with those of the ``loop`` route, from the same random numbers. It is skipped for ``split`` if the forward draws
+        random numbers, since the slices draw others.
 
-        Costs 2 forwards, one call of the route and one of ``loop``, and twice the memory of the rows, which is freed at
-        the end. Leaves the rows, gradients, buffers and torch's random state as they were.
+        The cost is 2 forwards, one call of the route and one of ``loop``, and twice the memory of the rows, which is
+        freed at the end. Rows, gradients, buffers and torch's random state are not changed.
 
         Returns:
             The largest relative difference of a parameter's gradient from ``loop``; NaN if the comparison was skipped.
@@ -301,9 +312,9 @@ class ClusterGradients:
             return self._local.verify(loss_fn, batch, cluster, rank_counts(counts, self.ranks, self.k))
 
     def check(self) -> None:
-        """Raise for non-finite losses or Gram matrices on several ranks since the last check; on CUDA this waits.
+        """Raise if a rank had a non-finite loss since the last check. On CUDA this waits for the device.
 
         Raises:
-            NonFiniteError: names the ranks.
+            NonFiniteError: it names the ranks.
         """
         self._ranked.check()

@@ -1,4 +1,4 @@
-"""The result of one call of :class:`antdiff.ClusterGradients`: K cluster gradients, and what is done with them."""
+"""The result of one call of :class:`antdiff.ClusterGradients`: K cluster gradients and the operations on them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from antdiff.gradients.sinks import GradientStore
 class ClusterJacobian(Protocol):
     """K cluster gradients of one batch. Row i is the gradient of the mean loss of cluster i.
 
-    Its buffers belong to the :class:`antdiff.ClusterGradients` that made it, whose next call reuses them. After that
-    call every method raises RuntimeError; ``losses`` and ``counts`` stay valid.
+    Its buffers belong to the :class:`antdiff.ClusterGradients` that made it, whose next call, accumulation or recording
+    reuses them, even if that fails. From then on every method raises RuntimeError; ``losses`` and ``counts`` stay
+    valid.
 
     Attributes:
         losses: ``[k]`` detached, the mean per-sample loss of each cluster over all ranks (0 where a cluster is empty).
         counts: int64 ``[k]``, the samples of each cluster over all ranks, on the device of the losses.
-        loss_scale: the factor of the ``scaler`` that was given, a tensor ``[]``, or 1.0 without one. It is contained in
-            ``rows``, and so in ``p.grad`` after :meth:`combine`, but not in ``losses`` or :meth:`gram`.
-        rows: a list of ``[k, *shape]``, one for each of ``model.parameters()`` and None where a parameter is frozen;
-            under FSDP2 the rows of this rank's shards. Raises ValueError if this process does not hold whole rows.
+        loss_scale: the factor of the ``scaler`` that was given, a tensor ``[]``, or 1.0 without one. ``rows`` contain
+            it, and so does ``p.grad`` after :meth:`combine`; ``losses`` and :meth:`gram` do not.
+        rows: a list of ``[k, *shape]``, one for each of ``model.parameters()`` and None if a parameter is frozen. Under
+            FSDP2 these are the rows of this rank's shards. Raises ValueError if this process does not hold whole rows.
         nbytes: memory of the rows on this rank, in bytes.
     """
 
@@ -83,9 +84,9 @@ class HeldJacobian:
 
 
 class DeferredJacobian:
-    """Rows that are not held (``hold="gram"``): their Gram matrix, and what their combination is computed from.
+    """Rows that are not held (``hold="gram"``): their Gram matrix, and the tensors from which they are combined.
 
-    :meth:`combine` can be called once, since it frees what it uses.
+    :meth:`combine` can be called once, since it frees these tensors.
     """
 
     def __init__(self, mode: GramMode, losses: Tensor, counts: Tensor, loss_scale: Tensor | float) -> None:
@@ -117,7 +118,7 @@ class DeferredJacobian:
 
 class Revocable(Protocol):
     def revoke(self) -> None:
-        """Let go of the buffers: a later call is about to reuse them."""
+        """Release the buffers, because a later call is about to reuse them."""
 
 
 R = TypeVar("R", bound=Revocable)
@@ -125,7 +126,7 @@ T = TypeVar("T")
 
 
 class Latest:
-    """The jacobian that uses a set of buffers now. The next one revokes it, which also frees what it alone holds."""
+    """The jacobian, recording or accumulation that uses a set of buffers now. The next user revokes it."""
 
     def __init__(self) -> None:
         self._ref: weakref.ref[Any] | None = None

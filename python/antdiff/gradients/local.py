@@ -1,4 +1,4 @@
-"""Cluster gradients of this process's batch: the routes, the choice of ``auto``, and the buffers."""
+"""Cluster gradients of the batch of this process: the routes, the choice of ``auto``, and the buffers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from antdiff.gradients.sinks import GradientStore, Sink
 
 
 class LocalGradients:
-    """The engine behind :class:`antdiff.ClusterGradients` in one process; several ranks use it for their own batches.
+    """The engine of :class:`antdiff.ClusterGradients` in one process. Several ranks use it for their own batches.
 
     Args:
         network: the model and how its routes run it.
@@ -127,7 +127,7 @@ class LocalGradients:
             )
         if name == "grouped" and self.network.compiled is not None:
             raise ValueError(
-                "record() cannot see inside a compiled forward. Call cluster_gradients(loss_fn, batch, cluster), which "
+                "record() cannot record a compiled forward. Call cluster_gradients(loss_fn, batch, cluster), which "
                 "traces loss_fn together with the rules of the grouped route."
             )
         clustered = ClusteredBatch.of(cluster, self.k, counts)
@@ -146,8 +146,8 @@ class LocalGradients:
                     yield recording
             if recording.jacobian is None:
                 raise ValueError(
-                    "record() must be followed by one recording.backward(losses) inside its with block; none was "
-                    "called. Call it there, or leave record() out."
+                    "record() must be followed by one recording.backward(losses) inside its with block; got none. "
+                    "Call it there, or leave record() out."
                 )
         finally:
             recording.revoke()
@@ -170,7 +170,7 @@ class LocalGradients:
 
 
 class Recording:
-    """A forward that :meth:`antdiff.ClusterGradients.record` watches.
+    """A forward inside the with block of :meth:`antdiff.ClusterGradients.record`.
 
     Attributes:
         jacobian: the result of :meth:`backward`, or None before it.
@@ -189,7 +189,7 @@ class Recording:
         self._engine, self._clustered, self._sinks, self._mode, self._scale = engine, clustered, sinks, mode, scale
 
     def backward(self, per_sample: Tensor) -> HeldJacobian:
-        """Take the cluster gradients of the losses ``[B]``, in the order of ``cluster``. Frees the graph.
+        """Compute the cluster gradients of the losses ``[B]``, given in the order of ``cluster``. Frees the graph.
 
         Raises:
             ValueError: the losses have another shape, this is not the first call inside the with block, or another

@@ -1,7 +1,7 @@
-"""Route ``loop``: one forward on the whole batch, then one backward for each cluster over the retained graph.
+"""Route ``loop``: one forward on the whole batch, then one backward per cluster over the retained graph.
 
-The plain definition, and the only route for a network that mixes samples (BatchNorm, batch-wise losses). K backwards
-cost (1 + 2K)/3 of a plain step. The reference that the others are tested against.
+This is the plain definition of cluster gradients, and the only route for a network that mixes samples (BatchNorm,
+batch-wise losses). A step costs (1 + 2K)/3 of a plain step. The other routes are tested against this one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from antdiff.gradients.split import write_row
 
 
 def loop(per_sample: Tensor, clustered: ClusteredBatch, factors: Sequence[Tensor | float], sinks: list[Sink]) -> None:
-    """Row i of the sinks += ``factors[i]`` times the gradient of the sum of cluster i's losses.
+    """Add ``factors[i]`` times the gradient of the sum of cluster i's losses to row i of the sinks.
 
     Args:
-        per_sample: ``[B]``, with the graph of the whole batch; samples in any order.
+        per_sample: ``[B]``, with the graph of the whole batch. The samples may be in any order.
     """
     last = max((i for i, size in enumerate(clustered.sizes) if size), default=0)
     masks = clustered.one_hot(per_sample.dtype)  # [k, B]

@@ -1,4 +1,4 @@
-"""Cluster gradients of a batch that is spread over ranks: the rows are those of the whole batch."""
+"""Cluster gradients of a batch that is spread over ranks. The rows are those of the whole batch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from antdiff.gradients.stream import stream
 
 
 class RankedGradients:
-    """The engine behind :class:`antdiff.ClusterGradients` on several ranks, or under FSDP2.
+    """The engine of :class:`antdiff.ClusterGradients` on several ranks, or under FSDP2.
 
     Args:
         local: computes the rows of this rank's batch.
-        ranks: the ranks, whose batches make up the whole batch.
+        ranks: the ranks, whose batches are the parts of the whole batch.
         shards: the parameters under FSDP2, else None.
         wrapper: the DistributedDataParallel wrapper, whose own reduction is switched off, or None.
         route, scheme, dtype, nonfinite: see :class:`antdiff.ClusterGradients`.
@@ -50,7 +50,7 @@ class RankedGradients:
         self.latest = local.latest  # one for both engines: a call of either reuses the rows of this process
         self._exchanges: dict[type[Exchange], Exchange] = {}
         self._chosen: tuple[type[Exchange], str] | None = None
-        self._sound: Tensor | None = None  # bool [R] on the device, False for a rank that had a non-finite loss
+        self._finite: Tensor | None = None  # bool [R] on the device, False for a rank that had a non-finite loss
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
@@ -101,11 +101,11 @@ class RankedGradients:
         disjoint = exchange.sharded
         G = ops.gram(J)
         part = (G / exchange.replicas).flatten() if disjoint else G.new_zeros(0)
-        summed, sound = self.ranks.total(torch.cat([part, sums.to(G.device)]), sums.isfinite().all())
+        summed, finite = self.ranks.total(torch.cat([part, sums.to(G.device)]), sums.isfinite().all())
         G = summed[: k * k].view(k, k) if disjoint else G
         counts = total.to(G.device, torch.int64)
         losses = (summed[-k:] / counts.clamp(min=1)).to(torch.promote_types(self.row_dtype(), torch.float32))
-        self._sound = sound if self._sound is None else self._sound & sound
+        self._finite = finite if self._finite is None else self._finite & finite
         if self.nonfinite == "raise" and G.device.type == "cpu":
             self.check(G)
         model = self.local.network.model
@@ -117,7 +117,7 @@ class RankedGradients:
         for i in range(self.k):
             exchange.write(i, [x[i] for x in trainable], factors[i])
 
-    # ---- what else a step needs ----------------------------------------------------------------------------------
+    # ---- parameters, checks and memory ---------------------------------------------------------------------------
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
@@ -136,18 +136,18 @@ class RankedGradients:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """The trainable parameters; under FSDP2 the shards, also while the model shows gathered ones."""
+        """The trainable parameters. Under FSDP2 these are the shards, also while the model has gathered parameters."""
         return self.shards or [p for p in self.local.network.model.parameters() if p.requires_grad]
 
     def check(self, result: Tensor | None = None) -> None:
         """Raise if a rank had a non-finite loss since the last check, or if ``result`` is not finite."""
-        sound, self._sound = self._sound, None
-        if sound is not None:
-            refuse_nonfinite(sound, sound.double() if result is None else result)
+        finite, self._finite = self._finite, None
+        if finite is not None:
+            refuse_nonfinite(finite, finite.double() if result is None else result)
 
     def explain(self) -> str:
         if self._chosen is None:
-            return f"scheme {self.scheme!r}, which is settled at the first call"
+            return f"scheme {self.scheme!r}, which is chosen at the first call"
         size = f"rows and buffers hold {self.nbytes() / 2**20:.1f} MiB on this rank"
         return f"{self._chosen[1]}; {self.local.explain_route()}; {size}"
 
@@ -166,7 +166,7 @@ class RankedGradients:
         assert self._chosen is not None
         return self._exchanges[self._chosen[0]]
 
-    # ---- the parts -----------------------------------------------------------------------------------------------
+    # ---- counts and exchanges ------------------------------------------------------------------------------------
 
     def count(self, counts: Tensor, all_counts: Counts | None) -> tuple[Tensor, Work]:
         """Return the samples of each cluster over all ranks, float64 ``[k]``, valid once the work is done."""
@@ -197,7 +197,7 @@ class RankedGradients:
 class RankedJacobian:
     """Rows that are spread over ranks; see :class:`antdiff.gradients.ClusterJacobian`.
 
-    The Gram matrix, the losses and the counts are those of all ranks and are there already, so :meth:`gram` sends
+    The Gram matrix, the losses and the counts are those of all ranks. They are known already, so :meth:`gram` sends
     nothing. :meth:`combine` gathers the direction, so every rank has to call it.
     """
 
@@ -219,7 +219,7 @@ class RankedJacobian:
         exchange = current(self._buffers)
         if not exchange.per_parameter:
             raise ValueError(
-                "rows are spread over the ranks with this scheme. Use scheme='all_reduce' to hold them whole."
+                "rows are spread over the ranks with this scheme. Use scheme='all_reduce' to hold whole rows."
             )
         each = iter(exchange.J)
         return [next(each) if p.requires_grad else None for p in self._model.parameters()]

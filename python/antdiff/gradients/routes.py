@@ -1,4 +1,4 @@
-"""The three routes behind one call."""
+"""One call for the three routes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Scaler(Protocol):
 
 
 def loss_scale(scaler: Scaler | None, device: torch.device) -> Tensor | float:
-    """Return the loss scale as a tensor, since asking the scaler for a number would wait for the device."""
+    """Return the loss scale, as a tensor because ``scaler.get_scale()`` would wait for the device."""
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]
 
 
 @dataclass
 class Network:
-    """What the routes run.
+    """A network and how its routes run it.
 
     Attributes:
         separable: see :class:`antdiff.ClusterGradients`.
-        compiled: what compiles the loss function for ``grouped``; None in eager mode.
+        compiled: compiles loss functions for ``grouped``; None in eager mode.
     """
 
     model: nn.Module
@@ -59,11 +59,11 @@ def run(
     scale: Tensor | float = 1.0,
     mode: GroupedMode | None = None,
 ) -> Tensor:
-    """Row i of the sinks (+)= ``scale`` times the gradient of the mean, or the sum, of cluster i's losses.
+    """Write or add ``scale`` times the gradient of the mean, or the sum, of cluster i's losses to row i of the sinks.
 
     Args:
         batch: sorted by cluster.
-        mode: for ``grouped``, in place of the one that fills J.
+        mode: for ``grouped``, used instead of the mode that fills J.
 
     Returns:
         The sum of each cluster's losses ``[k]``, detached, in at least float32.
@@ -73,8 +73,8 @@ def run(
     try:
         if route == "split":
             losses = split(loss_fn, batch, clustered, _factors(clustered, scale, mean), sinks)
-            known = next((x for x in losses if x is not None), clustered.cluster.new_zeros(0, dtype=torch.float32))
-            zero = known.new_zeros((), dtype=torch.promote_types(known.dtype, torch.float32))
+            example = next((x for x in losses if x is not None), clustered.cluster.new_zeros(0, dtype=torch.float32))
+            zero = example.new_zeros((), dtype=torch.promote_types(example.dtype, torch.float32))
             return torch.stack([zero if x is None else x.sum(dtype=zero.dtype) for x in losses])
         if route == "grouped" and net.compiled is not None and mode is None:
             return _compiled(net.compiled, loss_fn, batch, clustered, sinks, mean, scale)
@@ -100,7 +100,7 @@ def backward(
     mean: bool = True,
     scale: Tensor | float = 1.0,
 ) -> Tensor:
-    """The part of ``grouped`` (with its mode) and ``loop`` (without) after the forward; as :func:`run`."""
+    """Run the backward of ``grouped`` (with its mode) or of ``loop`` (without one); otherwise as :func:`run`."""
     check_losses(per_sample, clustered.B)
     values = per_sample.detach()
     if mode is None:
@@ -127,8 +127,8 @@ def _compiled(
     leaks = [s.name for s in sinks if s.tensor.grad is not None]
     if leaks:
         raise GroupingError(
-            f"{', '.join(leaks)} {LEAK} Or Dynamo has given up on compiling loss_fn, after too many different batches: "
-            "see torch._dynamo.config.recompile_limit."
+            f"{', '.join(leaks)} {LEAK} Alternatively, Dynamo has stopped compiling loss_fn after too many different "
+            "batches; see torch._dynamo.config.recompile_limit."
         )
     for sink, leaf in zip(sinks, leaves, strict=True):
         grad, leaf.grad = leaf.grad, None
@@ -137,13 +137,13 @@ def _compiled(
 
 
 def _sums(values: Tensor, clustered: ClusteredBatch) -> Tensor:
-    """Of the losses ``[B]``, ``[k]``, in at least float32; a NaN stays in its cluster."""
+    """Return the sums ``[k]`` of the losses ``[B]``, in at least float32. A NaN stays in its cluster."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     return torch.where(clustered.one_hot(torch.bool), values, 0).sum(1)
 
 
 def _each_factor(per_sample: Tensor, clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> Tensor:
-    """``[B]``, on the device: a list of host numbers would have to be copied there."""
+    """Return the factor of each sample's loss ``[B]``, computed on the device so that nothing is copied there."""
     dtype = torch.promote_types(per_sample.dtype, torch.float32)
     counts = clustered.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(clustered.k, dtype=dtype)
     return (counts.reciprocal()[clustered.cluster] * scale).to(per_sample.dtype)
@@ -154,13 +154,17 @@ def _factors(clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> li
 
 
 def refuse_batch_norm(route: Chosen, model: nn.Module) -> None:
-    """``split`` would take the statistics of each slice, ``grouped`` would leave out what samples do to each other."""
+    """Raise for BatchNorm unless the route is ``loop``.
+
+    ``split`` would normalise by the statistics of each slice, and ``grouped`` would ignore the dependence of samples on
+    each other.
+    """
     if route == "loop":
         return
     for m in model.modules():
         if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
             name = next(n for n, other in model.named_modules() if other is m)
             raise GroupingError(
-                f"{name} ({type(m).__name__}) takes the statistics of the batch: it mixes the samples of all clusters. "
-                "Use GroupNorm, freeze its statistics with .eval(), or take route='loop'."
+                f"{name} ({type(m).__name__}) takes the statistics of the batch, so it mixes the samples of all "
+                "clusters. Use GroupNorm, freeze its statistics with .eval(), or use route='loop'."
             )

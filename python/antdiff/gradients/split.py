@@ -1,8 +1,8 @@
 """Route ``split``: the network runs on the K slices of the batch in turn.
 
-It needs nothing of the network but that its samples are independent, holds the activations of one slice at a time and
-keeps no graph. The price is K times the launches, so it is as good as ``grouped`` wherever a slice is large enough to
-keep the device busy, and worse where it is not.
+The network only has to treat its samples independently. The route holds the activations of one slice at a time and
+retains no graph. It launches K times as many kernels, so it is as fast as ``grouped`` if a slice is large enough to
+keep the device busy, and slower otherwise.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def split(
     factors: Sequence[Tensor | float],
     sinks: list[Sink],
 ) -> list[Tensor | None]:
-    """Row i of the sinks += ``factors[i]`` times the gradient of the sum of cluster i's losses.
+    """Add ``factors[i]`` times the gradient of the sum of cluster i's losses to row i of the sinks.
 
     Args:
         batch: sorted by cluster.
 
     Returns:
-        The per-sample losses of each cluster, detached; None where it is empty.
+        The per-sample losses of each cluster, detached; None if the cluster is empty.
     """
     losses: list[Tensor | None] = []
     for i, (start, stop) in enumerate(clustered.slices()):
@@ -42,8 +42,8 @@ def split(
             sink.tensor.grad = None
         per_sample = loss_fn(*cut(batch, clustered.B, start, stop))
         check_losses(per_sample, stop - start)
-        # .backward into empty .grad, not autograd.grad: re-entrant checkpointing allows only the former, and autograd
-        # hands over its own buffers, so nothing is added up.
+        # backward() into an empty .grad, not autograd.grad: re-entrant checkpointing allows only backward(). Autograd
+        # moves its own buffers into an empty .grad, so there is no addition.
         torch.autograd.backward((per_sample,), (torch.ones_like(per_sample) * factors[i],))
         write_row(sinks, i)
         losses.append(per_sample.detach())
@@ -53,13 +53,13 @@ def split(
 
 
 def write_row(sinks: list[Sink], i: int, *, empty: bool = False) -> None:
-    """The parameters' ``.grad`` to row i; one fused launch a kind."""
+    """Write or add the parameters' ``.grad`` to row i, with one fused launch per kind of write."""
     reached = [s for s in sinks if not empty and s.tensor.grad is not None]
     missed = [s.rows[i] for s in sinks if s.fresh and (empty or s.tensor.grad is None)]
     grads = [s.tensor.grad for s in reached if s.tensor.grad is not None]
     for fresh, write in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):
-        to = [s.rows[i] for s in reached if s.fresh is fresh]
-        if to:
-            write(to, [g for s, g in zip(reached, grads, strict=True) if s.fresh is fresh])
+        targets = [s.rows[i] for s in reached if s.fresh is fresh]
+        if targets:
+            write(targets, [g for s, g in zip(reached, grads, strict=True) if s.fresh is fresh])
     if missed:
         torch._foreach_zero_(missed)

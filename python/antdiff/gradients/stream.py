@@ -1,4 +1,4 @@
-"""Route ``split``, whose rows leave as they come: while one travels, the next cluster's slice is computed."""
+"""Route ``split`` on several ranks: each row is sent while the slice of the next cluster is computed."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def stream(
     exchange: Exchange,
     unsynchronised: Callable[[], AbstractContextManager[Any]],
 ) -> Tensor:
-    """Writes ``factor(i)`` times the gradient of the sum of cluster i's losses into the exchange, for every i.
+    """Write ``factor(i)`` times the gradient of the sum of cluster i's losses to the exchange, for every i.
 
     Args:
         batch: sorted by cluster.
-        factor: asked after the forward of each slice that is not empty.
-        unsynchronised: while open, nobody else reduces gradients.
+        factor: called after the forward of each slice that is not empty.
+        unsynchronised: returns a context in which DistributedDataParallel reduces no gradients.
 
     Returns:
-        The sum of each cluster's losses, float64 [k].
+        The sum of each cluster's losses, float64 ``[k]``.
     """
     if exchange.lockstep and clustered.B == 0:
-        raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in step; got none.")
+        raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in lockstep; got none.")
     params = exchange.params
     before = [p.grad for p in params]
     sums = torch.zeros(clustered.k, dtype=torch.float64, device=clustered.cluster.device)

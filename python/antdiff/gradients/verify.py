@@ -1,4 +1,4 @@
-"""Is the gradient of every cluster what it says? Checks that need no second model, and the choice of ``auto``."""
+"""Checks of cluster gradients against the route ``loop``, and the choice of a route by ``auto``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.routes import Chosen, LossFn, Network, refuse_batch_norm, run
 from antdiff.gradients.sinks import GradientStore
 
-# A row of J that belongs to one parameter is compared on the scale of that row, or of this share of the whole row of J
-# where it is smaller: gradients that are zero but for rounding (a key's bias in attention) have no scale of their own.
+# The gradient of a parameter is compared relative to its norm, or to this share of the norm of the whole row of J if
+# its norm is smaller. A gradient that is zero up to rounding (the bias of a key in attention) has no scale of its own.
 SMALL = 0.05
-# In float64 rounding leaves 1e-13 or so. Otherwise products may be in bfloat16 or TF32, where a sum in another order
-# differs by a few 1e-3; samples that mix, or rows that belong to another cluster, differ by 0.1 and more.
+# Rounding errors are about 1e-13 in float64. Products in other dtypes may be in bfloat16 or TF32, where a sum in
+# another order differs by a few 1e-3. Samples that are mixed, or rows of another cluster, differ by 0.1 or more.
 TOLERANCE = {torch.float64: 1e-8}
 TOLERANCE_LOW = 2e-2
 
 
 def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> float:
-    """Both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
+    """Run both checks on a sorted batch; see :meth:`ClusterGradients.verify`."""
     refuse_batch_norm(route, net.model)
     with repeatable(net.model) as replay:
         with uncompiled(net):
@@ -32,46 +32,42 @@ def verify(route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], c
         error, where = distance(route, net, loss_fn, batch, clustered, replay)
     if error > tolerance(net.model):
         raise GroupingError(
-            f"route {route!r} differs from 'loop' by {error:.1e} in the gradient of {where}: the samples are not "
-            "independent, or their rows do not stand where the first dimension says. Use route='loop'."
+            f"route {route!r} differs from 'loop' by {error:.1e} in the gradient of {where}, so the samples are "
+            "not independent, or their rows are not in the order of the first dimension. Use route='loop'."
         )
     return error
 
 
 def choose(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> tuple[Chosen, str]:
-    """The route that ``auto`` settles on, and why."""
-    with uncompiled(net):  # the rules are the same, and no program is compiled for a few samples
+    """Return the route that ``auto`` takes, and the reason."""
+    with uncompiled(net):  # the rules are the same, so no program is compiled for a few samples
         route, why = _on_few(Network(net.model, net.separable), loss_fn, batch, clustered)
     if net.compiled is None or route != "grouped":
         return route, why
     with repeatable(net.model):
         try:
-            run(
-                route,
-                net,
-                loss_fn,
-                batch,
-                clustered,
-                GradientStore(net.model, clustered.k, None, reuse=False).sinks(fresh=True),
-            )
-        except Exception as error:  # uncompiled it has just run: whatever it is, compilers are not up to it
+            sinks = GradientStore(net.model, clustered.k, None, reuse=False).sinks(fresh=True)
+            run(route, net, loss_fn, batch, clustered, sinks)
+        except Exception as error:
+            # The eager route has just succeeded, so this is a failure of the compiler.
             return "split", f"'grouped' does not compile: {type(error).__name__}: {error}"
     return route, f"{why}, and it compiled"
 
 
 def uncompiled(net: Network) -> AbstractContextManager[Any]:
+    """Return a context in which compiled functions run eagerly."""
     return nullcontext() if net.compiled is None else torch.compiler.set_stance("force_eager")
 
 
 def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> tuple[Chosen, str]:
-    """On the evidence of at most two samples a cluster of a sorted batch."""
+    """Choose a route from at most two samples per cluster of a sorted batch; return it and the reason."""
     try:
         refuse_batch_norm("grouped", net.model)
     except GroupingError as reason:
         return "loop", str(reason)
     small, few = first_of_each(batch, clustered)
     if few.k > 1 and few.sizes.count(0) == few.k - 1 and few.B == 2:
-        # Of one cluster alone every route gives the same, wherever its rows stand: take its samples for two clusters.
+        # With one cluster all routes agree, even if rows are out of order. Treat its two samples as two clusters.
         few = ClusteredBatch(torch.arange(2, device=few.cluster.device), [1, 1, *[0] * (few.k - 2)], None)
     with repeatable(net.model) as replay:
         once = loss_fn(*small)
@@ -79,27 +75,27 @@ def _on_few(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: Clus
         replay.rewind()
         if not torch.equal(once.nan_to_num(), loss_fn(*small).nan_to_num()):
             return "split", (
-                "loss_fn gives other losses for the same batch and random state, so 'grouped' cannot be checked here; "
-                "draw noise and timesteps before it"
+                "loss_fn gives different losses for the same batch and random state, so 'grouped' cannot be checked; "
+                "draw noise and timesteps before the call"
             )
-        limit, said = tolerance(net.model), ""
+        limit, reasons = tolerance(net.model), ""
         candidates: tuple[Chosen, ...] = ("grouped", "split")
         for route in candidates:
             try:
                 error, where = distance(route, net, loss_fn, small, few, replay)
             except GroupingError as reason:
-                said += f"not {route!r}: {reason} "
+                reasons += f"not {route!r}: {reason} "
                 continue
             if error <= limit:
-                return route, f"{said}on {few.B} samples it differs from 'loop' by {error:.0e}"
+                return route, f"{reasons}on {few.B} samples it differs from 'loop' by {error:.0e}"
             if error != error:
-                return route, f"{said}not compared with 'loop', since slices draw other random numbers"
-            said += f"not {route!r}: on {few.B} samples it differs from 'loop' by {error:.0e} in {where}. "
-    return "loop", said.strip()
+                return route, f"{reasons}not compared with 'loop', since slices draw other random numbers"
+            reasons += f"not {route!r}: on {few.B} samples it differs from 'loop' by {error:.0e} in {where}. "
+    return "loop", reasons.strip()
 
 
 class Replay:
-    """Puts buffers and torch's global generators back to where they were when it was made."""
+    """A snapshot of the model's buffers and of torch's global generators, to which :meth:`rewind` returns."""
 
     def __init__(self, model: nn.Module) -> None:
         devices = {x.device for x in (*model.parameters(), *model.buffers()) if x.device.type == "cuda"}
@@ -111,7 +107,7 @@ class Replay:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.devices)]
 
     def drew(self) -> bool:
-        """Random numbers were drawn since."""
+        """Return whether random numbers were drawn since the snapshot."""
         return not all(torch.equal(a, b) for a, b in zip(self._states, self._random(), strict=True))
 
     @torch.no_grad()
@@ -125,7 +121,7 @@ class Replay:
 
 @contextmanager
 def repeatable(model: nn.Module) -> Iterator[Replay]:
-    """Leaves buffers, gradients and torch's global generators as they were."""
+    """Restore buffers, gradients and torch's global generators at the end of the with block."""
     replay = Replay(model)
     grads = [(p, p.grad) for p in model.parameters()]
     try:
@@ -144,7 +140,10 @@ def distance(
     clustered: ClusteredBatch,
     replay: Replay,
 ) -> tuple[float, str]:
-    """How far a route's J is from that of ``loop``, and in which parameter; NaN where they draw different numbers."""
+    """Return the distance of a route's J from that of ``loop``, and the parameter in which it is largest.
+
+    The distance is NaN if the two routes draw different random numbers.
+    """
     if route == "loop":
         return 0.0, ""
     k = clustered.k
@@ -162,22 +161,24 @@ def distance(
     return error, J.named[index][0]
 
 
-def _length(rows: Tensor) -> Tensor:
+def _norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row, ``[k]``."""
     norms: Tensor = torch.linalg.vector_norm(rows.double().reshape(len(rows), -1), dim=1)
     return norms
 
 
 def worst_error(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> tuple[float, int]:
-    """The largest relative difference of a parameter's row of J, and the index of that parameter."""
+    """Return the largest relative difference of a parameter's rows, and the index of that parameter."""
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if a is not None and b is not None]
-    norms = torch.stack([_length(b) for _, _, b in pairs])  # [parameters, k]
-    gaps = torch.stack([_length(a - b) for _, a, b in pairs])
+    norms = torch.stack([_norms(b) for _, _, b in pairs])  # [parameters, k]
+    gaps = torch.stack([_norms(a - b) for _, a, b in pairs])
     scale = norms.maximum(SMALL * norms.square().sum(0).sqrt())
-    error = torch.where(gaps == 0, gaps, gaps / scale).nan_to_num(nan=torch.inf)  # 0 / 0 is no error, NaN is one
+    error = torch.where(gaps == 0, gaps, gaps / scale).nan_to_num(nan=torch.inf)  # 0 / 0 is not an error, NaN is one
     return float(error.max()), pairs[int(error.amax(1).argmax())][0]
 
 
 def tolerance(model: nn.Module) -> float:
+    """Return the largest tolerance of the dtypes of the trainable parameters."""
     return max(TOLERANCE.get(p.dtype, TOLERANCE_LOW) for p in model.parameters() if p.requires_grad)
 
 
@@ -189,9 +190,9 @@ def probe(
     clustered: ClusteredBatch,
     replay: Replay,
 ) -> None:
-    """One forward each with the first and the last sample all NaN: nothing of it may reach another sample.
+    """Run a forward with the first sample all NaN and one with the last, and raise if NaN reaches another sample.
 
-    Blind to ops that swallow NaN; the comparison of numbers is not.
+    Ops that remove NaN hide a dependence from this check, but not from the comparison with ``loop``.
     """
     if route == "loop":
         return
@@ -222,15 +223,15 @@ def probe(
         others[j] = False
         if others.any():
             raise GroupingError(
-                f"the values of sample {j} have reached the losses of {int(others.sum())} other samples: the network "
-                "or the loss mixes samples. Only route='loop' gives cluster gradients of such a network."
+                f"the values of sample {j} have reached the losses of {int(others.sum())} other samples, so the "
+                "network or the loss mixes samples. Use route='loop', the only one that serves such a network."
             )
 
 
 def first_of_each(
     batch: Sequence[Any], clustered: ClusteredBatch, each: int = 2
 ) -> tuple[Sequence[Any], ClusteredBatch]:
-    """At most ``each`` samples of every cluster of a sorted batch."""
+    """Return at most ``each`` samples of every cluster of a sorted batch."""
     picked = [i for start, stop in clustered.slices() for i in range(start, min(stop, start + each))]
     index = torch.tensor(picked, device=clustered.cluster.device)
     sizes = [min(size, each) for size in clustered.sizes]
