@@ -162,9 +162,8 @@ def test_transfer_of_a_run_goes_on_and_reuses_what_is_there(
         assert main([*command, *asked]) == 1
         assert "cluster0-iterations holds a run with other settings" in capsys.readouterr().err
     assert len(folders) == 4
-    assert (
-        main([*command, "--steps", "2", "--out", "two"]) == 0
-    )  # the run has four steps, so a separate joint model is trained
+    # The run has four steps, so a separate joint model is trained.
+    assert main([*command, "--steps", "2", "--out", "two"]) == 0
     assert folders[4] == Path("two/seed0/joint")
     assert json.loads(Path("two/summary.json").read_text())["ntg_loss"] != before
     clusters = TimestepClusters.load("r/clusters.json")

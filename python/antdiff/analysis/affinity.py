@@ -349,9 +349,8 @@ def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
     if isinstance(timesteps, int) and not isinstance(timesteps, bool):
         if not 2 <= timesteps <= T:
             raise ValueError(f"timesteps must be from 2 to T={T}; got {timesteps}.")
-        return (
-            torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()
-        )  # distinct, since the spacing is >= 1
+        # The rounded timesteps are distinct, since the spacing is at least 1.
+        return torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()
     grid = torch.as_tensor(timesteps)
     if grid.dtype not in (torch.int64, torch.int32) or grid.dim() != 1:
         raise TypeError(f"timesteps must be an int or a list of ints; got {grid.dtype} of shape {list(grid.shape)}.")

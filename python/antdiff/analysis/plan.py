@@ -62,7 +62,7 @@ def make_plan(
         columns = column_layout(sizes, dim)[-1].stop
         slab = max(1, min(columns, 2**16, memory // 8 // (2 * n * 8)))
         signs = sum(size for size in sizes.values() if dim is not None and size > dim)
-        # The estimates hold three [2n, 2n] arrays (the Gram matrix of a group, their sum and a temporary), some 16
+        # The estimates hold three [2n, 2n] arrays (the Gram matrix of a group, their sum and a temporary), about 16
         # temporaries [n, n], and one result [n, n] per group, twice while they are stacked.
         square = (3 * 4 + 16 + 2 * len(sizes)) * n * n * 8
         rows = 2 * n * columns * item if in_memory else 0

@@ -118,17 +118,15 @@ class Telemetry:
         drawn = samples > 0
         G = flat.view(-1, self.k, self.k)  # [S, K, K]
         norms = G.diagonal(dim1=1, dim2=2).sqrt()  # [S, K]
-        present = (
-            norms != 0
-        )  # False for a cluster without samples and for a step without a Gram matrix: both have zero rows
+        # A cluster without samples has a zero row, and so has every cluster in a step without a Gram matrix.
+        present = norms != 0
         cosines = G / (norms[:, :, None] * norms[:, None, :])  # [S, K, K]; NaN where either gradient is missing
         i, j = torch.triu_indices(self.k, self.k, 1)  # [K (K - 1) / 2] each
         pairs = present[:, i] & present[:, j]  # [S, pairs]
         negative = (G[:, i, j] < 0) + 0 * G[:, i, j]  # [S, pairs] 0 or 1; NaN stays NaN
         conflicts = torch.where(pairs, negative, 0).sum(1) / pairs.sum(1)  # [S]; NaN without a pair
-        update = (
-            torch.einsum("si,sij,sj->s", weights, G, weights).clamp(min=0).sqrt()
-        )  # [S]; the square may round to below 0
+        # [S]; the square is clamped, since rounding can make it negative
+        update = torch.einsum("si,sij,sj->s", weights, G, weights).clamp(min=0).sqrt()
         row: dict[str, Tensor] = {"loss": (mean[drawn] * self.share[drawn]).sum() / self.share[drawn].sum()}
         row |= _numbered("loss", mean)
         row |= _numbered("loss_ratio", mean / self._first)

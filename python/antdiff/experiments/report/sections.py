@@ -221,7 +221,7 @@ def gradients(run: Run) -> list[str]:
                 y_range=(0, 1),
             ),
             "Share of all pairs of clusters whose gradients have a negative inner product in a step.",
-            "harm: gradients that are pure noise conflict half of the time.",
+            "whether a conflict does harm: gradients that are pure noise conflict half of the time.",
         ),
     ]
     return [grid([*figures, *_cosines(run)])]
