@@ -50,7 +50,7 @@ class ClusteredBatch:
                 if not torch.equal(cluster, want):
                     row = int(torch.nonzero(cluster != want)[0])
                     raise ValueError(
-                        f"cluster must be in ascending order and agree with counts if counts is given; got id "
+                        f"cluster must be in ascending order, as counts says, if counts is given; got id "
                         f"{int(cluster[row])} instead of {int(want[row])} at row {row}. Leave counts out to sort it."
                     )
             return cls(cluster, sizes, None)
