@@ -1,15 +1,17 @@
-"""What a step sends and holds on several ranks, against the formulas: bytes are counted, not derived.
+"""The bytes that a step sends and holds on several ranks, counted and compared with the formulas.
 
     python benchmarks/bench_distributed.py [--ranks 2 4 8] [--k 5 8] [--csv PATH]
 
-Each number of ranks is that many processes on this machine over gloo, on 127.0.0.1. Two counts by the kernel: what this
-process's TCP sockets have sent (tcpi_bytes_sent of TCP_INFO, summed over ranks), and what the loopback interface has
-(/proc/net/dev, everybody's, with TCP/IP headers: right only while nothing else uses it). The formula is
-``antdiff.distributed.cost_model``'s. Batches are stratified and cut into contiguous chunks for ``cluster``, dealt out
-in turn for the others. ``ddp`` is an ordinary step of DistributedDataParallel, ``fsdp`` one of ``fully_shard``, and
-``fsdp, K rows`` ours on it (gloo's reduce_scatter sends as much as an all_reduce). Held are J, buffers and p.grad, with
-what gloo's all-to-all needs to receive into. Times are of processes that share cores and a loopback: they compare
-nothing but themselves.
+Each rank is a process on this machine. The ranks communicate over gloo on 127.0.0.1. The kernel counts the bytes twice:
+those that the TCP sockets of the processes have sent (tcpi_bytes_sent of TCP_INFO, summed over ranks), and those of the
+loopback interface (/proc/net/dev). The second count contains TCP/IP headers and the traffic of all processes, so it is
+right only while nothing else uses the interface. The formula is that of ``antdiff.distributed.cost_model``. Batches are
+stratified. They are cut into contiguous chunks for ``cluster``, and dealt out in turn for the other schemes.
+
+``ddp`` is an ordinary step of DistributedDataParallel, ``fsdp`` an ordinary step of ``fully_shard``, and
+``fsdp, K rows`` a step of BalancedBackward on the latter (gloo's reduce_scatter sends as much as an all_reduce). The
+memory is that of J, buffers and p.grad, including the buffers into which gloo's all-to-all receives. The processes
+share cores and a loopback interface, so their times can be compared with each other only.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def network() -> nn.Module:
 
 
 def sockets_sent() -> int:
-    """Bytes that this process's TCP sockets have sent so far."""
+    """Return the bytes that the TCP sockets of this process have sent so far."""
     total = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -59,39 +61,40 @@ def sockets_sent() -> int:
             with socket.socket(fileno=os.dup(int(fd))) as s:
                 if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
                     total += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
-        except OSError:  # closed meanwhile
+        except OSError:  # the descriptor was closed meanwhile
             continue
     return total
 
 
 def loopback_sent() -> int:
+    """Return the bytes that the loopback interface has sent so far."""
     line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
 def count(step: Callable[[], object], ranks: int) -> tuple[float, float, float]:
-    """Bytes a rank and step by the sockets and by the loopback, and the median time."""
+    """Return the bytes per rank and step by the sockets and by the loopback interface, and the median time."""
     step()
     step()
     seconds = []
     dist.barrier()
     time.sleep(0.1)
-    sent, passed = sockets_sent(), loopback_sent()
+    sockets_before, loopback_before = sockets_sent(), loopback_sent()
     for _ in range(STEPS):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    mine = sockets_sent() - sent
+    own = sockets_sent() - sockets_before
     time.sleep(0.1)
     dist.barrier()
-    through = loopback_sent() - passed
-    total = torch.tensor(float(mine))
+    loopback = loopback_sent() - loopback_before
+    total = torch.tensor(float(own))
     dist.all_reduce(total)
-    return float(total) / ranks / STEPS, through / ranks / STEPS, statistics.median(seconds)
+    return float(total) / ranks / STEPS, loopback / ranks / STEPS, statistics.median(seconds)
 
 
 def candidates(K: int, rank: int, R: int) -> list[tuple[str, str | None, Callable[[], object], Any]]:
-    """Name, the scheme whose formula holds, a step, and the object that holds the rows."""
+    """Return name, scheme of the formula, a step, and the object that holds the rows, for each kind of step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -145,14 +148,14 @@ def main(rank: int, R: int, ks: list[int], folder: str) -> None:
     for K in ks:
         P = sum(p.numel() for p in network().parameters())
         for name, formula, step, cg in candidates(K, rank, R):
-            sent, through, seconds = count(step, R)
+            sent, loopback, seconds = count(step, R)
             expected = distributed.cost_model(P, K, R)[formula].bytes if formula else float("nan")
             held = cg.nbytes() if cg is not None else 4 * P // (R if "fsdp" in name else 1)
-            rows.append([R, K, P, name, f"{expected:.0f}", f"{sent:.0f}", f"{through:.0f}", held, f"{seconds:.3e}"])
+            rows.append([R, K, P, name, f"{expected:.0f}", f"{sent:.0f}", f"{loopback:.0f}", held, f"{seconds:.3e}"])
             if rank == 0:
                 print(
                     f"R={R} K={K} {name:14s} formula {expected / 1e6:8.3f} MB  sockets {sent / 1e6:8.3f}  loopback "
-                    f"{through / 1e6:8.3f}  held {held / 2**20:6.1f} MiB  {seconds * 1e3:7.1f} ms",
+                    f"{loopback / 1e6:8.3f}  held {held / 2**20:6.1f} MiB  {seconds * 1e3:7.1f} ms",
                     flush=True,
                 )
     if rank == 0:

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/distributed.md: what the benchmark counted, and what the cost model expects.
+"""Write the tables of docs/distributed.md: the bytes that the benchmark counted, and the figures of the cost model.
 
-python docs/distributed_table.py            # both
+python docs/distributed_table.py            # write both tables
 python docs/distributed_table.py --check    # exit 1 if the page is out of date
 """
 

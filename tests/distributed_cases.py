@@ -1,4 +1,4 @@
-"""What every rank runs in ``test_distributed.py``. A case returns what the test looks at."""
+"""The cases that every rank runs in ``test_distributed.py``. A case returns the values that the test checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOSSES = [name for name in balancing.names() if balancing.get(name).needs == "lo
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Its 12 * 16 + 16 + 16 * 5 + 5 = 293 parameters divide by none of the world sizes."""
+    """A network with 12 * 16 + 16 + 16 * 5 + 5 = 293 parameters, which no world size divides."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, 16), nn.SiLU(), nn.Linear(16, 5)).to(dtype)
 
@@ -58,7 +58,7 @@ def method(name: str, K: int) -> Any:
 
 
 def one_process(name: str, K: int, cluster: Tensor, dtype: torch.dtype, steps: int = 1) -> tuple[list[Tensor], Tensor]:
-    """p.grad and losses of the whole batch by the single-process code."""
+    """Return p.grad and losses of the whole batch, computed in one process."""
     model = network(dtype)
     balancer = method(name, K)
     x, y = samples(len(cluster), dtype)
@@ -79,7 +79,7 @@ def one_process(name: str, K: int, cluster: Tensor, dtype: torch.dtype, steps: i
 
 
 def mixed(K: int, B: int) -> Tensor:
-    """Ids of a batch in which, dealt out in turn, some ranks lack clusters."""
+    """Return ids of a batch. If its samples are dealt out in turn, some ranks lack clusters."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(K, (B,), generator=generator)
     ids[-K:] = torch.arange(K)
@@ -94,7 +94,7 @@ def stratified(K: int, B: int) -> list[int]:
 
 
 def every_scheme_and_method(rank: int, world: int) -> dict[Any, Any]:
-    """Mixed batches of uneven sizes, and contiguous chunks; errors of p.grad relative to one process's."""
+    """Mixed batches of uneven sizes, and contiguous chunks. Returns errors of p.grad relative to one process."""
     errors: dict[Any, Any] = {}
     for K in (5, world, world // 2):
         for name in METHODS if K == 5 else ["nash"]:
@@ -143,22 +143,22 @@ def step(
 
 
 def other_routes(rank: int, world: int) -> dict[Any, Any]:
-    """Routes that keep all of J here, uneven micro-batches, a rank without samples, a group of some ranks."""
+    """Routes that hold all of J on a rank, uneven micro-batches, a rank without samples, a group of some ranks."""
     K, B = 5, 23
     cluster = mixed(K, B)
     want, losses = one_process("pcgrad", K, cluster, torch.float64)
     x, y = samples(B)
     errors: dict[Any, Any] = {}
     dealt = torch.arange(B) % world == rank
-    none_here = torch.arange(B) % (world - 1) == rank
+    without_rank_3 = torch.arange(B) % (world - 1) == rank
     for route in ("split", "grouped", "loop", "auto"):
-        for deal, mine in (("dealt", dealt), ("rank 3 has none", none_here)):
+        for deal, mine in (("dealt", dealt), ("rank 3 has none", without_rank_3)):
             got, jacobian = step("pcgrad", K, cluster, mine, torch.float64, "reduce_scatter", route=route)
             errors[route, deal] = relative(got, want), relative([jacobian.losses], [losses])
             if jacobian.counts.tolist() != cluster.bincount(minlength=K).tolist():
                 errors[route, deal] = jacobian.counts
     early = antdiff.ClusterGradients(network(), K)
-    early.ranks.size = 1  # as if made before init_process_group
+    early.ranks.size = 1  # as if it were made before init_process_group
     try:
         early(losses_of(early.model), (x, y), cluster)
     except RuntimeError as error:
@@ -185,7 +185,7 @@ def other_routes(rank: int, world: int) -> dict[Any, Any]:
 
 
 def wrapped(rank: int, world: int) -> dict[Any, Any]:
-    """DistributedDataParallel, called through the wrapper and past it; FSDP2."""
+    """DistributedDataParallel, with a loss function that calls the wrapper or the network inside it, and FSDP2."""
     K, B = 5, 23
     cluster = mixed(K, B)
     want, losses = one_process("nash", K, cluster, torch.float64)
@@ -208,7 +208,7 @@ def wrapped(rank: int, world: int) -> dict[Any, Any]:
         backward = antdiff.BalancedBackward(model, balancing.NashMTL(), K, micro_batch=3 if pieces == 3 else None)
         rows = mine.nonzero().flatten()
         if pieces == 3:
-            rows = rows[: B // world]  # the same number on every rank: FSDP2 gathers weights in step
+            rows = rows[: B // world]  # the same number on every rank, since FSDP2 gathers weights in lockstep
             short = torch.cat([(torch.arange(B) % world == r).nonzero().flatten()[: B // world] for r in range(world)])
             want_, losses_ = one_process_of(short, "nash", K, cluster)
         else:
@@ -239,7 +239,7 @@ def one_process_of(rows: Tensor, name: str, K: int, cluster: Tensor) -> tuple[li
 
 
 def pairs(world: int) -> tuple[dist.ProcessGroup, list[int]]:
-    """The group of this rank's parity, made on all ranks, and its members."""
+    """Make two groups of ranks, even and odd, and return that of this rank and its members."""
     members = [[r for r in range(world) if r % 2 == parity] for parity in (0, 1)]
     groups = [dist.new_group(ranks) for ranks in members]
     parity = dist.get_rank() % 2
@@ -247,8 +247,10 @@ def pairs(world: int) -> tuple[dist.ProcessGroup, list[int]]:
 
 
 def groups_of_some_ranks(rank: int, world: int) -> dict[Any, Any]:
-    """group="local" in an initialised process group, wrappers of a subgroup and of one rank, and a mesh of two
-    dimensions. Errors relative to one process with the samples of the group."""
+    """group="local" in an initialised process group, wrappers of a subgroup and of one rank, and a 2-D mesh.
+
+    Returns errors relative to one process with the samples of the group.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -258,7 +260,7 @@ def groups_of_some_ranks(rank: int, world: int) -> dict[Any, Any]:
     mine = (torch.arange(B) % world == rank).nonzero().flatten()
     errors: dict[Any, Any] = {}
 
-    # Ranks that communicated would wait for each other here, since they make different numbers of calls.
+    # If the ranks communicated, they would wait for each other, since they make different numbers of calls.
     want, losses = one_process_of(mine, "pcgrad", K, cluster)
     for _ in range(rank + 1):
         for route in ("auto", "split", "grouped"):
@@ -346,7 +348,7 @@ def groups_of_some_ranks(rank: int, world: int) -> dict[Any, Any]:
 
 
 def stale_jacobians(rank: int, world: int) -> dict[str, list[str]]:
-    """Every later use of the buffers, and what the earlier jacobian then says; losses and counts stay."""
+    """Return the errors of a jacobian after each kind of later use of its buffers. Its losses and counts must stay."""
     K, B = 5, 20
     cluster = torch.arange(B) % K
     x, y = samples(B)
@@ -357,7 +359,7 @@ def stale_jacobians(rank: int, world: int) -> dict[str, list[str]]:
     def failing(*batch: Tensor) -> Tensor:
         raise KeyError("an error of the user on every rank")
 
-    said: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = {}
     for name, make, options in (
         ("all_reduce", network, {"scheme": "all_reduce"}),
         ("reduce_scatter", network, {"scheme": "reduce_scatter"}),
@@ -384,7 +386,7 @@ def stale_jacobians(rank: int, world: int) -> dict[str, list[str]]:
             jacobian = cg(fn, batch, cluster[mine])
             losses = jacobian.losses.clone()
             later()
-            answers = said.setdefault(f"{name} {later.__name__}", [])
+            answers = errors.setdefault(f"{name} {later.__name__}", [])
             for use in (jacobian.gram, partial(jacobian.combine, torch.ones(K)), partial(jacobian.write, []),
                         partial(getattr, jacobian, "rows"), partial(getattr, jacobian, "nbytes")):  # fmt: skip
                 try:
@@ -394,11 +396,11 @@ def stale_jacobians(rank: int, world: int) -> dict[str, list[str]]:
                     answers.append(str(error))
             assert torch.equal(jacobian.losses, losses)
             assert torch.equal(jacobian.counts, counts)
-    return said
+    return errors
 
 
 def refused_on_ranks(rank: int, world: int) -> dict[str, str]:
-    """Mistakes that only several ranks can make, and what each is told."""
+    """Return the error messages of mistakes that need several ranks."""
     K, B = 5, 20
     cluster = torch.arange(B) % K
     x, y = samples(B)
@@ -424,7 +426,7 @@ def refused_on_ranks(rank: int, world: int) -> dict[str, str]:
     between = antdiff.BalancedBackward(sharded(), balancing.PCGrad(update_every=2), K)
     inner = losses_of(between.gradients.model)
     between(inner, batch, cluster[mine])
-    said: dict[str, str] = {}
+    messages: dict[str, str] = {}
     for name, run in {
         "not a member": lambda: antdiff.ClusterGradients(model, K, group=pair) if rank in (0, 2) else None,
         "nested": lambda: antdiff.ClusterGradients(nn.Sequential(nn.parallel.DistributedDataParallel(network())), K),
@@ -440,20 +442,20 @@ def refused_on_ranks(rank: int, world: int) -> dict[str, str]:
     }.items():
         try:
             run()
-            said[name] = "nothing"
+            messages[name] = "nothing"
         except (TypeError, ValueError, RuntimeError) as error:
-            said[name] = f"{type(error).__name__}: {error}"
+            messages[name] = f"{type(error).__name__}: {error}"
     grouped = antdiff.ClusterGradients(model, K, "grouped", scheme="all_reduce")
     assert grouped.nbytes() == 0
     grouped(losses_of(model), batch, cluster[mine])
     P = sum(p.numel() for p in model.parameters())
     assert grouped.nbytes() == (2 * K + 1) * P * 8, "rows of this rank, rows of all ranks, and p.grad"
-    said["explain"] = grouped.explain()
-    return said
+    messages["explain"] = grouped.explain()
+    return messages
 
 
 def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
-    """Every way through a step, for plain, DDP and FSDP2 models, against antdiff.BalancedBackward over three steps."""
+    """All kinds of steps for plain, DDP and FSDP2 models, compared with one process over three steps."""
     K, B = 5, 23
     cluster = mixed(K, B)
     mine = torch.arange(B) % world == rank
@@ -488,7 +490,7 @@ def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
 
 
 def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
-    """Weights, p.grad, timesteps, and the balancer's state, after three steps: to be compared between ranks."""
+    """Return weights, p.grad, timesteps and the balancer's state after three steps, to be compared between ranks."""
     K, B = 5, 8
     clusters = antdiff.TimestepClusters.uniform(1000, K)
     sampler = antdiff.StratifiedTimesteps(clusters, importance=True)
@@ -521,11 +523,16 @@ def the_same_everywhere(rank: int, world: int) -> dict[str, Any]:
 
 
 def out_of_step(rank: int, world: int) -> dict[str, Any]:
-    """What puts ranks out of step with each other: clusters that one rank lacks, buffers that DistributedDataParallel
-    broadcasts in a forward, micro-batches, a step that an error has ended. Errors of G relative to one process's."""
+    """Clusters that a rank lacks, buffers that DistributedDataParallel broadcasts in a forward, micro-batches, and a
+    step that ended with an error. All of them make ranks run different numbers of forwards.
+
+    Returns errors of G relative to one process.
+    """
     K, B = 5, 23
     cluster = mixed(K, B).sort().values
-    mine = torch.arange(B) * (world - 1) // B == rank  # contiguous: most ranks lack most clusters, the last has none
+    mine = (
+        torch.arange(B) * (world - 1) // B == rank
+    )  # contiguous, so most ranks lack most clusters, and the last has none
     x, y = samples(B)
     rows = (x[mine], y[mine])
     alone = antdiff.ClusterGradients(model := network(), K, "loop", group="local")
@@ -567,7 +574,7 @@ def out_of_step(rank: int, world: int) -> dict[str, Any]:
             raise KeyError("of the user")
         return losses_of(model)(*rows)
 
-    with suppress(KeyError):  # every rank has sent its first row by then, and none has waited for it
+    with suppress(KeyError):  # by then every rank has sent its first row, and none has waited for it
         cg(fails, (x[chunk], y[chunk]), cluster[chunk], counts=counts)
     jacobian = cg(losses_of(model), (x[chunk], y[chunk]), cluster[chunk], counts=counts)
     errors["after an error"] = relative([jacobian.gram()], [G])
@@ -575,7 +582,7 @@ def out_of_step(rank: int, world: int) -> dict[str, Any]:
 
 
 def fsdp_after_a_forward_without_backward(rank: int, world: int) -> dict[Any, Any]:
-    """A validation leaves gathered parameters in the place of the shards. Relative to the same without it."""
+    """A validation leaves gathered parameters in place of the shards. Returns errors relative to steps without it."""
     K, B = 5, 20
     x, y = samples(B)
     mine = torch.arange(B) // K == rank
@@ -604,15 +611,15 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
     x, y = samples(B)
     mine = torch.arange(B) // K == rank
     bad = x.clone()
-    bad[11] = torch.nan  # one of rank 2's
-    said: dict[str, Any] = {}
+    bad[11] = torch.nan  # a sample of rank 2
+    messages: dict[str, Any] = {}
 
     def attempt(name: str, run: Callable[[], Any]) -> None:
         try:
             run()
-            said[name] = "nothing"
+            messages[name] = "nothing"
         except distributed.NonFiniteError as error:
-            said[name] = str(error), error.ranks
+            messages[name] = str(error), error.ranks
 
     for scheme in ("reduce_scatter", "all_reduce"):
         attempt(scheme, lambda scheme=scheme: step_of(bad, y, mine, cluster, scheme))  # type: ignore[misc]
@@ -632,7 +639,7 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
     cg = antdiff.ClusterGradients(model, K)
     fn = infinite_slope(model) if rank == 1 else losses_of(model)
     attempt("slope", lambda: cg(fn, (x[mine], y[mine]), cluster[mine]))
-    # beside a scaler nobody raises, and everybody skips
+    # with a scaler no rank raises, and all ranks skip the step
     for name, balancer in (("nash", balancing.NashMTL(nonfinite="poison")), ("linear", balancing.get("linear")(K))):
         model = network(torch.float32)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -644,8 +651,8 @@ def a_nan_on_rank_2(rank: int, world: int) -> dict[str, Any]:
             scaler.step(optimizer)
             scaler.update()
             history.append(([p.detach().clone() for p in model.parameters()], losses, scaler.get_scale()))
-        said["history", name] = history
-    return said
+        messages["history", name] = history
+    return messages
 
 
 def step_of(x: Tensor, y: Tensor, mine: Tensor, cluster: Tensor, scheme: Any) -> None:
@@ -655,7 +662,7 @@ def step_of(x: Tensor, y: Tensor, mine: Tensor, cluster: Tensor, scheme: Any) ->
 
 
 def half_precision(rank: int, world: int) -> dict[str, Any]:
-    """bfloat16 weights: rows summed over ranks in bfloat16, and in float32 where asked."""
+    """bfloat16 weights, whose rows are summed over ranks in bfloat16, or in float32 with dtype=torch.float32."""
     K, B = 5, 23
     cluster = mixed(K, B)
     want, _ = one_process("linear", K, cluster, torch.float64)
@@ -674,7 +681,7 @@ def half_precision(rank: int, world: int) -> dict[str, Any]:
 
 
 def bytes_on_the_wire(rank: int, world: int) -> dict[Any, Any]:
-    """What the kernel says that this process's sockets sent in a step, and the formula."""
+    """Return the bytes that the sockets sent per rank in a step, by the kernel's own count, and by the formula."""
     from antdiff.distributed.ranks import Ranks
 
     torch.manual_seed(0)
@@ -691,7 +698,7 @@ def bytes_on_the_wire(rank: int, world: int) -> dict[Any, Any]:
             whole = scheme == "cluster"
             mine = torch.arange(B) // (2 * K) == rank if whole else torch.arange(B) % world == rank
             cg = antdiff.ClusterGradients(model, K, scheme=scheme)  # type: ignore[arg-type]
-            for _ in range(2):  # the first makes connections
+            for _ in range(2):  # the first step makes connections
                 dist.barrier()
                 before = socket_bytes()
                 jacobian = cg(
@@ -707,7 +714,7 @@ def bytes_on_the_wire(rank: int, world: int) -> dict[Any, Any]:
 
 
 def socket_bytes() -> int:
-    """Bytes that this process's TCP sockets have sent, by the kernel's own count (tcpi_bytes_sent of TCP_INFO)."""
+    """Return the bytes that this process's TCP sockets have sent (tcpi_bytes_sent of TCP_INFO)."""
     total = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -717,13 +724,13 @@ def socket_bytes() -> int:
                 if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
                     info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                     total += struct.unpack_from("Q", info, 200)[0]
-        except OSError:  # closed meanwhile, or no socket of ours
+        except OSError:  # the descriptor was closed meanwhile, or is not a socket of this process
             continue
     return total
 
 
 def sharded_checkpoint_save(rank: int, world: int) -> Any:
-    """Trains a sharded network and saves it twice over; what it then holds."""
+    """Train a sharded network, save it three times, and return its weights and the state of its optimizer."""
     model, optimizer = trained(sharded())
     for step_ in (1, 2, 3):
         distributed.save_checkpoint(FOLDER, step_, checkpoint_of(model, optimizer, step_))
@@ -731,13 +738,13 @@ def sharded_checkpoint_save(rank: int, world: int) -> Any:
 
 
 def sharded_checkpoint_load(rank: int, world: int) -> Any:
-    """Another number of ranks, other weights, and what they are after loading."""
+    """Load the checkpoint into other weights on another number of ranks, and return them."""
     model = sharded()
     optimizer = torch.optim.AdamW(model.parameters())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    trained(model, optimizer)  # state of the optimizer to be filled
+    trained(model, optimizer)  # makes the optimizer state that is then overwritten
     state = checkpoint_of(model, optimizer, 0)
     step_ = distributed.load_checkpoint(FOLDER, state)
     model.load_state_dict(state["model"])
@@ -771,7 +778,7 @@ def full_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def the_documented_loops(rank: int, world: int) -> dict[str, Any]:
-    """The code of docs/distributed.md, block by block; weights at the end, and whether they moved."""
+    """Run each block of code of docs/distributed.md. Returns the weights at the end, and whether they have changed."""
     from torch.distributed.fsdp import fully_shard
 
     clusters = antdiff.TimestepClusters.uniform(1000, 5)
@@ -832,7 +839,7 @@ class Unconditional(nn.Module):
 
 
 def loop_settings() -> dict[str, Any]:
-    """Runs of antdiff train that take every way through its loop."""
+    """Return settings of antdiff train that together run every branch of its loop."""
     from antdiff.train.config import TrainConfig
 
     tiny = TrainConfig(steps=4, batch_size=9, log_every=2, checkpoint_every=4, grid_every=0, device="cpu")
@@ -867,7 +874,7 @@ def the_training_loop(rank: int, world: int) -> None:
 
 
 def a_rank_that_dies(rank: int, world: int) -> tuple[str, str]:
-    """Rank 1 leaves without a word in the middle of a step; what the others say, and that they say it at once."""
+    """Rank 1 is killed in the middle of a step. The others raise at once; return their error."""
     x, y = samples(20)
     model = network()
     backward = antdiff.BalancedBackward(model, balancing.PCGrad(), 5, scheme="reduce_scatter")

@@ -1,5 +1,7 @@
-"""Several processes on this machine: cases run on all of them at once, results by rank. Nothing leaves 127.0.0.1, and
-nothing waits for ever."""
+"""Run test cases in several processes on this machine at once, and return their results by rank.
+
+The processes communicate on 127.0.0.1 only, and every wait has a time limit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 30.0  # seconds that a collective, and 4 x that a whole set of cases, may take on a busy machine
+TIMEOUT = 30.0  # seconds per collective on a busy machine; a whole set of cases may take 4 times as long
 
 Case = Callable[[int, int], Any]
 
@@ -32,7 +34,7 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )
     results: dict[str, Any] = {}
-    for case in cases:  # a case that fails on one rank may leave the others waiting: the first failure ends it
+    for case in cases:  # a case that fails on one rank may leave the others waiting, so the first failure is the last
         try:
             results[case.__name__] = case(rank, world)
             torch.save(results, f"{folder}/{rank}.pt")
@@ -41,13 +43,13 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
             results["failed"] = case.__name__
             torch.save(results, f"{folder}/{rank}.pt")
             os._exit(1)
-    with suppress(RuntimeError):  # a rank has been lost, as its case meant it
+    with suppress(RuntimeError):  # the case of a lost rank has killed one
         dist.barrier()
         dist.destroy_process_group()
 
 
 def run(world: int, cases: list[Case], folder: Path, *, lost: int | None = None) -> list[dict[str, Any]]:
-    """What each case returned on each rank: a list of dicts by the cases' names. Rank ``lost`` dies in the last one."""
+    """Return the results of the cases, for each rank a dict by their names. Rank ``lost`` dies in the last case."""
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [context.Process(target=_main, args=(rank, world, cases, str(folder))) for rank in range(world)]

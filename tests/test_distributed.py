@@ -1,4 +1,4 @@
-"""Several ranks compute what one process does, send what the formulas say, and fail by name."""
+"""Several ranks compute the results of one process, send the bytes of the formulas, and raise named errors."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from antdiff import (
 )
 from antdiff.train.run import start_run
 
-# p.grad of several ranks against one process's, in relative norm: what is asked of the package. Sums of some hundred
-# terms in another order leave far less, 1e-15 and 1e-6.
+# Largest allowed error of p.grad of several ranks relative to one process, in norm. Sums of some hundred terms in
+# another order have far smaller errors, 1e-15 and 1e-6.
 LIMIT = {"torch.float64": 1e-12, "torch.float32": 1e-5}
 Results = list[dict[str, Any]]
 
@@ -36,7 +36,7 @@ Results = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("sharded") / "checkpoints"
-    (folder / ".step-00000002.tmp").mkdir(parents=True)  # of a rank that died while it saved
+    (folder / ".step-00000002.tmp").mkdir(parents=True)  # left by a rank that died while it saved
     (folder / ".step-00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANTDIFF_TEST_CHECKPOINTS", str(folder))
@@ -92,11 +92,11 @@ def test_mistakes_on_several_ranks_are_named(four: Results) -> None:
         "empty": "ValueError: batch must hold a sample on every rank under FSDP2",
     }
     for rank, results in enumerate(four):
-        said = results["refused_on_ranks"]
+        messages = results["refused_on_ranks"]
         for name, text in texts.items():
-            assert said[name].startswith(text), (name, said[name])
-        assert ("Error: group must" in said["not a member"]) == (rank in (0, 2)), said["not a member"]
-        assert "route 'grouped': asked for" in said["explain"]
+            assert messages[name].startswith(text), (name, messages[name])
+        assert ("Error: group must" in messages["not a member"]) == (rank in (0, 2)), messages["not a member"]
+        assert "route 'grouped': asked for" in messages["explain"]
 
 
 def test_ranks_out_of_step_do_not_wait_for_each_other(four: Results) -> None:
@@ -140,7 +140,7 @@ def test_ranks_stay_alike_without_a_broadcast(four: Results) -> None:
             assert torch.equal(w, w0)
             assert all(map(torch.equal, gradients, gradients0))
         assert torch.equal(other["state"]["generator"], results[0]["state"]["generator"])
-    for step, whole in enumerate(results[0]["whole"]):  # the chunks are one process's batch
+    for step, whole in enumerate(results[0]["whole"]):  # the chunks make up the batch of one process
         for part in range(3):
             assert torch.equal(torch.cat([r["chunks"][step][part] for r in results]), whole[part])
     assert "all_reduce" in results[0]["explain"], "so small a network is fastest with one message"
@@ -148,11 +148,14 @@ def test_ranks_stay_alike_without_a_broadcast(four: Results) -> None:
 
 def test_a_nan_is_named_on_every_rank(four: Results) -> None:
     for results in four:
-        said = results["a_nan_on_rank_2"]
+        messages = results["a_nan_on_rank_2"]
         for name in ("reduce_scatter", "all_reduce", "pcgrad", "uw", "between"):
-            assert said[name] == ("the losses of rank 2 are not finite. Check the batch and the weights on it.", [2])
-        assert said["slope"][1] == []
-        assert "a backward produced it" in said["slope"][0]
+            assert messages[name] == (
+                "the losses of rank 2 are not finite. Check the batch and the weights on it.",
+                [2],
+            )
+        assert messages["slope"][1] == []
+        assert "a backward produced it" in messages["slope"][0]
 
 
 @pytest.mark.parametrize("name", ["nash", "linear"])
@@ -173,7 +176,7 @@ def test_beside_a_scaler_every_rank_skips_the_step(four: Results, name: str) -> 
 
 
 def test_half_precision(four: Results) -> None:
-    # Weights, activations and gradients are rounded to bfloat16 some ten times on the way: a few of its roundoffs.
+    # Weights, activations and gradients are rounded to bfloat16 about ten times, so the error is a few roundoffs.
     limit = 4 * UNIT_ROUNDOFF[torch.bfloat16]
     for results in four:
         for name, (error, rows, gradient) in results["half_precision"].items():
@@ -185,7 +188,7 @@ def test_half_precision(four: Results) -> None:
 def test_sockets_send_what_the_formulas_say(four: Results) -> None:
     for results in four:
         for case, (sent, formula) in results["bytes_on_the_wire"].items():
-            # above the formula: P is padded to a multiple of 4; K x K numbers; gloo's headers
+            # More than the formula: P is padded to a multiple of 4, and K x K numbers and gloo's headers are sent.
             assert formula <= sent < 1.02 * formula, (case, sent / formula)
 
 
@@ -222,13 +225,14 @@ def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Pat
         a, b = load_checkpoint(one), load_checkpoint(both)
         assert all(torch.equal(state, b["rng"][key]) for key, state in a["rng"].items()), name
         assert a["timesteps"] == b["timesteps"] or name == "curriculum"
-        # Adam turns the sign of a gradient near zero into a whole step of the rate, so: against the way that was gone.
+        # Adam turns the sign of a gradient near zero into a whole step of the learning rate, so the difference is
+        # compared with the distance from the initial weights.
         seed = make_generators(config.seed, torch.device("cpu"))["weights"].initial_seed()
         start = make_model(config, (1, 8, 8), tmp_path / name, seed=seed).state_dict()
         names = [key for key in start if start[key].is_floating_point()]
-        way = sum(float((a["model"][key] - start[key]).square().sum()) for key in names)
-        off = sum(float((a["model"][key] - b["model"][key]).square().sum()) for key in names)
-        assert off < (1e-3) ** 2 * way, (name, (off / way) ** 0.5)
+        distance = sum(float((a["model"][key] - start[key]).square().sum()) for key in names)
+        difference = sum(float((a["model"][key] - b["model"][key]).square().sum()) for key in names)
+        assert difference < (1e-3) ** 2 * distance, (name, (difference / distance) ** 0.5)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(two: Results, checkpoints: Path, tmp_path: Path) -> None:

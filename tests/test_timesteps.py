@@ -1,4 +1,4 @@
-"""The samplers of timesteps: where t lies, whose share is what, and what the weights undo."""
+"""The samplers of timesteps: the range of t, the shares of the clusters, and the importance weights."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_shares_differ_by_one_at_most_whatever_the_sizes_of_batches() -> None:
 
 
 def test_t_is_uniform_inside_each_cluster() -> None:
-    """Every value of t in a cluster of 97 within five standard deviations of its expected count."""
+    """The count of every t in a cluster of 97 is within five standard deviations of its expectation."""
     t, cluster, _ = StratifiedTimesteps(CLUSTERS).sample(100_000, generator=seeded())
     n = 20_000
     counts = torch.bincount(t[cluster == 2] - 3, minlength=97).double()
@@ -61,8 +61,11 @@ def test_t_is_uniform_inside_each_cluster() -> None:
 
 @pytest.mark.parametrize("B", [50, 53])
 def test_importance_weights_give_the_mean_over_uniform_t(B: int) -> None:
-    """(1/k) sum_c loss_c is unbiased whatever the shares: exactly so in expectation, where a cluster's rows stand for
-    the mean over its interval; checked here without sampling noise, and then with it."""
+    """(1/k) sum_c loss_c is unbiased for any shares.
+
+    The first check replaces the loss of every sample by the mean over its interval, so there is no sampling noise. The
+    second check has sampling noise.
+    """
     L = torch.linspace(0, 3, 1000, dtype=torch.float64).exp()  # any loss of t
     sampler = StratifiedTimesteps(CLUSTERS, importance=True)
     t, cluster, weight = sampler.sample(B)
@@ -76,16 +79,16 @@ def test_importance_weights_give_the_mean_over_uniform_t(B: int) -> None:
 
     t, cluster, weight = sampler.sample(200_000, generator=seeded())
     losses, _ = ops.cluster_mean(L[t], cluster, 5, weight.double())
-    # Standard error of the estimate: within-cluster deviations, shares of 40 000.
+    # Standard error of the estimate, from the deviations within clusters and shares of 40 000 samples.
     deviations = torch.stack([L[a:b].std(correction=0) for a, b in pairwise(CLUSTERS.bounds)])
     error = (CLUSTERS.sizes / 1000 * deviations).norm().item() / 40_000**0.5
     assert abs(losses.mean() - L.mean()) < 5 * error
     unweighted, _ = ops.cluster_mean(L[t], cluster, 5)
-    assert abs(unweighted.mean() - L.mean()) > 100 * error  # without weights it is the mean of another density
+    assert abs(unweighted.mean() - L.mean()) > 100 * error  # without weights it is the mean over another density
 
 
 def test_fewer_rows_than_clusters_are_unbiased_over_the_rotation() -> None:
-    means = torch.arange(1.0, 6.0, dtype=torch.float64)  # of L in each cluster
+    means = torch.arange(1.0, 6.0, dtype=torch.float64)  # mean of L in each cluster
     sampler = StratifiedTimesteps(CLUSTERS, importance=True)
     estimates = []
     for _ in range(5):
@@ -144,7 +147,7 @@ def test_uniform_timesteps() -> None:
 def test_on_a_gpu_nothing_waits() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     for sampler in (StratifiedTimesteps(CLUSTERS, importance=True), UniformTimesteps(CLUSTERS)):
-        for _ in range(5):  # each rotation once
+        for _ in range(5):  # once per rotation
             sampler.sample(13, device="cuda", generator=generator)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -155,7 +158,7 @@ def test_on_a_gpu_nothing_waits() -> None:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(CLUSTERS.cluster_of(t.cpu()), cluster.cpu())
     outside = CLUSTERS.cluster_of(torch.tensor([-1, 0, 1000], device="cuda"))
-    assert outside.tolist() == [-1, 0, 5]  # ids that cluster_loss refuses
+    assert outside.tolist() == [-1, 0, 5]  # ids out of range, which cluster_loss refuses
 
 
 @pytest.mark.parametrize(
