@@ -195,6 +195,20 @@ def test_rows_that_are_not_held_take_no_memory() -> None:
     )
 
 
+def test_the_dtype_of_rows_that_are_not_held_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be None with hold='gram'"):
+        ClusterGradients(dit(), K, hold="gram", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("route", ["auto", "grouped", "split", "loop"])
+def test_an_empty_batch_cannot_be_verified(route: Route) -> None:
+    model = dit()
+    with pytest.raises(ValueError, match="batch must hold a sample for verify"):
+        ClusterGradients(model, K, route).verify(
+            denoising(model), [x[:0] for x in diffusion_batch()], cluster_ids()[:0]
+        )
+
+
 def test_an_object_made_before_the_process_group_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, cluster = dit(), diffusion_batch(), cluster_ids()
     cg, local = ClusterGradients(model, K, "loop"), ClusterGradients(model, K, "loop", group="local")

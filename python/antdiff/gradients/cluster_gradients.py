@@ -145,6 +145,8 @@ class ClusterGradients:
         if several and hold == "gram":
             raise ValueError("hold must be 'jacobian' on several ranks; got 'gram'. Leave hold out.")
         self.route: Route = route or ("split" if several else "auto")
+        if hold == "gram" and dtype is not None:
+            raise ValueError(f"dtype must be None with hold='gram', which holds no rows; got {dtype}. Leave it out.")
         network = Network(inner, tuple(separable), compiler_of(inner, compile, separable))
         why = "asked for" if route is not None else "the default on several ranks"
         self._local = LocalGradients(network, k, self.route, dtype, held=hold == "jacobian", why=why)

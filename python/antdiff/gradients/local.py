@@ -115,6 +115,8 @@ class LocalGradients:
 
     def verify(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> float:
         clustered, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
+        if clustered.B == 0:
+            raise ValueError("batch must hold a sample for verify(); got none. Pass a batch of the training data.")
         return checks.verify(self.settled(loss_fn, batch, clustered), self.network, loss_fn, batch, clustered)
 
     @contextmanager
