@@ -19,8 +19,9 @@ void attach(const py::capsule& capsule, py::handle tensor, py::handle parameter)
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   if (api->header.version.major != 1 || !api->dltensor_from_py_object_no_sync || !api->current_work_stream)
-    throw py::import_error("antdiff needs DLPack's C exchange API, version 1; this torch offers version " +
-                           std::to_string(api->header.version.major) + ". Install torch >= 2.10.");
+    throw py::import_error("antdiff needs version 1 of DLPack's C exchange API; this torch offers version " +
+                           std::to_string(api->header.version.major) +
+                           ". Update antdiff, or install the torch version that constraints.txt names.");
   torch() = {api, reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr()),
              reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr())};
 }

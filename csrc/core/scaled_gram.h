@@ -32,10 +32,10 @@ ANTDIFF_HD double power_of_two_scale(double x) {
 // Return S_ij, or NaN if G_ij shows that G is no Gram matrix. Rows and columns with a zero diagonal entry are taken as
 // zero.
 ANTDIFF_HD double scaled_entry(const double* G, const double* d, int64_t K, int64_t i, int64_t j) {
-  const double here = G[i * K + j], there = G[j * K + i];
-  if (!is_finite(here) || !is_finite(there)) return NAN;
+  const double entry = G[i * K + j], mirrored = G[j * K + i];
+  if (!is_finite(entry) || !is_finite(mirrored)) return NAN;
   if (d[i] == 0 || d[j] == 0) return 0;
-  const double a = here * d[i] * d[j], b = there * d[i] * d[j];
+  const double a = entry * d[i] * d[j], b = mirrored * d[i] * d[j];
   const double norms = sqrt((G[i * K + i] * d[i] * d[i]) * (G[j * K + j] * d[j] * d[j]));  // in [1, 4)
   const double s = 0.5 * (a + b);
   return fabs(a - b) <= kGramSlack * norms && fabs(s) <= (1 + kGramSlack) * norms ? s : NAN;

@@ -65,12 +65,12 @@ struct Blocks {
 };
 
 // The rows of the next slab that a tile prefetches while it computes.
-struct Ahead {
+struct Prefetch {
   uintptr_t rows;  // address of the first row
   int64_t count;   // number of rows, 0 at the end of the list
   int64_t stride;  // bytes between rows
   int64_t bytes;   // size of an element
-  ANTDIFF_INLINE void ask(int64_t column) const {
+  ANTDIFF_INLINE void issue(int64_t column) const {
     for (int64_t r = 0; r < count; ++r)
       __builtin_prefetch(reinterpret_cast<const void*>(rows + uintptr_t(r * stride + column * bytes)), 0, 3);
   }
@@ -86,14 +86,15 @@ struct Chunk {
 
   // sums[i, j] += x_i . y_j for I rows at x, J rows at y and n columns (a multiple of lanes). On the diagonal j >= i.
   template <int I, int J, bool diagonal>
-  ANTDIFF_INLINE static void tile(const A* x, const A* y, int64_t slab, int64_t n, V* sums, int64_t K, Ahead ahead) {
+  ANTDIFF_INLINE static void tile(const A* x, const A* y, int64_t slab, int64_t n, V* sums, int64_t K,
+                                  Prefetch prefetch) {
     V s[I][J];
 #pragma GCC unroll 4
     for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
       for (int j = diagonal ? i : 0; j < J; ++j) s[i][j] = sums[i * K + j];
     for (int64_t p = 0; p < n; p += lanes) {
-      ahead.ask(p);
+      prefetch.issue(p);
       V a[I], b[J];
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) a[i] = *reinterpret_cast<const Loose*>(x + i * slab + p);
@@ -110,7 +111,7 @@ struct Chunk {
       for (int j = diagonal ? i : 0; j < J; ++j) sums[i * K + j] = s[i][j];
   }
 
-  ANTDIFF_INLINE static void multiply(const A* X, int64_t K, int64_t slab, int64_t n, V* sums, Ahead next) {
+  ANTDIFF_INLINE static void multiply(const A* X, int64_t K, int64_t slab, int64_t n, V* sums, Prefetch next) {
     const Blocks blocks(K, M);
     const int64_t tiles = blocks.count * (blocks.count + 1) / 2;
     int64_t t = 0;
@@ -120,40 +121,40 @@ struct Chunk {
         const A *x = X + i * slab, *y = X + j * slab;
         V* to = sums + i * K + j;
         // Every tile prefetches its share of the rows of the next slab, at most four.
-        Ahead ahead = next;
+        Prefetch prefetch = next;
         const int64_t from = next.count * t / tiles;
-        ahead.rows += uintptr_t(from * next.stride);
-        ahead.count = next.count * (t + 1) / tiles - from;
+        prefetch.rows += uintptr_t(from * next.stride);
+        prefetch.count = next.count * (t + 1) / tiles - from;
         if (r == c) {
           switch (blocks.rows(r)) {
             case 1:
-              tile<1, 1, true>(x, y, slab, n, to, K, ahead);
+              tile<1, 1, true>(x, y, slab, n, to, K, prefetch);
               break;
             case 2:
-              tile<2, 2, true>(x, y, slab, n, to, K, ahead);
+              tile<2, 2, true>(x, y, slab, n, to, K, prefetch);
               break;
             case 3:
-              tile<3, 3, true>(x, y, slab, n, to, K, ahead);
+              tile<3, 3, true>(x, y, slab, n, to, K, prefetch);
               break;
             default:
-              tile<M, M, true>(x, y, slab, n, to, K, ahead);
+              tile<M, M, true>(x, y, slab, n, to, K, prefetch);
           }
         } else {
           switch (10 * blocks.rows(r) + blocks.rows(c)) {  // block sizes differ by at most one
             case 22:
-              tile<2, 2, false>(x, y, slab, n, to, K, ahead);
+              tile<2, 2, false>(x, y, slab, n, to, K, prefetch);
               break;
             case 32:
-              tile<3, 2, false>(x, y, slab, n, to, K, ahead);
+              tile<3, 2, false>(x, y, slab, n, to, K, prefetch);
               break;
             case 33:
-              tile<3, 3, false>(x, y, slab, n, to, K, ahead);
+              tile<3, 3, false>(x, y, slab, n, to, K, prefetch);
               break;
             case 43:
-              tile<M, 3, false>(x, y, slab, n, to, K, ahead);
+              tile<M, 3, false>(x, y, slab, n, to, K, prefetch);
               break;
             default:
-              tile<M, M, false>(x, y, slab, n, to, K, ahead);
+              tile<M, M, false>(x, y, slab, n, to, K, prefetch);
           }
         }
       }
@@ -220,7 +221,7 @@ struct Chunk {
         for (int64_t k = 0; k < K; ++k)
           for (int64_t c = width; c < used; ++c) X[k * slab + c] = 0;
       }
-      Ahead next{0, 0, 0, int64_t(sizeof(T))};
+      Prefetch next{0, 0, 0, int64_t(sizeof(T))};
       if (piece != end) {  // if rows are shorter than a slab, some prefetched lines are not needed
         next.rows = reinterpret_cast<uintptr_t>(static_cast<const T*>(piece->rows) + offset);
         next.count = K;

@@ -53,10 +53,10 @@ class Solver {
   Value* layer(int64_t j) { return table_.data() + j * p_.T; }
   void fill(Value v) { std::fill(table_.begin(), table_.end(), v); }
 
-  bool hopeless() const { return !p_.all && !cells_.feasible(p_.K); }
+  bool impossible() const { return !p_.all && !cells_.feasible(p_.K); }
 
   Status solve(IntervalSolver solver) {
-    if (hopeless()) return {Status::Code::infeasible};
+    if (impossible()) return {Status::Code::infeasible};
     for (int64_t j = 0; j < p_.K - 1 && !stopped_; ++j) {
       const int64_t lo = cells_.first_end(j), hi = cells_.last_end(j);
       if (j > 0 && solver == IntervalSolver::divide_and_conquer)
@@ -165,7 +165,7 @@ template <class Cost, class CostRows>
 Status solve_dense(const Cost& cost, CostRows&& cost_rows, const IntervalParams& p) {
   Solver<Cost> solver(cost, p);
   const Cells& cells = solver.cells();
-  if (solver.hopeless()) return {Status::Code::infeasible};
+  if (solver.impossible()) return {Status::Code::infeasible};
   solver.fill(kInf);
   for (int64_t l = 0; l < p.T; ++l) {
     if (p.interrupted && p.interrupted()) return {Status::Code::interrupted};
@@ -212,11 +212,11 @@ int log2_ceil(int64_t n) {
 // needs rounding.
 class Grid {
  public:
-  Grid(int e, int64_t T) : push_(std::ldexp(1.5, 52 + e + log2_ceil(T) - 51)) {}
-  double operator()(double v) const { return (v + push_) - push_; }
+  Grid(int e, int64_t T) : shift_constant_(std::ldexp(1.5, 52 + e + log2_ceil(T) - 51)) {}
+  double operator()(double v) const { return (v + shift_constant_) - shift_constant_; }
 
  private:
-  double push_;
+  double shift_constant_;
 };
 
 // ---- task affinity -------------------------------------------------------------------------------------------------

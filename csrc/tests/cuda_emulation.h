@@ -166,7 +166,7 @@ T shuffle(unsigned mask, T value, unsigned source) {
   const unsigned me = b.current, warp = me / 32 * 32, turn = ++b.arrived[me];
   std::memcpy(&b.exchange[me], &value, sizeof value);
   b.progress = true;
-  const auto everyone = [&](const std::vector<unsigned>& met) {
+  const auto all_lanes = [&](const std::vector<unsigned>& met) {
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(mask >> lane & 1u)) continue;
       if (warp + lane >= block_size().x) fail("the mask of a shuffle names lanes the block does not have");
@@ -174,12 +174,12 @@ T shuffle(unsigned mask, T value, unsigned source) {
     }
     return true;
   };
-  while (!everyone(b.arrived)) yield();
+  while (!all_lanes(b.arrived)) yield();
   T other;
   std::memcpy(&other, &b.exchange[warp + source], sizeof other);
   b.left[me] = turn;
   b.progress = true;
-  while (!everyone(b.left)) yield();
+  while (!all_lanes(b.left)) yield();
   return other;
 }
 
