@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     __version__: str
     from antdiff import analysis, balancing, companions, diffusion, distributed, ops, plotting
     from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
-    from antdiff.gradients import BalancedBackward, ClusterGradients
+    from antdiff.gradients import BalancedBackward, ClusterGradients, shared
 
 __all__ = [
     "BalancedBackward",
@@ -22,6 +22,7 @@ __all__ = [
     "distributed",
     "ops",
     "plotting",
+    "shared",
 ]
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "StratifiedTimesteps": "clustering",
     "TimestepClusters": "clustering",
     "UniformTimesteps": "clustering",
+    "shared": "gradients",
 }
 
 

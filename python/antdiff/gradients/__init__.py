@@ -5,5 +5,14 @@ from antdiff.gradients.batch import GroupingError
 from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.routes import Route
+from antdiff.gradients.samples import shared
 
-__all__ = ["BackwardResult", "BalancedBackward", "ClusterGradients", "ClusterJacobian", "GroupingError", "Route"]
+__all__ = [
+    "BackwardResult",
+    "BalancedBackward",
+    "ClusterGradients",
+    "ClusterJacobian",
+    "GroupingError",
+    "Route",
+    "shared",
+]

@@ -14,6 +14,7 @@ from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.jacobian import ClusterJacobian, HeldJacobian, divide_rows, mean_losses
 from antdiff.gradients.ranked import RankedGradients, rank_counts
 from antdiff.gradients.routes import LossFn, Scaler, loss_scale
+from antdiff.gradients.samples import InDims, Samples, with_dims
 from antdiff.gradients.stream import stream
 
 
@@ -45,11 +46,13 @@ class Accumulation:
         *,
         counts: Sequence[int] | Counts | None = None,
         scaler: Scaler | None = None,
+        in_dims: InDims = None,
     ) -> None:
         """Add a micro-batch; arguments as for :meth:`antdiff.ClusterGradients.__call__`."""
         self._require_open()
         engine = self.engine
         clustered = ClusteredBatch.of(cluster, engine.k, rank_counts(counts, engine.ranks, engine.k))
+        batch = Samples.of(with_dims(batch, in_dims), clustered.B)
         fresh = self._sums is None
         if fresh:
             self.scale = loss_scale(scaler, cluster.device)

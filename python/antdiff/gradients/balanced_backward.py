@@ -19,6 +19,7 @@ from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.ranked import rank_counts
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
+from antdiff.gradients.samples import InDims, Samples, with_dims
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,18 @@ class BalancedBackward:
         self.skip_unused = skip_unused
 
     def __call__(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | Counts | None = None
+        self,
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        cluster: Tensor,
+        *,
+        counts: Sequence[int] | Counts | None = None,
+        in_dims: InDims = None,
     ) -> BackwardResult:
         """Overwrite ``p.grad`` of every trainable parameter of the model.
 
         Args:
-            loss_fn, batch, cluster, counts: see :meth:`antdiff.ClusterGradients.__call__`.
+            loss_fn, batch, cluster, counts, in_dims: see :meth:`antdiff.ClusterGradients.__call__`.
 
         Returns:
             The losses, counts, weights and Gram matrix of this step.
@@ -150,6 +157,7 @@ class BalancedBackward:
                 :meth:`antdiff.ClusterGradients.__call__`, and as the balancer raises.
         """
         balancer = self.balancer
+        batch = with_dims(batch, in_dims)
         if balancer.needs == "losses":
             return self._from_losses(loss_fn, batch, cluster, counts)
         if not getattr(balancer, "due", True):
@@ -184,7 +192,8 @@ class BalancedBackward:
         """Compute the gradient of ``sum_i weights_i losses_i`` by one plain backward, with the last weights."""
         gradients = self.gradients
         gradients.ranks.require_all()
-        clustered, batch = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k)).sort(batch)
+        clustered = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k))
+        samples = Samples.of(batch, clustered.B).detached()  # not sorted: micro-batches may mix clusters
         if gradients.is_sharded and clustered.B == 0:
             raise ValueError(
                 "batch must hold a sample on every rank under FSDP2, whose ranks run in lockstep; got none."
@@ -203,7 +212,7 @@ class BalancedBackward:
         dtype = torch.float32
         with gradients.unsynchronised():
             for start, stop, _ in self._pieces(clustered):
-                per_sample = loss_fn(*cut(batch, clustered.B, start, stop))
+                per_sample = loss_fn(*samples.cut(start, stop))
                 check_losses(per_sample, stop - start)
                 torch.autograd.backward((per_sample,), (factors[start:stop].to(per_sample.dtype),))
                 dtype = torch.promote_types(per_sample.dtype, torch.float32)
@@ -225,7 +234,7 @@ class BalancedBackward:
         clustered = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k))
         self._clear()
         with gradients.unsynchronised():
-            per_sample = loss_fn(*batch)
+            per_sample = loss_fn(*Samples.of(batch, clustered.B).detached())
             check_losses(per_sample, clustered.B)
             losses, n = ops.cluster_mean(per_sample, cluster, self.k)
             losses, n = global_losses(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from antdiff._checks import describe
+from antdiff.gradients.samples import Samples
+from antdiff.gradients.samples import cut as cut
+from antdiff.gradients.samples import each_row as each_row
 
 
 class GroupingError(RuntimeError):
@@ -68,13 +69,10 @@ class ClusteredBatch:
 
     def sort(self, batch: Sequence[Any]) -> tuple[ClusteredBatch, Sequence[Any]]:
         """Return the batch with its samples sorted by cluster."""
-        order = self.order
-        if order is None:
-            return self, each_row(batch, self.B, leaf)
-        return (
-            ClusteredBatch(self.cluster[order], self.sizes, None),
-            each_row(batch, self.B, lambda x: leaf(x.index_select(0, order))),
-        )
+        samples = Samples.of(batch, self.B)
+        if self.order is None:
+            return self, samples.detached()
+        return ClusteredBatch(self.cluster[self.order], self.sizes, None), samples.select(self.order)
 
     @property
     def counts(self) -> Tensor:
@@ -173,50 +171,6 @@ class PaddedBatch(ClusteredBatch):
 
 
 REMEDY = "Put the batch in the first dimension, or use route='split', which needs only independent samples."
-
-
-def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``f`` to every tensor of a batch whose first dimension is B, in dicts, lists and tuples too.
-
-    Raises:
-        TypeError: a list of B strings or numbers, or an array of B rows. These would be neither sorted nor sliced.
-    """
-    if B > 1 and _is_samples(value, B):
-        raise TypeError(
-            f"batch must hold its samples as tensors, which are sorted and sliced by cluster; got "
-            f"{type(value).__name__} of B={B} entries. Give ids or embeddings as a tensor [B, ...], and bind arguments "
-            "that are shared by the whole batch inside loss_fn."
-        )
-    if isinstance(value, Tensor):
-        return f(value) if value.dim() > 0 and value.shape[0] == B else value
-    if isinstance(value, dict):
-        return {key: each_row(x, B, f) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [each_row(x, B, f) for x in value]
-        return (
-            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        )  # a named tuple takes its items one by one
-    return value
-
-
-def _is_samples(value: Any, B: int) -> bool:
-    if isinstance(value, (list, tuple)):
-        return len(value) == B and all(isinstance(x, (str, bytes, int, float)) for x in value)
-    return isinstance(value, np.ndarray) and value.ndim > 0 and len(value) == B
-
-
-def cut(batch: Sequence[Any], B: int, start: int, stop: int) -> Sequence[Any]:
-    """Return the samples ``[start, stop)`` of a batch."""
-    return each_row(batch, B, partial(_rows, start=start, stop=stop))  # type: ignore[no-any-return]
-
-
-def _rows(x: Tensor, start: int, stop: int) -> Tensor:
-    return leaf(x[start:stop])
-
-
-def leaf(x: Tensor) -> Tensor:
-    """Return ``x`` as a leaf, so that no gradient flows back into the batch and slices share no graph."""
-    return x.detach().requires_grad_() if x.requires_grad else x
 
 
 def check_losses(per_sample: object, size: int) -> None:

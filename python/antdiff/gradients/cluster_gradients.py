@@ -25,6 +25,7 @@ from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.local import LocalGradients, Recording
 from antdiff.gradients.ranked import RankedGradients, rank_counts
 from antdiff.gradients.routes import LossFn, Network, Route, Scaler
+from antdiff.gradients.samples import InDims, with_dims
 
 
 class ClusterGradients:
@@ -164,15 +165,18 @@ class ClusterGradients:
         *,
         counts: Sequence[int] | Counts | None = None,
         scaler: Scaler | None = None,
+        in_dims: InDims = None,
     ) -> ClusterJacobian:
         """Compute the K cluster gradients of a batch. On several ranks every rank calls it, with its own samples.
 
         Args:
             loss_fn: ``loss_fn(*slice)`` returns the per-sample losses ``[b]`` of a slice of the batch, b >= 1. Apply
                 importance or timestep weights inside it.
-            batch: the arguments of ``loss_fn``. Tensors whose first dimension is B are sliced, in dicts, lists and
-                tuples too. Everything else is passed unchanged. No gradient flows back into the batch. A rank may lack
-                clusters, or have no sample at all (FSDP2 needs one).
+            batch: the arguments of ``loss_fn``. Tensors and NumPy arrays ``[B, ...]`` hold the samples, and so do lists
+                of B strings, numbers or images, also inside dicts, lists, tuples and dataclasses. They are sorted and
+                sliced; everything else is passed unchanged. Mark an argument that has B rows by coincidence with
+                :func:`antdiff.shared`. No gradient flows back into the samples. A rank may lack clusters, or have no
+                sample at all (FSDP2 needs one).
             cluster: int64 ``[B]``, ids in ``[0, k)``, in any order.
             counts: the number of samples of each cluster as k Python ints, if the batch is already sorted by cluster
                 (as :class:`antdiff.StratifiedTimesteps` draws it). Without it the ids are sorted and counted, which on
@@ -181,6 +185,9 @@ class ClusterGradients:
                 ``"cluster"`` the rows of empty clusters are not sent.
             scaler: the gradient scaler of mixed precision in float16. The rows and ``p.grad`` then contain its scale;
                 the losses and the Gram matrix do not.
+            in_dims: says which arguments hold samples, as in ``torch.func.vmap``: 0 for all of them, or a tuple with
+                one entry per argument, 0 (one row or entry per sample) or None (shared by all samples). An entry may
+                have the structure of its argument: ``(0, {"captions": 0, "table": None})``. Default: by the shapes.
 
         Returns:
             The rows, their losses and counts; see :class:`antdiff.gradients.ClusterJacobian`. ``p.grad`` is not
@@ -189,12 +196,14 @@ class ClusterGradients:
             every parameter if cluster i is empty.
 
         Raises:
-            TypeError, ValueError: a batch, ids, counts or losses of the wrong kind or shape.
+            TypeError, ValueError: a batch, ids, counts or losses of the wrong kind or shape, or an argument whose
+                samples cannot be identified.
             GroupingError: the route cannot separate the clusters' gradients in this network.
             NonFiniteError: see ``nonfinite``.
             LostRankError: another rank has died or hangs.
         """
         self.ranks.require_all()
+        batch = with_dims(batch, in_dims)
         if self.several:
             return self._ranked.jacobian(loss_fn, batch, cluster, counts, scaler)
         compute = self._local.deferred if self.hold == "gram" else self._local.jacobian

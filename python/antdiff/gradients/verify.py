@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses, each_row
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.routes import Chosen, LossFn, Network, refuse_batch_norm, run
+from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore
 
 # The gradient of a parameter is compared relative to its norm, or to this share of the norm of the whole row of J if
@@ -235,8 +236,4 @@ def first_of_each(
     picked = [i for start, stop in clustered.slices() for i in range(start, min(stop, start + each))]
     index = torch.tensor(picked, device=clustered.cluster.device)
     sizes = [min(size, each) for size in clustered.sizes]
-
-    def pick(x: Tensor) -> Tensor:
-        return x.detach().index_select(0, index.to(x.device)).requires_grad_(x.requires_grad)
-
-    return each_row(batch, clustered.B, pick), ClusteredBatch(clustered.cluster[index], sizes, None)
+    return Samples.of(batch, clustered.B).select(index), ClusteredBatch(clustered.cluster[index], sizes, None)
