@@ -116,7 +116,11 @@ class GramBalancer:
                 f"gram must be given when weights are due, every {self.update_every} calls; got None. "
                 "Pass the Gram matrix whenever .due is True."
             )
-        weights = self.solve(gram)
+        try:
+            weights = self.solve(gram)
+        except ValueError as error:
+            _name_clusters(gram, error)
+            raise
         self._calls += 1
         if self.update_every > 1:
             self._last = self._replace_poisoned(weights)
@@ -143,11 +147,29 @@ class GramBalancer:
         self._last = None if state["last"] is None else state["last"].clone()
 
 
+def _name_clusters(gram: Tensor, error: ValueError) -> None:
+    """Raise an error that names the clusters whose squared norms, on the diagonal, are not finite.
+
+    The op names the first entry that is not finite, which may be in the row of another cluster.
+    """
+    if not isinstance(gram, Tensor) or gram.dim() != 2 or len(gram) != gram.shape[1]:
+        return
+    bad = torch.nonzero(~gram.detach().diagonal().isfinite()).flatten().tolist()
+    if bad:
+        i = bad[0]
+        raise ValueError(
+            f"gram must be finite; got {float(gram[i, i])} at [{i}, {i}]: the gradients of clusters {bad} are not "
+            "finite. Look at their samples, skip the step, or pass nonfinite='poison' to get NaN weights."
+        ) from error
+
+
 class LossBalancer:
     """Base class of the methods that need only the losses.
 
     A subclass defines ``name``, ``about`` and :meth:`weights`; a subclass with state also defines :meth:`observe`.
     A loss of exactly zero means that the cluster is empty. It gets weight 0 and does not influence the other weights.
+    If ``positive`` is True, a negative loss raises ValueError on the CPU. On other devices, where looking would wait,
+    all weights are NaN.
 
     Args:
         k: Number of clusters, at least 1.
@@ -156,6 +178,7 @@ class LossBalancer:
     name: ClassVar[str]
     needs: ClassVar[Needs] = "losses"
     about: ClassVar[About]
+    positive: ClassVar[bool] = False  # defined for positive losses only
 
     def __init__(self, k: int) -> None:
         self.k = as_count("k", k)
@@ -194,6 +217,14 @@ class LossBalancer:
 
     def _check(self, losses: Tensor) -> None:
         check_losses(losses, self.k)
+        if self.positive and losses.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = torch.nonzero(losses.detach() < 0).flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"losses must be positive for {self.name!r}; got {float(losses[bad[0]]):.3g} for cluster {bad[0]}. "
+                    "Use a method that needs gradients, such as 'pcgrad', for losses that can be negative, or balance "
+                    "the losses before a learned uncertainty is added."
+                )
 
 
 def check_losses(losses: Tensor, k: int | None) -> None:

@@ -25,6 +25,7 @@ class DynamicWeightAverage(LossBalancer):
     """
 
     name = "dwa"
+    positive = True
     about = About(
         title="Dynamic weight average",
         paper="Liu et al., CVPR 2019",
@@ -47,7 +48,8 @@ class DynamicWeightAverage(LossBalancer):
         self._check(losses)
         last, before = self._means.to(losses.device)
         rates = torch.where((last > 0) & (before > 0), last / before, 1.0)  # [K]
-        return (rates / self.temperature).softmax(0).to(losses.dtype)
+        weights = (rates / self.temperature).softmax(0).to(losses.dtype)
+        return torch.where((losses.detach() < 0).any(), torch.nan, weights)
 
     def observe(self, losses: Tensor, /) -> None:
         self._mean.add(losses)

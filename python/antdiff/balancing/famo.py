@@ -27,6 +27,7 @@ class FAMO(LossBalancer):
     """
 
     name = "famo"
+    positive = True
     about = About(
         title="FAMO",
         paper="Liu et al., NeurIPS 2023",

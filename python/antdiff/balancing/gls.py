@@ -12,6 +12,7 @@ class GeometricLoss(LossBalancer):
     """Weights ``M / (K losses_i)``, where M is the geometric mean of the losses and the value of :meth:`loss`."""
 
     name = "gls"
+    positive = True
     about = About(
         title="Geometric loss",
         paper="Chennupati et al., CVPR Workshops 2019",

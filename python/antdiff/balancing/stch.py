@@ -28,6 +28,7 @@ class SmoothTchebycheff(LossBalancer):
     """
 
     name = "stch"
+    positive = True
     about = About(
         title="Smooth Tchebycheff",
         paper="Lin et al., ICML 2024",

@@ -68,13 +68,15 @@ def reduce_gradients(
 ) -> None:
     """Sum ``p.grad`` over the ranks in place, in one message per dtype.
 
-    Do not call it for gradients that DistributedDataParallel or FSDP has reduced.
+    Do not call it for gradients that DistributedDataParallel or FSDP has reduced. A ``p.grad`` of None counts as zero,
+    and stays None if it is None on every rank. A rank that lacks a gradient waits for the device to learn which is the
+    case. Sparse gradients become dense.
 
     Args:
         params: the parameters, or the module that has them. They are the same on every rank.
         group: the ranks: a process group, None for the default group, or ``"local"``.
-        skip_unused: leave a ``p.grad`` of None as it is. It must then be None on every rank. Otherwise it counts as
-            zero.
+        skip_unused: leave every ``p.grad`` of None out of the message, so that no rank waits. Each of them must then be
+            None on every rank.
 
     Raises:
         LostRankError: another rank has died or hangs.
@@ -88,7 +90,19 @@ def reduce_gradients(
         if p.requires_grad and not (skip_unused and p.grad is None):
             by_dtype.setdefault(p.dtype, []).append(p)
     for same_dtype in by_dtype.values():
-        bucket = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in same_dtype])
+        used = [p.grad is not None for p in same_dtype]
+        # One number per parameter follows the gradients: how many ranks have one.
+        first = same_dtype[0]
+        ones = first.new_ones(len(used)) if all(used) else torch.tensor(used).to(first)
+        pieces = [torch.zeros_like(p).flatten() if p.grad is None else _flat(p.grad) for p in same_dtype]
+        bucket = torch.cat([*pieces, ones])
         wait(ranks.all_reduce(bucket), "all_reduce")
-        for p, piece in zip(same_dtype, bucket.split([p.numel() for p in same_dtype]), strict=True):
-            p.grad = piece.view(p.shape)
+        *pieces, users = bucket.split([*(p.numel() for p in same_dtype), len(used)])
+        # Only a rank that lacks a gradient reads the sums, which waits for the device.
+        anywhere = used if all(used) else (users != 0).tolist()
+        for p, piece, exists in zip(same_dtype, pieces, anywhere, strict=True):
+            p.grad = piece.view(p.shape) if exists else None
+
+
+def _flat(grad: Tensor) -> Tensor:
+    return (grad if grad.layout is torch.strided else grad.to_dense()).flatten()

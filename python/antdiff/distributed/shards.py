@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from antdiff import ops
 from antdiff.distributed.exchange import Exchange, fill
 from antdiff.distributed.ranks import Ranks
+from antdiff.ops import mixed
 
 
 def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Parameter] | None:
@@ -28,13 +28,14 @@ def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Pa
             "model must be sharded by fully_shard (FSDP2); got FullyShardedDataParallel, which hides p.grad. "
             "Use torch.distributed.fsdp.fully_shard."
         )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    shards: list[Any] = [p for p in trained if hasattr(p, "to_local")]
+    everything = list(model.parameters())
+    shards: list[Any] = [p for p in everything if hasattr(p, "to_local")]
+    trained = [p for p in everything if p.requires_grad]
     if not shards:
         return None
     from torch.distributed.fsdp import FSDPModule
 
-    if len(shards) < len(trained) or not isinstance(model, FSDPModule):
+    if not all(hasattr(p, "to_local") for p in trained) or not isinstance(model, FSDPModule):
         raise ValueError(
             "model must have no unsharded trainable parameter; got one. Call fully_shard(model) on the network itself, "
             "after its parts."
@@ -99,7 +100,7 @@ class Shards(Exchange):
 
     def combine(self, weights: Tensor) -> None:
         out = [torch.empty_like(x) for x in self.local]
-        ops.combine(weights, self.J, out=out)
+        mixed.combine(weights, self.J, out)
         self.set_grads(out)
 
     def set_grads(self, direction: Sequence[Tensor]) -> None:

@@ -122,6 +122,7 @@ class RankedAccumulation(Accumulation):
         exchange.begin(None)
         total, work = engine.count(counts, None)
         wait(work, "the sum of counts")
+        engine.reached = engine.local.store.reached()
         engine.send(exchange, engine.local.store.tensors, 1 / total.clamp(min=1))
         return engine.finish(exchange, sums.double(), total, self.scale)
 
@@ -135,8 +136,12 @@ class ShardedAccumulation(Accumulation):
         assert isinstance(exchange, Shards)
         clustered, batch = clustered.sort(batch)
         exchange.fresh = fresh
+        if fresh:
+            engine.reached = set()
         try:
-            return stream(loss_fn, batch, clustered, lambda _: self.scale, exchange, engine.unsynchronised)
+            return stream(
+                loss_fn, batch, clustered, lambda _: self.scale, exchange, engine.unsynchronised, engine.reached
+            )
         finally:
             exchange.fresh = True
 

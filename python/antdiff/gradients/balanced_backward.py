@@ -17,6 +17,7 @@ from antdiff.distributed.schemes import Scheme
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
+from antdiff.gradients.parameters import dense_grads, finish_grads, without_hooks
 from antdiff.gradients.ranked import rank_counts
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
 from antdiff.gradients.samples import InDims, Samples, with_dims
@@ -69,8 +70,9 @@ class BalancedBackward:
         scaler: the gradient scaler of mixed precision in float16.
         micro_batch: the largest number of samples in the network at a time; the gradients are those of the whole batch.
             Under FSDP2 every rank needs the same number of samples.
-        skip_unused: for steps without cluster gradients on several ranks. If True, the ``p.grad`` of a parameter that
-            no sample reaches stays None, as in one process, and must be None on every rank. If False, it is zero.
+        skip_unused: for steps without cluster gradients on several ranks. If True, the parameters without a gradient
+            must be the same on every rank. The ranks then need not agree on them, for which a rank that lacks a
+            gradient waits for the device.
 
     Attributes:
         gradients: the :class:`antdiff.ClusterGradients`. ``gradients.explain()`` returns its route.
@@ -164,6 +166,7 @@ class BalancedBackward:
             return self._between(loss_fn, batch, cluster, counts)
         jacobian = self._jacobian(loss_fn, batch, cluster, counts)
         gram = jacobian.gram()
+        self._refuse_nonfinite(jacobian.losses)
         weights = None
         if balancer.needs == "rows":
             jacobian.write(balancer.direction(jacobian.rows))
@@ -210,7 +213,7 @@ class BalancedBackward:
         factors = torch.where(inside, factors, torch.nan)
         sums = torch.zeros(self.k, dtype=torch.float64, device=clustered.cluster.device)
         dtype = torch.float32
-        with gradients.unsynchronised():
+        with gradients.unsynchronised(), without_hooks(gradients.params):
             for start, stop, _ in self._pieces(clustered):
                 per_sample = loss_fn(*samples.cut(start, stop))
                 check_losses(per_sample, stop - start)
@@ -224,6 +227,12 @@ class BalancedBackward:
             if self.scaler is None and sums.device.type == "cpu":
                 refuse_nonfinite(finite, sums)
         losses = (sums / total.clamp(min=1)).to(dtype)
+        try:
+            self._refuse_nonfinite(losses)
+        except ValueError:
+            self._clear()
+            raise
+        self._finish()
         return BackwardResult(losses, total.to(torch.int64), weights, None)
 
     def _from_losses(
@@ -233,7 +242,7 @@ class BalancedBackward:
         gradients.ranks.require_all()
         clustered = ClusteredBatch.of(cluster, self.k, rank_counts(counts, gradients.ranks, self.k))
         self._clear()
-        with gradients.unsynchronised():
+        with gradients.unsynchronised(), without_hooks(gradients.params):
             per_sample = loss_fn(*Samples.of(batch, clustered.B).detached())
             check_losses(per_sample, clustered.B)
             losses, n = ops.cluster_mean(per_sample, cluster, self.k)
@@ -241,18 +250,42 @@ class BalancedBackward:
                 losses, n, group=gradients.group, averaged=gradients.is_sharded,
                 nonfinite="raise" if self.scaler is None else "poison",
             )  # fmt: skip
+            self._refuse_nonfinite(losses)
             (self.balancer.loss(losses, n) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
+        self._finish()
         losses = losses.detach()
         return BackwardResult(losses, n, self.balancer.weights(losses), None)
 
+    def _refuse_nonfinite(self, losses: Tensor) -> None:
+        """Raise in one process on the CPU if a loss is not finite; several ranks have looked already."""
+        if (
+            self.gradients.ranks.size > 1
+            or losses.device.type != "cpu"
+            or self.scaler is not None
+            or getattr(self.balancer, "nonfinite", "raise") == "poison"
+        ):
+            return
+        bad = torch.nonzero(~losses.detach().isfinite()).flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"losses must be finite; got {float(losses[bad[0]])} for cluster {bad[0]}"
+                + (f", and others for clusters {bad[1:]}" if bad[1:] else "")
+                + ". Look at the samples of that cluster and at the weights, or skip the step."
+            )
+
     def _clear(self) -> None:
-        gradients = self.gradients
-        for p in gradients.params if gradients.is_sharded else gradients.model.parameters():
+        """Discard the gradients of the last step: of the model, frozen parameters included, and of the balancer."""
+        own = self.balancer.parameters() if isinstance(self.balancer, nn.Module) else ()
+        for p in (*self.gradients.model.parameters(), *self.gradients.params, *own):
             p.grad = None
+
+    def _finish(self) -> None:
+        finish_grads(self.gradients.model, params=self.gradients.params)
 
     def _reduce(self) -> None:
         gradients = self.gradients
+        dense_grads(gradients.params)
         if not gradients.is_sharded:  # FSDP2 has reduced them
             reduce_gradients(gradients.model, group=gradients.group, skip_unused=self.skip_unused)
 

@@ -35,6 +35,7 @@ class ClusteredBatch:
         self.k, self.B = len(sizes), sum(sizes)
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._orders: dict[int, Tensor] = {}
+        self._starts: Tensor | None = None
 
     @classmethod
     def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> ClusteredBatch:
@@ -115,13 +116,25 @@ class ClusteredBatch:
     def sums(self, x: Tensor) -> Tensor:
         """Return the sum of each cluster's rows of ``x [R, ...]``, ``[k, numel / R]``, in at least float32.
 
-        The rows of each sample are summed first, then multiplied by the one-hot matrix ``[k, B]``. This takes two
-        kernel launches for any K.
+        Each row is added only to the sum of its own cluster, so that a NaN stays there. A product with a one-hot matrix
+        would spread it (0 * NaN). The order of the additions is fixed. On the CPU and on CUDA the number of kernel
+        launches does not depend on K.
         """
         m = self.repeats(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         per_sample = x.reshape(self.B, -1).to(dtype) if m == 1 else x.reshape(self.B, m, -1).sum(1, dtype=dtype)
-        return self.one_hot(dtype) @ per_sample
+        if type(per_sample) is Tensor and per_sample.is_cpu:  # not a tensor of a compiler, which needs the order
+            return per_sample.new_zeros(self.k, per_sample.shape[1]).index_add_(0, self.cluster, per_sample)
+        if type(per_sample) is Tensor and per_sample.is_cuda:
+            ordered = per_sample if self.order is None else per_sample.index_select(0, self.order)
+            return torch.segment_reduce(ordered, "sum", offsets=self._offsets(), axis=0, unsafe=True, initial=0)
+        return torch.stack([rows.sum(0) for (rows,) in self.pieces(per_sample)])
+
+    def _offsets(self) -> Tensor:
+        """Where each cluster starts in a sorted batch, int64 ``[k + 1]`` on the device, made there."""
+        if self._starts is None:
+            self._starts = torch.nn.functional.pad(self.counts.cumsum(0), (1, 0))
+        return self._starts
 
     def one_hot(self, dtype: torch.dtype) -> Tensor:
         """Return ``[k, B]``, 1 where sample b belongs to cluster i and 0 elsewhere."""

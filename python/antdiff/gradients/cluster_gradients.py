@@ -137,6 +137,17 @@ class ClusterGradients:
             )
         if not any(p.requires_grad for p in inner.parameters()):
             raise ValueError("model must have a parameter that requires grad; got none. Unfreeze one.")
+        complex_names = [name for name, p in inner.named_parameters() if p.requires_grad and p.is_complex()]
+        if complex_names:
+            raise ValueError(
+                f"model must have real parameters; got complex {', '.join(complex_names)}. Store real and imaginary "
+                "parts in a real parameter, and apply torch.view_as_complex to it in forward."
+            )
+        if wrapper is not None and wrapper.static_graph:
+            raise ValueError(
+                "model must not be wrapped with static_graph=True, since its reduction of gradients, which is switched "
+                "off here, relies on that. Wrap it with DistributedDataParallel(network) alone."
+            )
         if group is None:
             group = mesh_group(inner) if wrapper is None else wrapper.process_group
         self.model, self.k, self.hold, self.group = inner, k, hold, group

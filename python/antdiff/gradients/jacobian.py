@@ -8,9 +8,10 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from antdiff import ops
 from antdiff.gradients.grouped.deferred import GramMode
+from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.sinks import GradientStore
+from antdiff.ops import mixed
 
 
 class ClusterJacobian(Protocol):
@@ -64,16 +65,20 @@ class HeldJacobian:
         return self._store.nbytes()
 
     def gram(self) -> Tensor:
-        return unscaled(ops.gram(self.rows), self.loss_scale)
+        return unscaled(mixed.gram(self.rows), self.loss_scale)
 
     def combine(self, weights: Tensor) -> None:
-        ops.combine(weights, self.rows, out=self._store.grads())
+        store = self._store
+        mixed.combine(weights, self.rows, store.grads())
+        finish_grads(store.model, store.unreached())
 
     def write(self, direction: Sequence[Tensor | None]) -> None:
         check_direction(self.rows, direction)
-        for (_, p), d in zip(self._store.named, direction, strict=True):
+        store = self._store
+        for (_, p), d in zip(store.named, direction, strict=True):
             if d is not None:
                 p.grad = d.to(p.dtype)
+        finish_grads(store.model, store.unreached())
 
     def revoke(self) -> None:
         self._buffers = None

@@ -16,6 +16,7 @@ from antdiff.gradients.grouped.compiled import compiler_of
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.jacobian import DeferredJacobian, HeldJacobian, Latest, mean_losses
+from antdiff.gradients.parameters import without_hooks
 from antdiff.gradients.routes import Chosen, LossFn, Network, Route, Scaler, loss_scale
 from antdiff.gradients.sinks import GradientStore, Sink
 
@@ -68,7 +69,8 @@ class LocalGradients:
             raise ValueError(
                 f"hold='gram' needs the grouped route in eager mode; use hold='jacobian'. {self.explain()}"
             )
-        sinks = [Sink(name, p, self.k) for name, p in self.store.named if p.requires_grad]
+        named = self.network.model.named_parameters()
+        sinks = [Sink(name, p, self.k, dtype=self.store.dtype) for name, p in named if p.requires_grad]
         mode = GramMode(self.network.model, clustered, sinks, self.network.separable)
         sums = clustered.cluster.new_zeros(self.k, dtype=torch.float32)
         if clustered.B:
@@ -205,7 +207,7 @@ class Recording:
             )
         self._closed = True
         engine, clustered = self._engine, self._clustered
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), without_hooks([s.tensor for s in self._sinks]):
             sums = routes.backward(per_sample, clustered, self._sinks, self._mode, scale=self._scale)
         self.jacobian = engine.latest.set(HeldJacobian(engine.store, *mean_losses(sums, clustered.counts), self._scale))
         return self.jacobian

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from antdiff import ops
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.exchange import Exchange
 from antdiff.distributed.ranks import Ranks, Work, refuse_nonfinite, wait
@@ -19,8 +18,10 @@ from antdiff.distributed.shards import Shards
 from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.jacobian import check_direction, current, unscaled
 from antdiff.gradients.local import LocalGradients
+from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale, refuse_batch_norm
 from antdiff.gradients.stream import stream
+from antdiff.ops import mixed
 
 
 class RankedGradients:
@@ -48,6 +49,7 @@ class RankedGradients:
         self.local, self.ranks, self.shards, self.wrapper = local, ranks, shards, wrapper
         self.k, self.route, self.scheme, self.dtype, self.nonfinite = local.k, route, scheme, dtype, nonfinite
         self.latest = local.latest  # one for both engines: a call of either reuses the rows of this process
+        self.reached: set[int] = set()  # ids of the parameters that a sample of this rank has reached in this step
         self._exchanges: dict[type[Exchange], Exchange] = {}
         self._chosen: tuple[type[Exchange], str] | None = None
         self._finite: Tensor | None = None  # bool [R] on the device, False for a rank that had a non-finite loss
@@ -79,12 +81,14 @@ class RankedGradients:
                     wait(work, "the sum of counts")
                 return scale / total[i].clamp(min=1)
 
-            sums = stream(loss_fn, batch, clustered, factor, exchange, self.unsynchronised)
+            self.reached = set()
+            sums = stream(loss_fn, batch, clustered, factor, exchange, self.unsynchronised, self.reached)
             if clustered.B == 0:
                 wait(work, "the sum of counts")
         else:
             with self.unsynchronised():
                 sums = self.local.run(loss_fn, batch, clustered, scale, mean=True, fresh=True)
+            self.reached = self.local.store.reached()
             wait(work, "the sum of counts")
             self.send(exchange, self.local.store.tensors, clustered.counts / total.clamp(min=1))
         return self.finish(exchange, sums.double(), total, scale)
@@ -99,9 +103,14 @@ class RankedGradients:
         """
         k, J = self.k, exchange.finish()
         disjoint = exchange.sharded
-        G = ops.gram(J)
+        G = mixed.gram(J)
         part = (G / exchange.replicas).flatten() if disjoint else G.new_zeros(0)
-        summed, finite = self.ranks.total(torch.cat([part, sums.to(G.device)]), sums.isfinite().all())
+        reached = [float(id(p) in self.reached) for p in exchange.params]
+        # A list of host numbers has to be copied to the device, so ones are made there.
+        flags = G.new_ones(len(reached)) if all(reached) else torch.tensor(reached, dtype=G.dtype, device=G.device)
+        message = torch.cat([part, sums.to(G.device), flags])
+        summed, finite = self.ranks.total(message, sums.isfinite().all())
+        summed, flags = summed.split([len(part) + k, len(reached)])
         G = summed[: k * k].view(k, k) if disjoint else G
         counts = total.to(G.device, torch.int64)
         losses = (summed[-k:] / counts.clamp(min=1)).to(torch.promote_types(self.row_dtype(), torch.float32))
@@ -109,7 +118,8 @@ class RankedGradients:
         if self.nonfinite == "raise" and G.device.type == "cpu":
             self.check(G)
         model = self.local.network.model
-        return self.latest.set(RankedJacobian(model, exchange, unscaled(G, scale), losses, counts, scale))
+        missed = None if all(reached) else flags == 0
+        return self.latest.set(RankedJacobian(model, exchange, unscaled(G, scale), losses, counts, scale, missed))
 
     def send(self, exchange: Exchange, rows: Sequence[Tensor | None], factors: Tensor) -> None:
         """Send the rows of this rank, row i times ``factors[i]``."""
@@ -137,7 +147,8 @@ class RankedGradients:
     @property
     def params(self) -> list[nn.Parameter]:
         """The trainable parameters. Under FSDP2 these are the shards, also while the model has gathered parameters."""
-        return self.shards or [p for p in self.local.network.model.parameters() if p.requires_grad]
+        params = self.local.network.model.parameters() if self.shards is None else self.shards
+        return [p for p in params if p.requires_grad]
 
     def check(self, result: Tensor | None = None) -> None:
         """Raise if a rank had a non-finite loss since the last check, or if ``result`` is not finite."""
@@ -199,6 +210,10 @@ class RankedJacobian:
 
     The Gram matrix, the losses and the counts are those of all ranks. They are known already, so :meth:`gram` sends
     nothing. :meth:`combine` gathers the direction, so every rank has to call it.
+
+    Args:
+        missed: bool per parameter of the exchange, on the device: no sample of any rank has reached it. None if this
+            rank's samples have reached all of them.
     """
 
     def __init__(
@@ -209,9 +224,10 @@ class RankedJacobian:
         losses: Tensor,
         counts: Tensor,
         loss_scale: Tensor | float,
+        missed: Tensor | None,
     ) -> None:
         self.losses, self.counts, self.loss_scale = losses, counts, loss_scale
-        self._model, self._gram = model, gram
+        self._model, self._gram, self._missed = model, gram, missed
         self._buffers: Exchange | None = exchange
 
     @property
@@ -234,10 +250,19 @@ class RankedJacobian:
 
     def combine(self, weights: Tensor) -> None:
         current(self._buffers).combine(weights)
+        self._finish_grads()
 
     def write(self, direction: Sequence[Tensor | None]) -> None:
         check_direction(self.rows, direction)
         current(self._buffers).set_grads([d for d in direction if d is not None])
+        self._finish_grads()
+
+    def _finish_grads(self) -> None:
+        params = current(self._buffers).params
+        # This waits for the device, and only on a rank with a parameter that its own samples have not reached.
+        missed = [] if self._missed is None else self._missed.tolist()
+        unreached = [] if all(missed) else [p for p, x in zip(params, missed, strict=True) if x]
+        finish_grads(self._model, unreached, params)
 
     def revoke(self) -> None:
         self._buffers = None

@@ -14,6 +14,7 @@ from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
 from antdiff.gradients.grouped.compiled import CompiledLoss
 from antdiff.gradients.grouped.mode import LEAK, GroupedMode
 from antdiff.gradients.loop import loop
+from antdiff.gradients.parameters import isolated
 from antdiff.gradients.sinks import Sink
 from antdiff.gradients.split import split
 
@@ -69,8 +70,7 @@ def run(
         The sum of each cluster's losses ``[k]``, detached, in at least float32.
     """
     refuse_batch_norm(route, net.model)
-    before = [s.tensor.grad for s in sinks]
-    try:
+    with isolated([s.tensor for s in sinks]):
         if route == "split":
             losses = split(loss_fn, batch, clustered, _factors(clustered, scale, mean), sinks)
             example = next((x for x in losses if x is not None), clustered.cluster.new_zeros(0, dtype=torch.float32))
@@ -86,9 +86,6 @@ def run(
             with mode:
                 per_sample = loss_fn(*batch)
         return backward(per_sample, clustered, sinks, mode, mean=mean, scale=scale)
-    finally:
-        for sink, grad in zip(sinks, before, strict=True):
-            sink.tensor.grad = grad
 
 
 def backward(

@@ -15,17 +15,31 @@ class Sink:
         name: the name of the parameter, for messages.
         rows: ``[k, *shape]``, allocated at the first write unless given.
         fresh: nothing has been written yet. The first write then overwrites the rows, so that they need not be zeroed.
+        reached: a gradient has arrived. False if the rows were only set to zero.
+
+    Args:
+        dtype: of the rows; default that of ``tensor``.
     """
 
-    def __init__(self, name: str, tensor: Tensor, k: int, rows: Tensor | None = None, *, fresh: bool = True) -> None:
-        self.name, self.tensor, self.fresh = name, tensor, fresh
-        self._k, self._rows = k, rows
+    def __init__(
+        self,
+        name: str,
+        tensor: Tensor,
+        k: int,
+        rows: Tensor | None = None,
+        *,
+        fresh: bool = True,
+        reached: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.tensor, self.fresh, self.reached = name, tensor, fresh, reached
+        self._k, self._rows, self._dtype = k, rows, dtype or tensor.dtype
 
     @property
     def rows(self) -> Tensor:
         if self._rows is None:
             x = self.tensor
-            self._rows = torch.empty((self._k, *x.shape), dtype=x.dtype, device=x.device)
+            self._rows = torch.empty((self._k, *x.shape), dtype=self._dtype, device=x.device)
         return self._rows
 
     def add_products(self, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -38,7 +52,7 @@ class Sink:
                 row.addmm_(left, right)
             else:
                 torch.mm(left, right, out=row)  # writes zeros if the cluster is empty
-        self.fresh = False
+        self.fresh, self.reached = False, True
 
     def add_rows(self, grads: Iterable[Tensor | None]) -> None:
         """Add ``grads_i`` to row i. It is None for a cluster without samples."""
@@ -53,7 +67,7 @@ class Sink:
             (torch._foreach_copy_ if self.fresh else torch._foreach_add_)(written, sources)
         if empty and self.fresh:
             torch._foreach_zero_(empty)
-        self.fresh = False
+        self.fresh, self.reached = False, True
 
     def add_all(self, grads: Tensor) -> None:
         """Add ``grads [k, ...]`` to all rows. It may have another shape with the same number of elements."""
@@ -62,14 +76,14 @@ class Sink:
             rows.copy_(grads.view(rows.shape))
         else:
             rows.add_(grads.view(rows.shape))
-        self.fresh = False
+        self.fresh, self.reached = False, True
 
     def take(self, grads: Tensor | None) -> None:
         """Add ``grads [k, *shape]`` to all rows and take ownership of it. It becomes the rows if none are allocated."""
         if grads is None:
             self.finish()
-        elif self.fresh and self._rows is None and grads.is_contiguous():
-            self._rows, self.fresh = grads, False
+        elif self.fresh and self._rows is None and grads.is_contiguous() and grads.dtype == self._dtype:
+            self._rows, self.fresh, self.reached = grads, False, True
         else:
             self.add_all(grads)
 
@@ -112,6 +126,11 @@ class FunctionalSink(Sink):
 Sinks = Sequence[Sink | None]
 
 
+def unreached(sinks: Sequence[Sink]) -> list[Tensor]:
+    """Return the tensors that received no gradient; none of them if there was no sample, whose gradient is zero."""
+    return [s.tensor for s in sinks if not s.reached] if any(s.reached for s in sinks) else []
+
+
 class GradientStore:
     """The buffers of J: one tensor ``[k, *shape]`` per trainable parameter, allocated once.
 
@@ -125,6 +144,7 @@ class GradientStore:
         self.model, self.k, self.dtype, self.reuse = model, k, dtype, reuse
         self.named = list(model.named_parameters())
         self.tensors: list[Tensor | None] = []
+        self._sinks: list[Sink] = []
 
     def sinks(self, *, fresh: bool) -> list[Sink]:
         """Return one sink per trainable parameter.
@@ -147,13 +167,16 @@ class GradientStore:
                 "micro-batches. Replace them between steps."
             )
         self.named = named
+        reached = {id(s.tensor): s.reached and not fresh for s in self._sinks}
+        self._sinks = []  # they hold the rows
         if fresh and not self.reuse:
             self.tensors[:] = []
-            return [
+            self._sinks = [
                 Sink(name, p, self.k, None if self._dtype(p) == p.dtype else self._empty(p))
                 for name, p in self.named
                 if p.requires_grad
             ]
+            return self._sinks
         stale = len(self.tensors) != len(self.named) or any(
             (J is None) == p.requires_grad
             or (J is not None and (J.shape[1:] != p.shape or J.device != p.device or J.dtype != self._dtype(p)))
@@ -166,11 +189,20 @@ class GradientStore:
                     "cast between two micro-batches. Change them between steps."
                 )
             self.tensors[:] = [self._empty(p) if p.requires_grad else None for _, p in self.named]
-        return [
-            Sink(name, p, self.k, J, fresh=fresh)
+        self._sinks = [
+            Sink(name, p, self.k, J, fresh=fresh, reached=reached.get(id(p), False))
             for J, (name, p) in zip(self.tensors, self.named, strict=True)
             if J is not None
         ]
+        return self._sinks
+
+    def reached(self) -> set[int]:
+        """Return the ids of the parameters that a sample has reached since the rows were last overwritten."""
+        return {id(s.tensor) for s in self._sinks if s.reached}
+
+    def unreached(self) -> list[Tensor]:
+        """Return the other trainable parameters; see :func:`unreached`."""
+        return unreached(self._sinks)
 
     def keep(self, sinks: list[Sink]) -> None:
         """Make the rows of these sinks the buffers of J."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
+from antdiff.gradients.parameters import dense_grads
 from antdiff.gradients.sinks import Sink
 
 
@@ -55,6 +56,9 @@ def split(
 def write_row(sinks: list[Sink], i: int, *, empty: bool = False) -> None:
     """Write or add the parameters' ``.grad`` to row i, with one fused launch per kind of write."""
     reached = [s for s in sinks if not empty and s.tensor.grad is not None]
+    dense_grads(s.tensor for s in reached)
+    for s in reached:
+        s.reached = True
     missed = [s.rows[i] for s in sinks if s.fresh and (empty or s.tensor.grad is None)]
     grads = [s.tensor.grad for s in reached if s.tensor.grad is not None]
     for fresh, write in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):

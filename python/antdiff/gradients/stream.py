@@ -11,6 +11,7 @@ from torch import Tensor
 
 from antdiff.distributed.exchange import Exchange
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
+from antdiff.gradients.parameters import dense_grads, isolated
 from antdiff.gradients.routes import LossFn
 
 
@@ -21,6 +22,7 @@ def stream(
     factor: Callable[[int], Tensor | float],
     exchange: Exchange,
     unsynchronised: Callable[[], AbstractContextManager[Any]],
+    reached: set[int],
 ) -> Tensor:
     """Write ``factor(i)`` times the gradient of the sum of cluster i's losses to the exchange, for every i.
 
@@ -28,6 +30,7 @@ def stream(
         batch: sorted by cluster.
         factor: called after the forward of each slice that is not empty.
         unsynchronised: returns a context in which DistributedDataParallel reduces no gradients.
+        reached: receives the id of every parameter that a sample of this rank has reached.
 
     Returns:
         The sum of each cluster's losses, float64 ``[k]``.
@@ -35,9 +38,8 @@ def stream(
     if exchange.lockstep and clustered.B == 0:
         raise ValueError("batch must hold a sample on every rank under FSDP2, whose ranks run in lockstep; got none.")
     params = exchange.params
-    before = [p.grad for p in params]
     sums = torch.zeros(clustered.k, dtype=torch.float64, device=clustered.cluster.device)
-    try:
+    with isolated(params):
         for i, (start, stop) in enumerate(clustered.slices()):
             empty = start == stop
             if empty and not exchange.lockstep:
@@ -51,10 +53,9 @@ def stream(
                 check_losses(per_sample, stop - start)
                 scale = 0.0 if empty else factor(i) * exchange.averaging
                 torch.autograd.backward((per_sample,), ((torch.ones_like(per_sample) * scale).to(per_sample.dtype),))
+            dense_grads(params)
+            reached.update(id(p) for p in params if p.grad is not None)
             exchange.write(i, [p.grad for p in params])
             if not empty:
                 sums[i] = per_sample.detach().sum(dtype=torch.float64)
-    finally:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
     return sums

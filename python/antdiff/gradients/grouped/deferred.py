@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from antdiff import ops
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
 from antdiff.gradients.grouped.mode import GroupedMode, no_autocast
 from antdiff.gradients.grouped.recorder import Write
-from antdiff.gradients.sinks import Sink, Sinks
+from antdiff.gradients.parameters import finish_grads
+from antdiff.gradients.sinks import Sink, Sinks, unreached
+from antdiff.ops import mixed
 
 
 class DeferredGradient(NamedTuple):
@@ -46,8 +47,9 @@ class GramMode(GroupedMode):
         gram: float64 ``[k, k]``. If the losses carry a loss scale, it carries the square of the scale.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, model: nn.Module, *args: Any) -> None:
+        super().__init__(model, *args)
+        self.model = model
         k = self.clustered.k
         self.gram = torch.zeros(k, k, dtype=torch.float64, device=self.clustered.cluster.device)
         self._deferred: list[DeferredGradient] = []
@@ -95,7 +97,7 @@ class GramMode(GroupedMode):
             self._uses[sink] = self._uses.get(sink, 0) - 1
         for sink in dict.fromkeys(written):
             if not self._keeps.setdefault(sink, sink.rows.nbytes <= nbytes) and self._uses[sink] <= 0:
-                self.gram += ops.gram([sink.rows])
+                self.gram += mixed.gram([sink.rows])
                 self._folded.add(sink)
                 sink.drop()
         open_sinks = [None if s is None or self._keeps[s] else s for s in sinks]
@@ -113,7 +115,7 @@ class GramMode(GroupedMode):
     def _finish(self) -> None:
         remaining = [s.rows for s in self._roots if not s.fresh and s not in self._folded]
         if remaining:
-            self.gram += ops.gram(remaining)
+            self.gram += mixed.gram(remaining)
 
     def combine(self, weights: Tensor) -> None:
         """Write ``sum_k weights_k J_k`` to the ``.grad`` of every parameter, and free all tensors kept for it.
@@ -132,15 +134,16 @@ class GramMode(GroupedMode):
         one_cluster = ClusteredBatch(torch.zeros_like(self.clustered.cluster), [self.clustered.B], None)
         kept: list[tuple[Tensor, Tensor]] = []
         totals: dict[Sink, Sink] = {}
+        missed = unreached(self._roots)
         for s in self._roots:
             grad = s.tensor.grad = torch.empty_like(s.tensor, memory_format=torch.contiguous_format)
-            if self._keeps.get(s, False):
+            if self._keeps.get(s, False) and s.reached:
                 kept.append((s.rows, grad))
             else:
                 totals[s] = Sink(s.name, s.tensor, 1, grad[None])
         with torch.no_grad(), no_autocast(self.clustered.cluster.device.type):
             if kept:
-                ops.combine(weights, [rows for rows, _ in kept], out=[grad for _, grad in kept])
+                mixed.combine(weights, [rows for rows, _ in kept], [grad for _, grad in kept])
             for write, sinks, grad, saved in self._deferred:
                 factors = weights.to(grad.dtype)[self.clustered.row_cluster(self.clustered.repeats(grad))]
                 weighted = grad * factors.view(-1, *[1] * (grad.dim() - 1))
@@ -151,6 +154,7 @@ class GramMode(GroupedMode):
         for s in self._roots:
             s.drop()
         self._combined = True
+        finish_grads(self.model, missed)
 
 
 def _parameters_of(x: Tensor) -> Iterator[Tensor]:

@@ -1,0 +1,87 @@
+"""What a step does to ``p.grad`` besides writing it: gradient hooks, and None for parameters without a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
+    """Switch off the gradient hooks of parameters while the gradients of single clusters or micro-batches pass them.
+
+    The dicts that autograd reads the hooks from are emptied and refilled in place, so that handles stay valid.
+    """
+    dicts = [d for p in params for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]  # type: ignore[attr-defined]
+    saved = [dict(d) for d in dicts]
+    for d in dicts:
+        d.clear()
+    try:
+        yield
+    finally:
+        for d, hooks in zip(dicts, saved, strict=True):
+            added = dict(d)  # by the loss function
+            d.clear()
+            d.update(hooks)
+            d.update(added)
+
+
+@contextmanager
+def isolated(params: Sequence[Tensor]) -> Iterator[None]:
+    """Hide the gradients of single clusters: switch off gradient hooks, and restore ``p.grad`` at the end."""
+    grads = [p.grad for p in params]
+    try:
+        with without_hooks(params):
+            yield
+    finally:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+
+
+def finish_grads(model: nn.Module, unreached: Iterable[Tensor] = (), params: Sequence[Tensor] | None = None) -> None:
+    """Complete a step that has written ``p.grad`` of the trainable parameters.
+
+    As after a plain backward into empty gradients, ``p.grad`` is None for a frozen parameter and for one that no sample
+    has reached. Then the gradient hooks see the others, each once.
+
+    Args:
+        unreached: the parameters that no sample has reached.
+        params: the trainable parameters, if they are not those that ``model`` shows.
+    """
+    trained = []
+    for p in model.parameters():
+        if p.requires_grad:
+            trained.append(p)
+        else:
+            p.grad = None
+    for x in unreached:
+        x.grad = None
+    run_hooks(trained if params is None else params)
+
+
+def run_hooks(params: Iterable[Tensor]) -> None:
+    """Let ``p.grad`` pass the gradient hooks of each parameter, as the end of a backward does.
+
+    Autograd itself calls them, since some (``torch.autograd.graph.register_multi_grad_hook``) ask it which backward
+    they are in.
+    """
+    hooked = [
+        p
+        for p in params
+        if p.grad is not None and (p._backward_hooks or p._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    ]
+    if hooked:
+        grads = [p.grad for p in hooked]
+        for p in hooked:
+            p.grad = None
+        torch.autograd.backward(hooked, grads)  # type: ignore[arg-type]
+
+
+def dense_grads(params: Iterable[Tensor]) -> None:
+    """Replace sparse gradients, which embeddings make with ``sparse=True``, by dense ones."""
+    for p in params:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            p.grad = p.grad.to_dense()
