@@ -132,7 +132,7 @@ def test_functional_batch_norm_is_refused_where_it_runs(affine: bool) -> None:
 def test_ops_that_mix_samples_are_found_and_named(mix: Callable[[Tensor], Tensor]) -> None:
     model, loss_fn, batch = case(Net(mix))
     cluster = cluster_ids()
-    with pytest.raises(GroupingError, match=r"where b\.weight, b\.bias meets? the batch, the values of sample 0"):
+    with pytest.raises(GroupingError, match=r"where b\.weight, b\.bias meets? the batch, the values of some samples"):
         ClusterGradients(model, K, "grouped").verify(loss_fn, batch, cluster)
     with pytest.raises(GroupingError, match="mixes samples"):
         ClusterGradients(model, K, "split").verify(loss_fn, batch, cluster)
@@ -214,10 +214,10 @@ def test_gradients_inside_the_forward() -> None:
 
 def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
     model, _, batch = case(Net(torch.tanh))
-    g = torch.Generator().manual_seed(0)
+    hidden = [torch.Generator().manual_seed(0)]  # a generator in a list is not found, and so not rewound
 
     def noisy(x: Tensor) -> Tensor:
-        return (model(x) + torch.randn(x.shape, generator=g, dtype=x.dtype)).flatten(1).square().mean(1)
+        return (model(x) + torch.randn(x.shape, generator=hidden[0], dtype=x.dtype)).flatten(1).square().mean(1)
 
     cg = ClusterGradients(model, K)
     cg(noisy, batch, cluster_ids())
@@ -234,7 +234,7 @@ def test_sound_networks_pass(make: Callable[[], nn.Module]) -> None:
     assert torch.equal(before, torch.get_rng_state())
     cg = ClusterGradients(model, K)
     cg(loss_fn, batch, cluster_ids())
-    assert cg.explain().startswith("route 'grouped': on 7 samples it differs from 'loop' by")
+    assert cg.explain().startswith("route 'grouped': in 10 probes of 20 samples no sample reaches")
 
 
 def test_checks_leave_everything_as_it_was() -> None:
@@ -316,7 +316,7 @@ def test_a_network_of_checkpoints_keeps_its_memory_low() -> None:
     model = Checkpointed(nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)]), reentrant=False).double()
     x = torch.randn(B, 6, 8, dtype=torch.float64)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        ClusterGradients(model, K, "grouped")(
+        ClusterGradients(model, K, "grouped", audit=None)(
             partial(lambda m, x: m(x).flatten(1).square().mean(1), model), (x,), cluster_ids()
         )
     assert sum(shape == x.shape for shape in saved) < 6
@@ -416,7 +416,7 @@ def test_nothing_waits_for_the_garbage_collector(hold: Any) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.PReLU(8)), torch.randn(B, 8)
     bias = nn.Parameter(torch.zeros(8))
     model.register_parameter("bias", bias)
-    cg, modes = ClusterGradients(model, K, "grouped", hold=hold), []
+    cg, modes = ClusterGradients(model, K, "grouped", hold=hold, audit=None), []
 
     def loss_fn(x: Tensor) -> Tensor:
         modes.extend(weakref.ref(m) for m in _get_current_function_mode_stack() if isinstance(m, GroupedMode))

@@ -64,7 +64,7 @@ class BalancedBackward:
     usual: ``scaler.step(optimizer)`` unscales, and skips the step if a gradient overflowed; then ``scaler.update()``.
 
     Args:
-        model, k, route, hold, scheme, group, dtype, separable, compile: see :class:`antdiff.ClusterGradients`.
+        model, k, route, hold, scheme, group, dtype, separable, compile, audit: see :class:`antdiff.ClusterGradients`.
         balancer: an object of ``antdiff.balancing``. Its ``update_every`` is respected. With ``scaler`` it must be made
             with ``nonfinite="poison"``. On several ranks it must be made with the same settings on every rank.
         scaler: the gradient scaler of mixed precision in float16.
@@ -94,6 +94,7 @@ class BalancedBackward:
         scaler: Scaler | None = None,
         micro_batch: int | None = None,
         skip_unused: bool = False,
+        audit: int | None = 1000,
     ) -> None:
         needs = getattr(balancer, "needs", None)
         method_of = {"gram": "weights", "losses": "weights", "rows": "direction"}
@@ -132,7 +133,7 @@ class BalancedBackward:
             scheme = "all_reduce"  # a choice per parameter needs whole rows on every rank
         self.gradients = ClusterGradients(
             model, k, route, hold=hold, scheme=scheme, group=group, dtype=dtype, separable=separable, compile=compile,
-            nonfinite="raise" if scaler is None else "poison",
+            nonfinite="raise" if scaler is None else "poison", audit=audit,
         )  # fmt: skip
         self.balancer, self.k, self.scaler, self.micro_batch = balancer, k, scaler, micro_batch
         self.skip_unused = skip_unused

@@ -49,9 +49,10 @@ class ClusterGradients:
       slice fills the device. On several ranks a row is sent while the next one is computed.
     - ``"loop"``: one forward and K backwards, (1 + 2K)/3 of a plain step. It serves networks that mix samples
       (BatchNorm).
-    - ``"auto"``: the first call runs ``grouped`` on at most two samples per cluster and compares it with ``loop``. The
-      route is then ``grouped`` if they agree, ``split`` if the network has an op without a rule or does not compile,
-      and ``loop`` if its samples depend on each other. :meth:`explain` returns the route and the reason.
+    - ``"auto"``: the first call takes the first of ``grouped``, ``split`` and ``loop`` that runs on this batch and
+      passes two checks. A probe with NaN must show that no sample reaches the rows of another one, and the row of one
+      cluster must agree with a plain backward. So the route is ``split`` if an op has no rule or does not compile, and
+      ``loop`` if samples depend on each other. :meth:`explain` returns the route and the reason.
 
     On several ranks, row i is the gradient of the mean over the samples of cluster i on all ranks. The ranks may have
     any numbers of samples, zero included. ``p.grad`` is what one process would compute from the whole batch, up to
@@ -94,6 +95,12 @@ class ClusterGradients:
             loss or the Gram matrix is not finite. On CUDA this check would wait for the device, so :meth:`check`
             raises the error later. ``"poison"`` never raises, for use with a ``GradScaler``. In one process the
             balancing method checks the Gram matrix.
+        audit: how often route ``grouped`` is checked while it runs. At call 1, 2, 4, 8, ... and then every ``audit``
+            calls, the row of one cluster is compared with a plain backward, and the probe of :meth:`verify` is
+            repeated. A batch of a new structure (size, rows per sample, shapes of joined or cut tensors) is probed
+            before its rows are used. A difference raises GroupingError. These checks call ``loss_fn`` additional times
+            with the same random numbers, and leave parameters, buffers, gradients and generators as they were. An
+            audited call holds the parameters twice more. None checks nothing after ``auto`` has chosen.
 
     Attributes:
         model: the network, without its DistributedDataParallel wrapper.
@@ -118,6 +125,7 @@ class ClusterGradients:
         separable: Iterable[Callable[..., Any]] = (),
         compile: Mapping[str, Any] | None = None,
         nonfinite: Literal["raise", "poison"] = "raise",
+        audit: int | None = 1000,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
@@ -127,6 +135,8 @@ class ClusterGradients:
         as_choice("hold", hold, ("jacobian", "gram"))
         as_choice("scheme", scheme, get_args(Scheme))
         as_choice("nonfinite", nonfinite, ("raise", "poison"))
+        if audit is not None:
+            audit = as_count("audit", audit)
         wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         inner: nn.Module = model if wrapper is None else wrapper.module
         nested = [name for name, m in inner.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
@@ -161,7 +171,7 @@ class ClusterGradients:
             raise ValueError(f"dtype must be None with hold='gram', which holds no rows; got {dtype}. Leave it out.")
         network = Network(inner, tuple(separable), compiler_of(inner, compile, separable))
         why = "asked for" if route is not None else "the default on several ranks"
-        self._local = LocalGradients(network, k, self.route, dtype, held=hold == "jacobian", why=why)
+        self._local = LocalGradients(network, k, self.route, dtype, held=hold == "jacobian", why=why, audit=audit)
         # A wrapper of a single process still has a reducer, which must not see the gradients of clusters.
         self._ranked = RankedGradients(self._local, self.ranks, shards, wrapper, self.route, scheme, dtype, nonfinite)
         self.several = several

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode_temporarily
 
 from antdiff.gradients import routes
 from antdiff.gradients import verify as checks
 from antdiff.gradients.batch import ClusteredBatch
-from antdiff.gradients.grouped.compiled import compiler_of
+from antdiff.gradients.checked import CheckedRoutes
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.jacobian import DeferredJacobian, HeldJacobian, Latest, mean_losses
@@ -32,12 +33,20 @@ class LocalGradients:
     """
 
     def __init__(
-        self, network: Network, k: int, route: Route, dtype: torch.dtype | None, *, held: bool, why: str
+        self,
+        network: Network,
+        k: int,
+        route: Route,
+        dtype: torch.dtype | None,
+        *,
+        held: bool,
+        why: str,
+        audit: int | None,
     ) -> None:
         self.network, self.k, self.held = network, k, held
         self.store = GradientStore(network.model, k, dtype)
         self.latest = Latest()
-        self.choice: tuple[Chosen, str] | None = None if route == "auto" else (route, why)
+        self.checked = CheckedRoutes(network, None if route == "auto" else (route, why), audit)
 
     def jacobian(
         self,
@@ -64,17 +73,17 @@ class LocalGradients:
         clustered, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         scale = loss_scale(scaler, cluster.device)
         self.latest.revoke()
-        route = "grouped" if clustered.B == 0 else self.settled(loss_fn, batch, clustered)
+        route = "grouped" if clustered.B == 0 else self.checked.settle(loss_fn, batch, clustered)
         if route != "grouped" or self.network.compiled is not None:
             raise ValueError(
                 f"hold='gram' needs the grouped route in eager mode; use hold='jacobian'. {self.explain()}"
             )
         named = self.network.model.named_parameters()
         sinks = [Sink(name, p, self.k, dtype=self.store.dtype) for name, p in named if p.requires_grad]
-        mode = GramMode(self.network.model, clustered, sinks, self.network.separable)
+        mode = GramMode(self.network.model, clustered, sinks, self.network.separable, None, batch)
         sums = clustered.cluster.new_zeros(self.k, dtype=torch.float32)
         if clustered.B:
-            sums = routes.run(route, self.network, loss_fn, batch, clustered, sinks, scale=scale, mode=mode)
+            sums = self.checked.run_deferred(mode, loss_fn, batch, clustered, scale)
         return self.latest.set(DeferredJacobian(mode, *mean_losses(sums, clustered.counts), scale))
 
     def run(
@@ -99,31 +108,18 @@ class LocalGradients:
             self.store.keep(sinks)
             return clustered.cluster.new_zeros(self.k, dtype=torch.float32)
         clustered, batch = clustered.sort(batch)
-        route = self.settled(loss_fn, batch, clustered)
-        self.store.reuse = route != "grouped" or self.network.compiled is None
-        sinks = self.store.sinks(fresh=fresh)
-        sums = routes.run(route, self.network, loss_fn, batch, clustered, sinks, mean=mean, scale=scale)
-        self.store.keep(sinks)
-        return sums
-
-    def settled(self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> Chosen:
-        """Return the route; ``auto`` chooses it at the first call, from a batch sorted by cluster."""
-        net = self.network
-        if net.compiled is None and hasattr(loss_fn, "_torchdynamo_orig_callable"):
-            net.compiled = compiler_of(net.model, {}, net.separable)
-        if self.choice is None:
-            self.choice = checks.choose(net, loss_fn, batch, clustered)
-        return self.choice[0]
+        return self.checked.run(self.store, loss_fn, batch, clustered, scale, mean=mean, fresh=fresh)
 
     def verify(self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, counts: Sequence[int] | None) -> float:
         clustered, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         if clustered.B == 0:
             raise ValueError("batch must hold a sample for verify(); got none. Pass a batch of the training data.")
-        return checks.verify(self.settled(loss_fn, batch, clustered), self.network, loss_fn, batch, clustered)
+        return checks.verify(self.checked.settle(loss_fn, batch, clustered), self.network, loss_fn, batch, clustered)
 
     @contextmanager
     def record(self, cluster: Tensor, counts: Sequence[int] | None, scaler: Scaler | None) -> Iterator[Recording]:
-        name: Chosen = self.choice[0] if self.choice else "grouped"
+        choice = self.checked.choice
+        name: Chosen = choice[0] if choice else "grouped"
         if name == "split":
             raise ValueError(
                 "record() needs a route that runs the forward once, and 'split' runs it slice by slice. "
@@ -163,9 +159,9 @@ class LocalGradients:
         return f"{self.explain_route()}; {size}"
 
     def explain_route(self) -> str:
-        if self.choice is None:
+        if self.checked.choice is None:
             return "route 'auto', which chooses at the first call"
-        name, why = self.choice
+        name, why = self.checked.choice
         return f"route {name!r}: {why}"
 
     def nbytes(self) -> int:
@@ -207,7 +203,10 @@ class Recording:
             )
         self._closed = True
         engine, clustered = self._engine, self._clustered
-        with torch._C.DisableTorchFunction(), without_hooks([s.tensor for s in self._sinks]):
+        # The mode has to be off for this arithmetic, and on for what a checkpoint recomputes in the backward. There the
+        # mode enters itself. Disabling torch functions altogether would keep it off there too.
+        mode_off = nullcontext() if self._mode is None else _pop_mode_temporarily()
+        with mode_off, without_hooks([s.tensor for s in self._sinks]):
             sums = routes.backward(per_sample, clustered, self._sinks, self._mode, scale=self._scale)
         self.jacobian = engine.latest.set(HeldJacobian(engine.store, *mean_losses(sums, clustered.counts), self._scale))
         return self.jacobian

@@ -34,6 +34,7 @@ from antdiff.gradients.grouped.broadcast import own_rows
 from antdiff.gradients.grouped.recorder import Write
 from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
+from antdiff.gradients.grouped.tracking import MOVES_ROWS, loses_track, structure_of, writes_in_place
 from antdiff.gradients.sinks import Sink, Sinks
 
 # An extra input of every tap, so that the output gets a graph even if no other input has one. It receives no gradient.
@@ -49,8 +50,14 @@ class GroupedMode(TorchFunctionMode):
         sinks: one per trainable parameter.
         separable: torch functions without a rule that treat samples independently and draw no random numbers. The
             samples are the first dimension of every varying tensor argument and of the result.
-        probe: index of the sample whose values are NaN. Each op with a rule then checks that only the rows of this
-            sample are NaN.
+        probe: bool ``[B]``, the samples whose values are NaN. Each op with a rule then checks that only the rows of
+            these samples are NaN.
+        batch: the samples, in nested containers. Without it, tensors count as rows of samples once they need a
+            gradient.
+
+    Attributes:
+        structure: a hash of everything that decides where rows are, except values: rows per sample wherever the batch
+            meets a parameter, and shapes and options of ops that move rows. Equal structures need one probe.
     """
 
     def __init__(
@@ -59,7 +66,8 @@ class GroupedMode(TorchFunctionMode):
         clustered: ClusteredBatch,
         sinks: list[Sink],
         separable: Iterable[Any] = (),
-        probe: int | None = None,
+        probe: Tensor | None = None,
+        batch: Any = (),
     ) -> None:
         super().__init__()
         self.clustered = clustered
@@ -71,7 +79,13 @@ class GroupedMode(TorchFunctionMode):
         self._derived: list[Sink] = []
         # The tensors are kept alive, so that no id is reused while the mode is active.
         self._shared: dict[int, Tensor] = {id(x): x for x in own_tensors(model)}
+        self._owned = set(self._shared)
         self._expanded: dict[int, Tensor] = {}
+        # Tensors whose rows belong to unknown samples, and the op that lost track. Storages, of those written in place.
+        self._untracked: dict[int, tuple[Tensor, str]] = {}
+        self._untracked_storages: dict[int, str] = {}
+        self._samples = {id(x) for x in tensors_in((batch,), {})}
+        self.structure = hash((clustered.B,))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,11 +103,23 @@ class GroupedMode(TorchFunctionMode):
         check = CROSS_SAMPLE.get(func)
         if check is not None:
             check(*args, **kwargs)
+        moves = func in MOVES_ROWS
+        if moves:
+            moved = structure_of(func, args, kwargs)
+            if moved is not None:
+                self.structure = hash((self.structure, moved))
         if trainable and (torch.is_grad_enabled() or self.probe is not None):
-            return self._apply(func, args, kwargs, trainable)
-        out = func(*args, **kwargs)
+            out = self._apply(func, args, kwargs, trainable)
+        else:
+            out = func(*args, **kwargs)
+            if self.probe is not None:
+                self._poison_conversion(out, func, args, kwargs)
+        if moves or self._untracked:
+            self._follow(out, func, args, kwargs)
+        if self._samples and not (isinstance(out, Tensor) and out.requires_grad):
+            self._mark_rows(out, args, kwargs)
         for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
-            if id(x) in shared and x.requires_grad:
+            if id(x) in shared and (x.requires_grad or (id(x) not in self._owned and writes_in_place(func))):
                 self._unshare(x)
         return out
 
@@ -138,7 +164,15 @@ class GroupedMode(TorchFunctionMode):
         return self._expanded.get(id(x))
 
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
+        lost = self._lost_by(x) if self._untracked else None
+        if lost is not None:
+            names = ", ".join(sorted({self.sink(p).name for p in users if p is not None and self.trains(p)}))
+            raise GroupingError(
+                f"{lost} places rows by the values of the batch, so the rows that meet {names} "
+                "belong to unknown samples. Use route='split', which needs no more than independent samples."
+            )
         m = self.clustered.repeats(x)
+        self.structure = hash((self.structure, m))
         if self.probe is not None and x.is_floating_point():
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
@@ -233,18 +267,68 @@ class GroupedMode(TorchFunctionMode):
             if key not in roots and y.untyped_storage()._cdata == storage:
                 del self._shared[key]
 
+    def _mark_rows(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember that a result without a graph was computed from samples, on the tensor itself: nothing is kept."""
+        if any(map(self._has_rows, tensors_in(args, kwargs))):
+            for x in tensors_in((out,), {}):
+                x._antdiff_rows = True  # type: ignore[attr-defined]
+
+    def _has_rows(self, x: Any) -> bool:
+        """Return whether ``x`` was computed from the batch."""
+        return isinstance(x, Tensor) and (
+            (x.requires_grad and id(x) not in self._shared)
+            or id(x) in self._samples
+            or getattr(x, "_antdiff_rows", False)
+        )
+
+    def _follow(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Mark the result of an op that loses track of the samples, or that is computed from such a result."""
+        cause = (
+            (resolve_name(func) or str(func)) if loses_track(func, args, kwargs, self.varies, self._has_rows) else None
+        )
+        if cause is None and self._untracked:
+            cause = next(filter(None, map(self._lost_by, tensors_in(args, kwargs))), None)
+        if cause is None:
+            return
+        for x in tensors_in((out,), {}):
+            self._untracked[id(x)] = (x, cause)
+        if args and isinstance(args[0], Tensor) and (func is Tensor.__setitem__ or out is args[0]):
+            self._untracked[id(args[0])] = (args[0], cause)
+            self._untracked_storages[args[0].untyped_storage()._cdata] = cause
+
+    def _lost_by(self, x: Tensor) -> str | None:
+        """Return the op that lost track of the samples of ``x``, None if they are known."""
+        if id(x) in self._untracked:
+            return self._untracked[id(x)][1]
+        return self._untracked_storages.get(x.untyped_storage()._cdata) if self._untracked_storages else None
+
+    def _poison_conversion(
+        self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Under the probe, make the floats NaN that are computed from the integers of a poisoned sample.
+
+        Integers (labels, timesteps) cannot be NaN themselves.
+        """
+        assert self.probe is not None
+        if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() == 0:
+            return
+        if out.shape[0] != self.clustered.B or getattr(func, "__name__", "").endswith("_like"):
+            return
+        varying = [x for x in tensors_in(args, kwargs) if self.varies(x)]
+        if varying and not any(x.is_floating_point() or x.is_complex() for x in varying):
+            out[self.probe] = torch.nan
+
     def _probe(self, x: Tensor, m: int, name: str) -> None:
-        """Raise if a row of a sample other than the probe is NaN in ``x``, which has m rows per sample."""
+        """Raise if a row of a sample that is not probed is NaN in ``x``, which has m rows per sample."""
         assert self.probe is not None
         bad = torch.isnan(x).reshape(x.shape[0], -1).any(1)
-        own = bad[self.probe * m : (self.probe + 1) * m]
-        others = int(bad.sum()) - int(own.sum())
+        others = int((bad & ~self.probe.repeat_interleave(m)).sum())
         if others:
             raise GroupingError(
-                f"where {name} meets the batch, the values of sample {self.probe} have reached {others} of the "
-                f"{x.shape[0] - m} rows of other samples: an op before it mixes samples (BatchNorm, attention over the "
-                "batch), or the batch is not the first dimension. Use route='loop' for a network that mixes samples, "
-                "and route='split' for another layout."
+                f"where {name} meets the batch, the values of some samples have reached {others} rows of other "
+                "samples: an op before it mixes samples (BatchNorm, attention over the batch), or the batch is not the "
+                "first dimension. Use route='loop' for a network that mixes samples, and route='split' for another "
+                "layout."
             )
 
 

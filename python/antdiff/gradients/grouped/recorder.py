@@ -24,11 +24,11 @@ class Recorder(Protocol):
 
     Attributes:
         clustered: the clusters of the batch.
-        probe: the sample whose values are NaN, or None in an ordinary forward.
+        probe: bool ``[B]``, the samples whose values are NaN, or None in an ordinary forward.
     """
 
     clustered: ClusteredBatch
-    probe: int | None
+    probe: Tensor | None
 
     def __enter__(self) -> Any:
         """Record the ops in this context, for a rule that is composed of ops with rules."""
@@ -50,13 +50,14 @@ class Recorder(Protocol):
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
         """Return the varying tensor ``x`` after a check that it has one or more rows per sample.
 
-        With a probe, also check that only the rows of the probed sample are NaN.
+        With a probe, also check that only the rows of the probed samples are NaN.
 
         Args:
             users: the shared tensors that the op applies to ``x``. The message names them.
 
         Raises:
-            GroupingError: the first dimension of ``x`` is no multiple of the batch size, or samples have been mixed.
+            GroupingError: the first dimension of ``x`` is no multiple of the batch size, samples have been mixed, or
+                an earlier op has placed rows by the values of the batch.
         """
         ...
 

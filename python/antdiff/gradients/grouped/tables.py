@@ -26,6 +26,7 @@ def embedding(
 ) -> Any:
     if not recorder.varies(input) or recorder.varies(weight) or scale_grad_by_freq:
         return NotImplemented
+    recorder.check(input, weight)
     out = func(input, detached(weight), padding_idx, max_norm, norm_type)
     skip = None if padding_idx is None else padding_idx % weight.shape[0]
     return _look_up(recorder, out, weight, input, skip)
@@ -34,6 +35,7 @@ def embedding(
 def getitem(recorder: Recorder, func: Op, table: Tensor, index: Any) -> Any:
     if not recorder.trains(table) or not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         return NotImplemented
+    recorder.check(index, table)
     return _look_up(recorder, func(detached(table), index), table, index % table.shape[0], None)
 
 
@@ -44,7 +46,7 @@ def index_select(recorder: Recorder, func: Op, table: Tensor, dim: int, index: T
 def _look_up(recorder: Recorder, out: Tensor, table: Tensor, index: Tensor, skip: int | None) -> Tensor:
     m = recorder.clustered.repeats(index)
     if recorder.probe is not None:
-        out[recorder.probe * m : (recorder.probe + 1) * m] = torch.nan
+        out[recorder.probe.repeat_interleave(m)] = torch.nan
     return recorder.tap(out, partial(_table_grads, skip), (table,), index)
 
 
