@@ -23,6 +23,7 @@ from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.probe import Replay, binary_codes, probe, random_code, repeatable, uncompiled
 from antdiff.gradients.routes import Chosen, LossFn, Network
+from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore
 
 
@@ -247,7 +248,8 @@ class _Call:
         sinks = self.store.sinks(fresh=self.fresh)
         self.mode = None
         if route == "grouped" and net.compiled is None:
-            self.mode = GroupedMode(net.model, clustered, sinks, net.separable, batch=self.batch)
+            samples = Samples.of(self.batch, clustered.B)
+            self.mode = GroupedMode(net.model, clustered, sinks, net.separable, batch=samples.tensors())
         sums = routes.run(route, net, self.loss_fn, self.batch, clustered, sinks, mode=self.mode, **options)
         self.store.keep(sinks)
         return sums
@@ -255,7 +257,8 @@ class _Call:
     def structure(self) -> int:
         if self.mode is not None:
             return self.mode.structure
-        return hash((self.clustered.B, *_shapes(self.batch)))
+        shapes = (tuple(x.shape) for x in Samples.of(self.batch, self.clustered.B).tensors())
+        return hash((self.clustered.B, *shapes))
 
     def difference(self, i: int, want: dict[str, Tensor], low: bool) -> Any:
         if self.store is None:
@@ -265,17 +268,6 @@ class _Call:
             return compare(got, {next(iter(got)): total.sqrt()}, low)
         rows = {n: x[i] for (n, _), x in zip(self.store.named, self.store.tensors, strict=True) if x is not None}
         return compare(rows, want, low or any(x.dtype in HALF for x in rows.values()))
-
-
-def _shapes(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        yield tuple(value.shape)
-    elif isinstance(value, dict):
-        for x in value.values():
-            yield from _shapes(x)
-    elif isinstance(value, (list, tuple)):
-        for x in value:
-            yield from _shapes(x)
 
 
 def finite_parameters(net: Network) -> bool:

@@ -19,6 +19,7 @@ from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.jacobian import DeferredJacobian, HeldJacobian, Latest, mean_losses
 from antdiff.gradients.parameters import without_hooks
 from antdiff.gradients.routes import Chosen, LossFn, Network, Route, Scaler, loss_scale
+from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore, Sink
 
 
@@ -80,7 +81,8 @@ class LocalGradients:
             )
         named = self.network.model.named_parameters()
         sinks = [Sink(name, p, self.k, dtype=self.store.dtype) for name, p in named if p.requires_grad]
-        mode = GramMode(self.network.model, clustered, sinks, self.network.separable, None, batch)
+        samples = Samples.of(batch, clustered.B).tensors()
+        mode = GramMode(self.network.model, clustered, sinks, self.network.separable, None, samples)
         sums = clustered.cluster.new_zeros(self.k, dtype=torch.float32)
         if clustered.B:
             sums = self.checked.run_deferred(mode, loss_fn, batch, clustered, scale)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses, each_row
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.routes import Chosen, LossFn, Network
+from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import Sink
 
 
@@ -145,17 +146,10 @@ def probe(
 def _poisoned_forward(
     route: Chosen, net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, poisoned: Tensor
 ) -> int:
-    def poison(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        values = x.detach().nan_to_num()  # a copy; where samples are does not depend on their values
-        values[poisoned.to(x.device)] = torch.nan
-        return values.requires_grad_(x.requires_grad)
-
-    samples, structure = each_row(batch, clustered.B, poison), 0
+    samples, structure = Samples.of(batch, clustered.B).with_nan(poisoned), 0
     if route == "grouped":
         sinks = [Sink(name, p, clustered.k) for name, p in net.model.named_parameters() if p.requires_grad]
-        mode = GroupedMode(net.model, clustered, sinks, net.separable, probe=poisoned, batch=samples)
+        mode = GroupedMode(net.model, clustered, sinks, net.separable, probe=poisoned, batch=samples.tensors())
         with mode:
             losses = loss_fn(*samples)
         structure = mode.structure

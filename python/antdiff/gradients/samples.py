@@ -216,6 +216,11 @@ class Samples(Sequence[Any]):
         """Apply ``f`` to every tensor, numeric array and tensor dict of samples. It must keep their number."""
         return self._with(self.B, [_mapped(x, f) for x in self._leaves])
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor of samples, also those in lists."""
+        for x in self._leaves:
+            yield from _tensors(x)
+
     def with_nan(self, poisoned: Tensor) -> Samples:
         """Return a copy in which every floating-point number of the samples in ``poisoned``, bool ``[B]``, is NaN.
 
@@ -279,6 +284,17 @@ def each_row(value: Any, B: int, f: Callable[[Tensor], Tensor]) -> Any:
 def cut(batch: Sequence[Any], B: int, start: int, stop: int) -> Samples:
     """Return the samples ``[start, stop)`` of a batch."""
     return Samples.of(batch, B).cut(start, stop)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for entry in x:
+            yield from _tensors(entry)
+    elif isinstance(x, Mapping):
+        for entry in x.values():
+            yield from _tensors(entry)
 
 
 def _is_plain(x: Tensor) -> bool:

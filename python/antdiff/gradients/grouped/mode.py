@@ -52,7 +52,7 @@ class GroupedMode(TorchFunctionMode):
             samples are the first dimension of every varying tensor argument and of the result.
         probe: bool ``[B]``, the samples whose values are NaN. Each op with a rule then checks that only the rows of
             these samples are NaN.
-        batch: the samples, in nested containers. Without it, tensors count as rows of samples once they need a
+        batch: the tensors of samples. Without them, tensors count as rows of samples once they need a
             gradient.
 
     Attributes:
@@ -67,7 +67,7 @@ class GroupedMode(TorchFunctionMode):
         sinks: list[Sink],
         separable: Iterable[Any] = (),
         probe: Tensor | None = None,
-        batch: Any = (),
+        batch: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         self.clustered = clustered
@@ -84,7 +84,7 @@ class GroupedMode(TorchFunctionMode):
         # Tensors whose rows belong to unknown samples, and the op that lost track. Storages, of those written in place.
         self._untracked: dict[int, tuple[Tensor, str]] = {}
         self._untracked_storages: dict[int, str] = {}
-        self._samples = {id(x) for x in tensors_in((batch,), {})}
+        self._samples = set(map(id, batch))
         self.structure = hash((clustered.B,))
 
     def __torch_function__(
