@@ -218,7 +218,8 @@ class LossBalancer:
     def _check(self, losses: Tensor) -> None:
         check_losses(losses, self.k)
         if self.positive and losses.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = torch.nonzero(losses.detach() < 0).flatten().tolist()
+            losses = losses.detach()
+            bad = torch.nonzero(losses < 0).flatten().tolist()
             if bad:
                 raise ValueError(
                     f"losses must be positive for {self.name!r}; got {float(losses[bad[0]]):.3g} for cluster {bad[0]}. "

@@ -267,7 +267,8 @@ class BalancedBackward:
             or getattr(self.balancer, "nonfinite", "raise") == "poison"
         ):
             return
-        bad = torch.nonzero(~losses.detach().isfinite()).flatten().tolist()
+        losses = losses.detach()
+        bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
         if bad:
             raise ValueError(
                 f"losses must be finite; got {float(losses[bad[0]])} for cluster {bad[0]}"

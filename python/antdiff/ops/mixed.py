@@ -13,7 +13,7 @@ from antdiff.ops.gram import gram as _gram
 
 def gram(rows: Iterable[Tensor | None]) -> Tensor:
     """Return the Gram matrix of rows ``[k, *shape]`` whose dtypes may differ: the sum over the dtypes."""
-    first, *others = [_gram(group) for group in _by_dtype(rows)]
+    first, *others = [_gram(group) for group in _by_dtype(rows) or [[]]]
     for x in others:
         first += x
     return first
