@@ -318,7 +318,13 @@ class ClusterGradients:
         return self._ranked.explain() if self.several else self._local.explain()
 
     def verify(
-        self, loss_fn: LossFn, batch: Sequence[Any], cluster: Tensor, *, counts: Sequence[int] | Counts | None = None
+        self,
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        cluster: Tensor,
+        *,
+        counts: Sequence[int] | Counts | None = None,
+        in_dims: InDims = None,
     ) -> float:
         """Check the route on a batch of this process, once, before training. Arguments are those of a call.
 
@@ -341,7 +347,9 @@ class ClusterGradients:
         if self.is_sharded:
             raise ValueError("model must have whole parameters for verify(). Call it before fully_shard(model).")
         with self.unsynchronised():
-            return self._local.verify(loss_fn, batch, cluster, rank_counts(counts, self.ranks, self.k))
+            return self._local.verify(
+                loss_fn, with_dims(batch, in_dims), cluster, rank_counts(counts, self.ranks, self.k)
+            )
 
     def check(self) -> None:
         """Raise if a rank had a non-finite loss since the last check. On CUDA this waits for the device.

@@ -153,7 +153,7 @@ class Samples(Sequence[Any]):
         if in_dims is None:
             nodes = [reader.read(x, i, "inferred") for i, x in enumerate(batch)]
         else:
-            nodes = [reader.read_dims(x, i, d) for i, (x, d) in enumerate(_pairs(batch, in_dims))]
+            nodes = reader.read_batch(batch, in_dims)
         return cls(B, nodes, reader.leaves, reader.paths, reader.refusal)
 
     def __iter__(self) -> Iterator[Any]:
@@ -213,7 +213,7 @@ class Samples(Sequence[Any]):
         return self._with(stop - start, leaves)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Samples:
-        """Apply ``f`` to every tensor, numeric array and tensor dict of samples. It must keep their number."""
+        """Apply ``f`` to every tensor, numeric array and tensor dict of samples, as dense tensors ``[B, ...]``."""
         return self._with(self.B, [_mapped(x, f) for x in self._leaves])
 
     def tensors(self) -> Iterator[Tensor]:
@@ -345,7 +345,44 @@ _SCALARS = (
 )
 # Objects that compute something. They are never samples.
 _CODE = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+_LISTS = (list, tuple, UserList, deque, range)
 _DEPTH, _WIDTH = 4, 64  # how far an object is searched for samples
+
+
+# The rule that a refused argument breaks, and the remedy beside antdiff.shared.
+_AMBIGUOUS = "must not be a list of B entries that may be one entry per sample or B arguments"
+_REFUSALS = {
+    "tensors": (
+        _AMBIGUOUS,
+        "Pass torch.stack(x), or np.fromiter(x, dtype=object) for unequal shapes, if its entries are the samples, or "
+        "give in_dims=0 for it if each entry holds all samples",
+    ),
+    "lists": (
+        _AMBIGUOUS,
+        "Give in_dims for it: 0 if its entries are the samples, a list with 0 or None per entry if they are arguments",
+    ),
+    "second": (
+        "must have its samples in the first dimension",
+        "Move its second dimension first, x.movedim(1, 0), if that is the dimension of the samples",
+    ),
+    "parameter": (
+        "must not be a parameter with one row per sample, since no gradient flows back into samples",
+        "Pass x.detach() if its rows are samples",
+    ),
+    "packed": ("must keep the rows of a sample together", "Pass the padded tensor, and pack it inside loss_fn"),
+    "numbered": (
+        "must not have the numbers of the samples as keys, since their order changes",
+        "Pass list(x.values())",
+    ),
+    "plain": ("must be a plain list or tuple if it has one entry per sample", "Pass list(x)"),
+    "iterator": ("must not be an iterator, which can be read only once", "Pass list(x)"),
+    "rebuilt": ("must be a container that can be rebuilt with other entries", "Pass a dict, list or dataclass"),
+    "unknown": (
+        "must be a tensor, array, list, dict or dataclass if it holds samples",
+        "Pass its samples in one of these",
+    ),
+    "cycle": ("must not contain itself", "Pass its parts as arguments"),
+}
 
 
 class _Reader:
@@ -363,6 +400,23 @@ class _Reader:
         self._open: set[int] = set()  # the containers around the present value
         self._marks = 0
 
+    def read_batch(self, batch: Sequence[Any], in_dims: InDims) -> list[Any]:
+        """Return one node per argument."""
+        remedy = "Write 0 for an argument that holds samples and None for one that all samples share."
+        if in_dims == 0 and type(in_dims) is int:
+            return [self.read(x, i, "given") for i, x in enumerate(batch)]
+        if not isinstance(in_dims, (list, tuple)):
+            got = in_dims if isinstance(in_dims, int) else type(in_dims).__name__
+            raise TypeError(
+                f"in_dims must be 0, or a tuple with one entry per argument of loss_fn; got {got}. {remedy}"
+            )
+        if len(in_dims) != len(batch):
+            raise ValueError(
+                f"in_dims must have one entry for each of the {len(batch)} arguments in batch; got {len(in_dims)}. "
+                f"{remedy}"
+            )
+        return [self.read_dims(x, i, dims) for i, (x, dims) in enumerate(zip(batch, in_dims, strict=True))]
+
     def read_dims(self, x: Any, path: Path, dims: InDims) -> Any:
         """Read a value for which ``in_dims`` has the entry ``dims``."""
         if dims is None:
@@ -372,6 +426,11 @@ class _Reader:
                 raise ValueError(
                     f"in_dims must be 0 or None for {_name(path)}, since samples are the first dimension; got {dims}. "
                     f"Move the dimension first with x.movedim({dims}, 0), and write 0."
+                )
+            if isinstance(x, Shared):
+                raise ValueError(
+                    f"in_dims must be None for {_name(path)}, which is marked antdiff.shared; got 0. Leave one of the "
+                    "two out."
                 )
             return self.read(x, path, "given")
         parts = _parts(x)
@@ -400,32 +459,24 @@ class _Reader:
     def read(self, x: Any, path: Path, mode: Mode) -> Any:
         """Return the node of a value: a leaf, a fixed value, or a tree."""
         if isinstance(x, Shared):
-            if mode == "given":
-                raise ValueError(
-                    f"in_dims must be None for {_name(path)}, which is marked antdiff.shared; got 0. Leave one of the "
-                    "two out."
-                )
             while isinstance(x, Shared):
                 x = x.value
             self._marks += 1
             return _Fixed(x)
         if mode == "shared":
             return self._unmarked(x, path)
-        if isinstance(x, Tensor):
-            return self._tensor(x, path, mode)
-        if isinstance(x, np.ndarray):
-            return self._array(x, path, mode)
+        if isinstance(x, (Tensor, np.ndarray)):
+            return self._rows_of(x, path, mode)
         if _is_scalar(x) or _is_code(x):
             return self._no_samples(x, path, mode)
         if isinstance(x, torch.nn.utils.rnn.PackedSequence):
-            return self._refuse(x, path, mode, "must keep the rows of a sample together", "Unpack it with "
-                                "torch.nn.utils.rnn.pad_packed_sequence, and pack it inside loss_fn")  # fmt: skip
+            return self._refuse("packed", x, path, mode)
         if isinstance(getattr(x, "batch_size", None), torch.Size):  # TensorDict and tensor classes
             if x.batch_size and x.batch_size[0] == self.B:
                 return self._leaf(x, path)
             if mode == "given":
                 self._mismatch(x, path)
-        if isinstance(x, (list, tuple, UserList, deque, range)) and not _has_names(x):
+        if isinstance(x, _LISTS) and not _has_names(x):
             node = self._list(x, path, mode)
             if node is not None:
                 return node
@@ -433,15 +484,13 @@ class _Reader:
         if parts is None:
             return self._opaque(x, path, mode)
         if isinstance(x, Mapping) and mode == "inferred" and self.B == len(x) > 1 and set(x) == set(range(self.B)):
-            return self._refuse(
-                x, path, mode, "must not number its samples, whose order changes", "Pass a list of its values"
-            )
+            return self._refuse("numbered", x, path, mode)
         return self._tree(x, parts, path, lambda v, p, _: self.read(v, p, mode), mode)
 
     def _tree(self, x: Any, parts: _Parts, path: Path, read: Callable[[Any, Path, int], Any], mode: Mode) -> Any:
         """Read the entries of a container."""
         if id(x) in self._open:
-            return self._refuse(x, path, mode, "must not contain itself", "Pass its parts as arguments")
+            return self._refuse("cycle", x, path, mode)
         self._open.add(id(x))
         n, marks = len(self.leaves), self._marks
         children = [read(v, (path, s), i) for i, (v, s) in enumerate(zip(parts.values, parts.steps, strict=True))]
@@ -449,41 +498,23 @@ class _Reader:
         if all(type(c) is _Fixed and c.value is v for c, v in zip(children, parts.values, strict=True)):
             return _Fixed(x)
         if type(x) not in (dict, list, tuple) and not _rebuilds(x, parts):
-            rule, remedy = "must be a container that can be made again with other entries", "Pass a dict or a list"
             if self._marks > marks:
-                raise TypeError(self._message(x, path, rule, remedy))
+                raise TypeError(self._message("rebuilt", x, path))
             del self.leaves[n:], self.paths[n:]
-            return self._refuse(x, path, mode, rule, remedy)
+            return self._refuse("rebuilt", x, path, mode)
         return _Tree(children, parts.build)
 
-    def _tensor(self, x: Tensor, path: Path, mode: Mode) -> Any:
-        rows = x.size(0) if x.dim() else None
-        if rows == self.B:
-            if mode == "inferred" and x.requires_grad and self.B > 1 and isinstance(x, nn.Parameter):
-                return self._refuse(
-                    x, path, mode, "must not be a parameter of B rows, since no gradient flows back into samples",
-                    "Pass x.detach() if its rows are samples",
-                )  # fmt: skip
+    def _rows_of(self, x: Any, path: Path, mode: Mode) -> Any:
+        """Return the node of a tensor or array."""
+        if _rows(x) == self.B:
+            if mode == "inferred" and isinstance(x, nn.Parameter) and x.requires_grad:
+                return self._refuse("parameter", x, path, mode)
             return self._leaf(x, path)
         if mode == "given":
             self._mismatch(x, path)
-        if self.B > 1 and x.dim() > 1 and not x.is_nested and x.size(1) == self.B:
-            return self._refuse(
-                x, path, mode, "must have its samples in the first dimension", "Pass x.movedim(1, 0) if its second "
-                "dimension is that of the samples",
-            )  # fmt: skip
-        return _Fixed(x)
-
-    def _array(self, x: Any, path: Path, mode: Mode) -> Any:
-        if x.ndim and x.shape[0] == self.B:
-            return self._leaf(x, path)
-        if mode == "given":
-            self._mismatch(x, path)
-        if self.B > 1 and x.ndim > 1 and x.shape[1] == self.B:
-            return self._refuse(
-                x, path, mode, "must have its samples in the first dimension", "Pass np.moveaxis(x, 1, 0) if its "
-                "second dimension is that of the samples",
-            )  # fmt: skip
+        nested = isinstance(x, Tensor) and x.is_nested
+        if self.B > 1 and not nested and len(x.shape) > 1 and x.shape[1] == self.B:
+            return self._refuse("second", x, path, mode)
         return _Fixed(x)
 
     def _list(self, x: Any, path: Path, mode: Mode) -> Any:
@@ -496,7 +527,7 @@ class _Reader:
                 return None
             if len(x) != self.B:
                 self._mismatch(x, path)
-            return self._leaf(x, path)
+            return self._leaf(x, path) if _is_remade(x) else self._refuse("plain", x, path, mode)
         if len(x) != self.B or self.B <= 1:
             return None
         if all(map(_is_scalar, x)):
@@ -504,27 +535,14 @@ class _Reader:
         code = sum(map(_is_code, x))
         if code == len(x):
             return _Fixed(x)
-        found = {self._search(e, 0) for e in x}
+        found = {self._search(e, set()) for e in x}
         if "mark" in found:
             return None  # a list with a mark in it is a list of arguments
         if "samples" in found or code:
-            if any(isinstance(e, (Tensor, np.ndarray)) for e in x):
-                remedy = (
-                    "Pass torch.stack(...) of it, or np.fromiter(x, dtype=object) for unequal shapes, if its entries "
-                    "are the samples, or in_dims=0 for it if each entry holds all samples"
-                )
-            else:
-                remedy = (
-                    "Give in_dims for it: 0 if its entries are the samples, or a list with 0 for each entry that holds "
-                    "all samples and None for the others"
-                )
-            return self._refuse(
-                x, path, mode, "must not be a list of B entries of which some have B rows themselves, since it could "
-                "be one entry per sample or B arguments", remedy,
-            )  # fmt: skip
+            tensors = any(isinstance(e, (Tensor, np.ndarray)) for e in x)
+            return self._refuse("tensors" if tensors else "lists", x, path, mode)
         if not _is_remade(x):
-            return self._refuse(x, path, mode, "must be a plain list or tuple if it has one entry per sample",
-                                "Pass list(x)")  # fmt: skip
+            return self._refuse("plain", x, path, mode)
         return self._leaf(x, path)
 
     def _opaque(self, x: Any, path: Path, mode: Mode) -> Any:
@@ -532,12 +550,9 @@ class _Reader:
             self._mismatch(x, path)
         if self.B > 1:
             if isinstance(x, Iterator):
-                return self._refuse(x, path, mode, "must not be an iterator, which can be read once", "Pass list(x)")
-            if self._search(x, 0) == "samples":
-                return self._refuse(
-                    x, path, mode, "must be a container that can be sorted and cut if it holds samples",
-                    "Pass its samples as tensors, lists, dicts or dataclasses",
-                )  # fmt: skip
+                return self._refuse("iterator", x, path, mode)
+            if self._search(x, set()) == "samples":
+                return self._refuse("unknown", x, path, mode)
         return _Fixed(x)
 
     def _unmarked(self, x: Any, path: Path) -> Any:
@@ -558,50 +573,54 @@ class _Reader:
         self.paths.append(path)
         return _LEAF
 
-    def _search(self, x: Any, depth: int) -> str:
-        """Return "mark" if there is a mark in a value, "samples" if something in it has B rows or entries, or ""."""
+    def _search(self, x: Any, seen: set[int], depth: int = 0) -> str:
+        """Return "mark" if there is a mark in a value, "samples" if something in it has B rows or entries, or "".
+
+        Args:
+            seen: the containers that have been searched.
+            depth: the number of objects of unknown kinds around ``x``, which are not searched without end.
+        """
         if isinstance(x, Shared):
             return "mark"
-        if isinstance(x, Tensor):
-            return "samples" if x.dim() and x.size(0) == self.B else ""
-        if isinstance(x, np.ndarray):
-            return "samples" if x.ndim and x.shape[0] == self.B else ""
-        if _is_scalar(x) or _is_code(x) or isinstance(x, torch.Size):
+        if isinstance(x, (Tensor, np.ndarray)):
+            return "samples" if _rows(x) == self.B else ""
+        if _is_scalar(x) or _is_code(x) or isinstance(x, torch.Size) or id(x) in seen:
             return ""
-        found = ""
+        seen.add(id(x))
         parts = _parts(x)
-        listed = isinstance(x, (list, tuple, UserList, deque, range)) and not _has_names(x)
-        if listed and len(x) == self.B and not all(map(_is_code, x)):
-            found = "samples"
+        found = ""
+        if isinstance(x, _LISTS) and not _has_names(x):
+            found = "samples" if len(x) == self.B and not all(map(_is_code, x)) else ""
         elif parts is None and _length(x) == self.B:
             return "samples"
-        if depth < _DEPTH:
-            if parts is not None:
-                inner = parts.values
-            elif isinstance(x, AbstractSet):
-                inner = list(x)
-            else:  # settings such as a size (h, w) are no samples
-                inner = [v for v in _state(x) if not _is_setting(v)]
-            for v in inner[:_WIDTH]:
-                below = self._search(v, depth + 1)
-                if below == "mark":
-                    return below
-                found = found or below
+        if parts is not None:
+            inner = parts.values if not depth else parts.values[:_WIDTH]
+        elif isinstance(x, AbstractSet):
+            inner = list(x)
+        else:  # settings such as a size (h, w) are no samples
+            depth += 1
+            inner = [v for v in _state(x) if not _is_setting(v)][:_WIDTH] if depth < _DEPTH else []
+        for v in inner:
+            below = self._search(v, seen, depth)
+            if below == "mark":
+                return below
+            found = found or below
         return found
 
     # ---- refusals ------------------------------------------------------------------------------------------------
 
-    def _message(self, x: Any, path: Path, rule: str, remedy: str) -> str:
+    def _message(self, reason: str, x: Any, path: Path) -> str:
+        rule, remedy = _REFUSALS[reason]
         return (
             f"{_name(path)} {rule}; got {_describe(x)} with B={self.B}. {remedy}, or mark it "
             "antdiff.shared(...) if all samples share it."
         )
 
-    def _refuse(self, x: Any, path: Path, mode: Mode, rule: str, remedy: str) -> Any:
+    def _refuse(self, reason: str, x: Any, path: Path, mode: Mode) -> Any:
         if mode == "given":
-            raise TypeError(self._message(x, path, rule, remedy))
+            raise TypeError(self._message(reason, x, path))
         if self.B > 1 and self.refusal is None:
-            self.refusal = self._message(x, path, rule, remedy)
+            self.refusal = self._message(reason, x, path)
         return _Fixed(x)
 
     def _mismatch(self, x: Any, path: Path) -> None:
@@ -617,22 +636,6 @@ def _fill(node: Any, leaves: Iterator[Any]) -> Any:
     if type(node) is _Fixed:
         return node.value
     return node.build([_fill(child, leaves) for child in node.children])
-
-
-def _pairs(batch: Sequence[Any], in_dims: InDims) -> list[tuple[Any, InDims]]:
-    if isinstance(in_dims, int) and not isinstance(in_dims, bool):
-        return [(x, in_dims) for x in batch]
-    if not isinstance(in_dims, (list, tuple)):
-        raise TypeError(
-            f"in_dims must be 0, or a tuple with an entry per argument of loss_fn; got {type(in_dims).__name__}. "
-            "Write 0 for an argument that holds samples and None for one that all samples share."
-        )
-    if len(in_dims) != len(batch):
-        raise ValueError(
-            f"in_dims must have one entry for each of the {len(batch)} arguments in batch; got {len(in_dims)}. "
-            "Write 0 for an argument that holds samples and None for one that all samples share."
-        )
-    return list(zip(batch, in_dims, strict=True))
 
 
 def _name(path: Path) -> str:
@@ -663,7 +666,7 @@ def _is_code(x: Any) -> bool:
 
 
 def _is_list(x: Any) -> bool:
-    return isinstance(x, (list, tuple, UserList, deque, range))
+    return isinstance(x, _LISTS)
 
 
 def _has_names(x: Any) -> bool:
@@ -691,13 +694,20 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _holds_tensor(x: Any, depth: int = 0) -> bool:
+def _holds_tensor(x: Any, seen: set[int] | None = None) -> bool:
+    seen = set() if seen is None else seen
     if isinstance(x, (Tensor, np.ndarray, Shared)):
         return True
-    if depth > _DEPTH or _is_scalar(x) or _is_code(x):
-        return False
-    parts = _parts(x)
-    return parts is not None and any(_holds_tensor(v, depth + 1) for v in parts.values)
+    parts = None if _is_scalar(x) or _is_code(x) or id(x) in seen else _parts(x)
+    seen.add(id(x))
+    return parts is not None and any(_holds_tensor(v, seen) for v in parts.values)
+
+
+def _rows(x: Any) -> int | None:
+    """The first dimension of a tensor or array."""
+    if isinstance(x, Tensor):
+        return x.size(0) if x.dim() else None
+    return x.shape[0] if x.ndim else None
 
 
 def _length(x: Any) -> int | None:
@@ -835,7 +845,9 @@ def _detached(x: Any) -> Any:
 
 def _mapped(x: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(x, Tensor):
-        return f(x)
+        if x.layout in (torch.sparse_coo, torch.sparse_csr):
+            return f(x.to_dense()).to_sparse(layout=x.layout)
+        return x if x.layout is torch._mkldnn else f(x)  # type: ignore[attr-defined]
     if isinstance(x, np.ndarray):
         return f(torch.from_numpy(np.array(x))).numpy() if x.dtype.kind in "fiub" and x.dtype.isnative else x
     return x if _is_list(x) else x.apply(f)
