@@ -91,6 +91,17 @@ def test_a_compiled_loss_leaves_unreached_parameters_without_a_gradient() -> Non
     assert net.first.weight.grad is not None
 
 
+@pytest.mark.parametrize("way", [w for w in EVERY if w not in ("record", "losses", "accumulate")])
+def test_a_batch_without_samples_gives_zeros(way: str) -> None:
+    net = Net()
+    step = stepper(way, net)
+    if way.startswith("between"):
+        step(loss_of(net), batch_of(), IDS)
+        step(loss_of(net), batch_of(), IDS)
+    step(loss_of(net), batch_of(0), IDS[:0])
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+
+
 # ---- gradient hooks --------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +200,31 @@ def test_neither_the_choice_of_a_route_nor_a_check_of_it_calls_hooks() -> None:
     handle.remove()
     jacobian.combine(torch.ones(K))
     assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.distributed.optim uses torch.jit
+@every_way
+def test_an_optimizer_on_autograd_nodes_is_refused_before_anything_is_computed(way: str) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    net = Net()
+    step = stepper(way, net)
+    _apply_optimizer_in_backward(torch.optim.SGD, net.first.parameters(), {"lr": 0.1})
+    before = net.first.weight.clone()
+    with pytest.raises(ValueError, match=r"_apply_optimizer_in_backward.*register_post_accumulate_grad_hook"):
+        step(loss_of(net), batch_of(), IDS)
+    assert torch.equal(net.first.weight, before)
+
+
+def test_hooks_of_a_compiled_loss_see_the_combined_gradient_once() -> None:
+    net, seen = Net(), []
+    cg = ClusterGradients(net, K, "grouped", compile={"backend": "eager"})
+    net.first.weight.register_hook(lambda g: seen.append(g.clone()) or g * 0)
+    for call in range(1, 3):
+        cg(loss_of(net), batch_of(), IDS).combine(torch.ones(K))
+        assert len(seen) == call
+        assert seen[-1].any()
+        assert not net.first.weight.grad.any()
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------------

@@ -147,7 +147,10 @@ class BalancedBackward:
         counts: Sequence[int] | Counts | None = None,
         in_dims: InDims = None,
     ) -> BackwardResult:
-        """Overwrite ``p.grad`` of every trainable parameter of the model.
+        """Overwrite ``p.grad`` of every parameter of the model, and of a learned balancer such as ``uw``.
+
+        Gradient hooks see the combined gradient once. ``p.grad`` is None for frozen parameters and for those that no
+        sample has reached, as after :meth:`antdiff.gradients.ClusterJacobian.combine`.
 
         Args:
             loss_fn, batch, cluster, counts, in_dims: see :meth:`antdiff.ClusterGradients.__call__`.
@@ -158,6 +161,8 @@ class BalancedBackward:
         Raises:
             TypeError, ValueError, GroupingError, NonFiniteError, LostRankError: as
                 :meth:`antdiff.ClusterGradients.__call__`, and as the balancer raises.
+            ValueError: in one process on the CPU, the loss of a cluster is not finite, and neither a ``scaler`` nor
+                ``nonfinite="poison"`` of the balancer allows it.
         """
         balancer = self.balancer
         batch = with_dims(batch, in_dims)
@@ -283,7 +288,11 @@ class BalancedBackward:
             p.grad = None
 
     def _finish(self) -> None:
-        finish_grads(self.gradients.model, params=self.gradients.params)
+        params = self.gradients.params
+        if all(p.grad is None for p in params):  # there was no sample
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        finish_grads(self.gradients.model, params=params)
 
     def _reduce(self) -> None:
         gradients = self.gradients

@@ -43,10 +43,16 @@ class ClusterJacobian(Protocol):
         """Return the inner products of the rows, float64 ``[k, k]``, without the loss scale."""
 
     def combine(self, weights: Tensor) -> None:
-        """Write ``sum_i weights_i row_i`` to the ``.grad`` of every trainable parameter, for float ``weights [k]``."""
+        """Write ``sum_i weights_i row_i`` to the ``.grad`` of every trainable parameter, for float ``weights [k]``.
+
+        ``p.grad`` becomes None for a frozen parameter, and for one that no sample of any rank has reached. If there was
+        no sample at all it becomes zero. Gradient hooks of the parameters are called here, once, with the combined
+        gradient. On several ranks on CUDA, a rank whose own samples have not reached some parameter waits for the
+        device to learn whether those of another rank have.
+        """
 
     def write(self, direction: Sequence[Tensor | None]) -> None:
-        """Write ``direction``, a list like ``rows`` without its first dimension, to ``.grad``."""
+        """Write ``direction``, a list like ``rows`` without its first dimension, to ``.grad``, as :meth:`combine`."""
 
 
 class HeldJacobian:

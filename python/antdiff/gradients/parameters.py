@@ -14,7 +14,17 @@ def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
     """Switch off the gradient hooks of parameters while the gradients of single clusters or micro-batches pass them.
 
     The dicts that autograd reads the hooks from are emptied and refilled in place, so that handles stay valid.
+
+    Raises:
+        ValueError: hooks that cannot be switched off.
     """
+    params = list(params)
+    if any("_in_backward_optimizers" in vars(p) for p in params):
+        raise ValueError(
+            "model must not have hooks on the AccumulateGrad nodes of its parameters, which would see the gradient of "
+            "every cluster; got those of torch.distributed.optim._apply_optimizer_in_backward. Step each optimizer in "
+            "a hook of p.register_post_accumulate_grad_hook, which sees the combined gradient."
+        )
     dicts = [d for p in params for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]  # type: ignore[attr-defined]
     saved = [dict(d) for d in dicts]
     for d in dicts:
