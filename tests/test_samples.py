@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 import antdiff
 from antdiff import balancing
 from antdiff.gradients.batch import ClusteredBatch, each_row
-from antdiff.gradients.samples import Samples, Shared, cut, with_dims
+from antdiff.gradients.samples import Samples, cut, with_dims
+from antdiff.gradients.walk import Shared
 
 K, B, D = 4, 8, 3
 IDS = torch.tensor([3, 0, 2, 1, 0, 3, 1, 1])  # shuffled and unequal
@@ -343,6 +345,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "object of objects": (lambda: Conditions(inner=Conditions(names=["a"] * B)), r"got Conditions"),
     "slots": (lambda: Slotted([Slotted(torch.zeros(B))]), r"got Slotted"),
     "set": (lambda: {torch.zeros(B)}, r"got set of 1 entries"),
+    "view": (lambda: {"n": torch.zeros(B)}.values(), r"got dict_values of 1 entries"),
+    "partial": (lambda: functools.partial(print, n=torch.zeros(B)), r"got partial"),
     "bytes": (lambda: bytearray(B), r"got bytearray of 8 entries"),
     "read-only mapping": (lambda: Stubborn(n=torch.zeros(B)), r"can be rebuilt .*got Stubborn of 1 entries"),
     "cycle": (cycle, r"must not contain itself"),

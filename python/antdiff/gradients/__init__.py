@@ -5,7 +5,7 @@ from antdiff.gradients.batch import GroupingError
 from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.routes import Route
-from antdiff.gradients.samples import shared
+from antdiff.gradients.walk import shared
 
 __all__ = [
     "BackwardResult",

@@ -14,8 +14,9 @@ from antdiff.gradients.batch import ClusteredBatch
 from antdiff.gradients.jacobian import ClusterJacobian, HeldJacobian, divide_rows, mean_losses
 from antdiff.gradients.ranked import RankedGradients, rank_counts
 from antdiff.gradients.routes import LossFn, Scaler, loss_scale
-from antdiff.gradients.samples import InDims, Samples, with_dims
+from antdiff.gradients.samples import Samples, with_dims
 from antdiff.gradients.stream import stream
+from antdiff.gradients.walk import InDims
 
 
 class Accumulation:

@@ -20,7 +20,8 @@ from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.parameters import dense_grads, finish_grads, without_hooks
 from antdiff.gradients.ranked import rank_counts
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
-from antdiff.gradients.samples import InDims, Samples, with_dims
+from antdiff.gradients.samples import Samples, with_dims
+from antdiff.gradients.walk import InDims
 
 
 @dataclass(frozen=True)

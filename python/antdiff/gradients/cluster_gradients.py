@@ -25,7 +25,8 @@ from antdiff.gradients.jacobian import ClusterJacobian
 from antdiff.gradients.local import LocalGradients, Recording
 from antdiff.gradients.ranked import RankedGradients, rank_counts
 from antdiff.gradients.routes import LossFn, Network, Route, Scaler
-from antdiff.gradients.samples import InDims, with_dims
+from antdiff.gradients.samples import with_dims
+from antdiff.gradients.walk import InDims
 
 
 class ClusterGradients:
