@@ -295,7 +295,7 @@ class Hazard(Small):
         if self.kind == "hidden":
             return Twice.apply(h, self.b.bias)
         if self.kind == "no rule":
-            return torch.cdist(h, self.b.weight)
+            return torch.cosine_similarity(h[..., None, :], self.b.weight, dim=-1)
         if self.kind == "batch norm":
             return nn.functional.batch_norm(h, None, None, training=True)
         return h.transpose(0, 1).contiguous() * self.b.bias.expand(6, 1, 8)  # sequence first
@@ -305,7 +305,7 @@ class Hazard(Small):
     ("kind", "message"),
     [
         ("hidden", r"b\.bias"),
-        ("no rule", r"cdist applies b\.weight to the batch .* no grouped rule"),
+        ("no rule", r"cosine_similarity applies b\.weight to the batch .* no grouped rule"),
         ("batch norm", "BatchNorm in training mode mixes"),
         ("sequence first", r"no multiple of the batch size|in a way that has no grouped rule"),
     ],
@@ -359,10 +359,10 @@ def test_dropout_and_another_network_in_the_loss() -> None:
 def test_declared_operators_are_traced() -> None:
     class Distances(Small):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cdist(self.a(x), self.b.weight)
+            return torch.cosine_similarity(self.a(x)[..., None, :], self.b.weight, dim=-1)
 
     model, x, cluster = double(Distances), sequences(), cluster_ids(shuffled=True)
-    cg = ClusterGradients(model, K, "grouped", separable=[torch.cdist], compile=TRACED)
+    cg = ClusterGradients(model, K, "grouped", separable=[torch.cosine_similarity], compile=TRACED)
     assert worst(cg(squares(model), (x,), cluster).rows, by_hand(model, squares(model)(x), cluster)) < EXACT
 
 

@@ -227,3 +227,51 @@ def test_memory_beyond_a_plain_step() -> None:
     assert grouped < 1.1 * plain  # J was already allocated in the first step
     assert split < plain / 2
     assert memory(lambda: ClusterGradients(model, K, "grouped")(loss_fn, (x,), cluster).rows) < 1.1 * plain + J
+
+
+# ---- ops of single networks ------------------------------------------------------------------------------------------
+
+
+class Ops(nn.Module):
+    """A linear layer, a table and a token, which the cases below apply in their own ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table, self.token = nn.Linear(8, 8), nn.Embedding(9, 8), nn.Parameter(torch.randn(8))
+
+
+def assigned(x: Tensor, index: Any, value: Tensor) -> Tensor:
+    out = x * 1.0
+    out[index] = value
+    return out
+
+
+OPS: dict[str, Callable[[Ops, Tensor], Tensor]] = {
+    "type_as": lambda m, x: x + m.linear(torch.ones(1, 8, dtype=x.dtype)).type_as(x),
+    "to": lambda m, x: x + m.linear(torch.ones(1, 8, dtype=x.dtype)).to(x),
+    "expand_as": lambda m, x: x + m.token.expand_as(x) * m.linear(x),
+    "no rows": lambda m, x: x + m.linear(x[:0]).sum() + m.linear(x),
+    "a token by position": lambda m, x: m.linear(assigned(x, (slice(None), 0), m.token)),
+    "a token by ellipsis": lambda m, x: m.linear(assigned(x, (..., 2), m.token[0])),
+    "a token by mask": lambda m, x: m.linear(assigned(x, x[..., 0] > 0, m.token)),
+    "codebook distance": lambda m, x: torch.cdist(x, m.table.weight),
+    "bmm with an expanded weight": lambda m, x: torch.bmm(x, m.linear.weight.expand(len(x), 8, 8)),
+    "gather from an expanded table": lambda m, x: torch.gather(
+        m.table.weight.expand(len(x), 9, 8), 1, (x[..., :1] > 0).long().expand(-1, -1, 8)
+    ) * x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hold", ["jacobian", "gram"])
+@pytest.mark.parametrize("name", OPS)
+def test_ops_of_single_networks(name: str, hold: Any) -> None:
+    model, x, cluster = prepared(Ops), torch.randn(B, 6, 8, dtype=torch.float64), cluster_ids(shuffled=True)
+    loss_fn = lambda x: OPS[name](model, x).flatten(1).square().mean(1)  # noqa: E731
+    want = by_hand(model, loss_fn(x), cluster)
+    jacobian = ClusterGradients(model, K, "grouped", hold=hold)(loss_fn, (x,), cluster)
+    if hold == "jacobian":
+        assert worst(jacobian.rows, want) < EXACT
+    jacobian.combine(torch.arange(1.0, K + 1, dtype=torch.float64))
+    for p, rows in zip(model.parameters(), want, strict=True):
+        total = torch.tensordot(torch.arange(1.0, K + 1, dtype=torch.float64), rows, 1)
+        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, total, rtol=1e-9, atol=1e-11)

@@ -43,8 +43,39 @@ def attention(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def metadata(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
-    """Rule of comparisons, which have no gradient, and of ops that read only a parameter's dtype, device or shape."""
-    return func(*args, **kwargs) if not recorder.trains(args[0]) or func in COMPARISONS else NotImplemented
+    """Rule of comparisons, which have no gradient, and of ops that read only the dtype, device or shape of a tensor."""
+    out = func(*args, **kwargs)
+    if func in COMPARISONS or not recorder.trains(args[0]):
+        return out
+    return recorder.share(out, func, args)  # a shared tensor in the dtype, on the device or in the shape of another one
+
+
+def gather(recorder: Recorder, func: Op, input: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Any:
+    """Rule of gather from a table that was expanded over the batch, along any other dimension."""
+    if not isinstance(dim, int) or dim % input.dim() == 0 or not recorder.varies(index):
+        return NotImplemented
+    return _run(recorder, func, (input, dim, index), kwargs, input.dim())
+
+
+def assign(recorder: Recorder, func: Op, target: Tensor, index: Any, value: Any) -> Any:
+    """Rule of ``target[index] = value`` with a shared value, at positions that all samples share or given by a mask."""
+    if not recorder.varies(target) or not recorder.trains(value):
+        return NotImplemented
+    R = recorder.check(target, value).shape[0]
+    if isinstance(index, Tensor):
+        if index.dtype != torch.bool or index.shape != target.shape[: index.dim()]:
+            return NotImplemented
+        mask = index.view(*index.shape, *[1] * (target.dim() - index.dim()))
+        if value.dim() > target.dim() - index.dim():
+            return NotImplemented  # one row per selected position
+        return target.copy_(torch.where(mask, _expand(recorder, value, R, target.dim()), target))
+    first = index[0] if isinstance(index, tuple) and index else index
+    if first is not Ellipsis and first != slice(None):
+        return NotImplemented
+    part = target[index]
+    if part.dim() == 0 or part.shape[0] != R or value.dim() >= part.dim():
+        return NotImplemented
+    return func(target, index, _expand(recorder, value, R, part.dim()))
 
 
 def _run(recorder: Recorder, func: Op, args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> Any:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
 from antdiff.gradients.grouped.broadcast import own_rows
-from antdiff.gradients.grouped.recorder import Write
+from antdiff.gradients.grouped.recorder import Write, detached_all
 from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
 from antdiff.gradients.grouped.tracking import MOVES_ROWS, loses_track, structure_of, writes_in_place
@@ -99,7 +99,7 @@ class GroupedMode(TorchFunctionMode):
             elif x.requires_grad:
                 trainable.append(x)
         if not varies:
-            return self._share(func(*args, **kwargs), func, args)
+            return self.share(func(*args, **kwargs), func, args)
         check = CROSS_SAMPLE.get(func)
         if check is not None:
             check(*args, **kwargs)
@@ -118,14 +118,18 @@ class GroupedMode(TorchFunctionMode):
             self._follow(out, func, args, kwargs)
         if self._samples and not (isinstance(out, Tensor) and out.requires_grad):
             self._mark_rows(out, args, kwargs)
-        for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
-            if id(x) in shared and (x.requires_grad or (id(x) not in self._owned and writes_in_place(func))):
-                self._unshare(x)
+        if writes_in_place(func) or "out" in kwargs:
+            for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
+                if id(x) in shared and (x.requires_grad or id(x) not in self._owned):
+                    self._unshare(x)
         return out
 
     def _apply(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainable: list[Tensor]
     ) -> Any:
+        if all(x.dim() and x.shape[0] == 0 for x in tensors_in(args, kwargs) if self.varies(x)):
+            out = func(*detached_all(args), **detached_all(kwargs))  # no rows, so no gradient (an empty history)
+            return self.tap(out, lambda *_: None, ()) if isinstance(out, Tensor) else out
         rule = RULES.get(func)
         out = NotImplemented if rule is None else rule(self, func, *args, **kwargs)
         if out is NotImplemented and (
@@ -246,13 +250,12 @@ class GroupedMode(TorchFunctionMode):
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
-    def _share(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Register the result of an op whose tensor arguments are all shared."""
+    def share(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if isinstance(out, Tensor):
             self._shared[id(out)] = out
             if out.requires_grad and func in _EXPANDS and out.dim() and out.shape[0] != 1 and out.stride(0) == 0:
                 source = args[0]
-                if source.dim() < out.dim() or out.shape[1:] == source.shape[1:]:
+                if out.shape[1:] == (source.shape if source.dim() < out.dim() else source.shape[1:]):
                     self._expanded[id(out)] = source
         elif out is not None and not isinstance(out, (bool, int, float, torch.Size, torch.dtype, torch.device)):
             for x in tensors_in((out,), {}):

@@ -50,6 +50,14 @@ def matmul(recorder: Recorder, func: Op, input: Tensor, other: Tensor) -> Any:
     return by_slices(recorder, func, input, other)
 
 
+def bmm(recorder: Recorder, func: Op, input: Tensor, mat2: Tensor) -> Any:
+    """Rule of bmm with a weight that was expanded over the batch."""
+    source = recorder.expanded_from(mat2) if recorder.trains(mat2) else None
+    if source is None or source.dim() < 2:
+        return NotImplemented
+    return matmul(recorder, torch.matmul, input, source)
+
+
 def addmm(
     recorder: Recorder, func: Op, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Any:

@@ -47,6 +47,10 @@ class Recorder(Protocol):
         """Return the tensor from which the shared tensor ``x`` was expanded along its first dimension only, if any."""
         ...
 
+    def share(self, out: Any, func: Op, args: tuple[Any, ...]) -> Any:
+        """Return ``out = func(*args)`` after registering it as shared: it depends on shared values only."""
+        ...
+
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
         """Return the varying tensor ``x`` after a check that it has one or more rows per sample.
 
@@ -82,6 +86,13 @@ class Recorder(Protocol):
 
 def detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def detached_all(x: Any) -> Any:
+    """Detach all tensors in nested tuples, lists and dicts."""
+    if isinstance(x, dict):
+        return {key: detached_all(v) for key, v in x.items()}
+    return type(x)(map(detached_all, x)) if type(x) in (tuple, list) else detached(x)
 
 
 def autocast_operand(x: Tensor) -> Tensor:

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from antdiff.gradients.grouped import norms, products, tables
 from antdiff.gradients.grouped.attention import multi_head_attention
-from antdiff.gradients.grouped.broadcast import ELEMENTWISE, METADATA, attention, elementwise, join, metadata
+from antdiff.gradients.grouped.broadcast import (
+    ELEMENTWISE,
+    METADATA,
+    assign,
+    attention,
+    elementwise,
+    gather,
+    join,
+    metadata,
+)
 from antdiff.gradients.grouped.recorder import Op, Recorder
 from antdiff.gradients.grouped.slices import by_slices
 
@@ -63,6 +72,12 @@ RULES: dict[Op, Rule] = {
     torch.concat: join,
     torch.concatenate: join,
     torch.stack: join,
+    torch.gather: gather,
+    Tensor.gather: gather,
+    Tensor.__setitem__: assign,
+    torch.bmm: products.bmm,
+    Tensor.bmm: products.bmm,
+    torch.cdist: by_slices,
     F.bilinear: by_slices,
     F.prelu: by_slices,
     torch.prelu: by_slices,
