@@ -453,7 +453,7 @@ def test_sums_over_clusters(dtype: torch.dtype, sort: bool) -> None:
 
 
 def test_gram_and_combination_of_lists_of_several_dtypes() -> None:
-    from antdiff.ops import mixed
+    from antdiff.ops import _mixed as mixed
 
     generator = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)

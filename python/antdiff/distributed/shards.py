@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from antdiff.distributed.exchange import Exchange, fill
 from antdiff.distributed.ranks import Ranks
-from antdiff.ops import mixed
+from antdiff.ops import _mixed as mixed
 
 
 def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Parameter] | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.sinks import GradientStore
-from antdiff.ops import mixed
+from antdiff.ops import _mixed as mixed
 
 
 class ClusterJacobian(Protocol):

@@ -21,7 +21,7 @@ from antdiff.gradients.local import LocalGradients
 from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale, refuse_batch_norm
 from antdiff.gradients.stream import stream
-from antdiff.ops import mixed
+from antdiff.ops import _mixed as mixed
 
 
 class RankedGradients:

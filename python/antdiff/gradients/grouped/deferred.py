@@ -20,7 +20,7 @@ from antdiff.gradients.grouped.mode import GroupedMode, no_autocast
 from antdiff.gradients.grouped.recorder import Write
 from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.sinks import Sink, Sinks, unreached
-from antdiff.ops import mixed
+from antdiff.ops import _mixed as mixed
 
 
 class DeferredGradient(NamedTuple):
