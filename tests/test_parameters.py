@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES
 from gradient_cases import by_hand, worst
 from parameter_cases import BALANCED, IDS, RANKED, WAYS, K, Net, batch_of, loss_of, shuffled, stepper
 from ranks import run
@@ -436,20 +437,26 @@ def test_losses_that_turn_negative_by_nature_end_in_an_error_or_in_a_sound_netwo
         assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "shuffled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_sums_over_clusters(dtype: torch.dtype, sort: bool) -> None:
+def test_sums_over_clusters(dtype: torch.dtype, sort: bool, device: str) -> None:
     ids = torch.tensor([0] * 3 + [2] * 5 + [3])  # cluster 1 is empty
     if not sort:
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    clustered = ClusteredBatch.of(ids, 4)
+    clustered = ClusteredBatch.of(ids.to(device), 4)
     x = torch.randn(18, 7, generator=torch.Generator().manual_seed(0)).to(dtype)  # two rows per sample
-    got = clustered.sums(x)
+    got = clustered.sums(x.to(device)).cpu()
     want = torch.stack([x.double()[ids.repeat_interleave(2) == i].sum(0) for i in range(4)])
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.allclose(got.double(), want, rtol=1e-6, atol=1e-6)
     x[0] = math.nan
-    assert clustered.sums(x).isnan().any(1).tolist() == [i == int(ids[0]) for i in range(4)]
+    sums = clustered.sums(x.to(device)).cpu()
+    assert sums.isnan().any(1).tolist() == [i == int(ids[0]) for i in range(4)]
+    ordered = x.unflatten(0, (9, 2)).sum(1, dtype=torch.float64)[ids.argsort(stable=True)]
+    offsets = clustered._offsets().cpu()  # what CUDA sums by, whose op runs on the CPU as well
+    by_offsets = torch.segment_reduce(ordered, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)
+    assert torch.allclose(by_offsets, sums.double(), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_gram_and_combination_of_lists_of_several_dtypes() -> None:
