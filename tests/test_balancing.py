@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from grams import KINDS, gram, rows, worst_condition
 from tolerances import ADAM_AT_REST, CLARABEL, LOG_SHARES, minimiser, nash, power
 from torch import Tensor
 
-from antdiff import balancing, ops
+from antdiff import BalancedBackward, balancing, ops
 from antdiff.balancing import Balancer, DirectionBalancer, Linear, NashMTL, PCGrad, UncertaintyWeighting
 
 GRAM_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "gram"]
@@ -489,6 +489,31 @@ def test_linear() -> None:
     assert Linear().loss(losses) == losses.mean()
     with pytest.raises(ValueError, match=r"losses must have shape \[K\]; got \[1, 3\]"):
         Linear().weights(losses[None])
+
+
+@pytest.mark.parametrize("hold", ["jacobian", "gram"])
+@pytest.mark.parametrize("name", ["aligned_mtl", "imtl_g", "config"])
+def test_gradients_of_float32_that_depend_on_each_other_have_their_length(
+    name: str, hold: Literal["jacobian", "gram"]
+) -> None:
+    """Four clusters, three parameters: the Gram matrix has an eigenvalue of zero up to the rounding of float32."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(16, 3, generator=g, dtype=torch.float64), torch.randn(16, generator=g, dtype=torch.float64)
+    cluster = torch.arange(16) % 4
+    grads = {}
+    for dtype in (torch.float64, torch.float32):
+        model = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        model.to(dtype)
+
+        def loss_fn(x: Tensor, y: Tensor, model: torch.nn.Module = model) -> Tensor:
+            return (model(x)[:, 0] - y).square()
+
+        backward = BalancedBackward(model, balancing.get(name)(), k=4, hold=hold)
+        backward(loss_fn, (x.to(dtype), y.to(dtype)), cluster)
+        assert model.weight.grad is not None
+        grads[dtype] = model.weight.grad.double()
+    torch.testing.assert_close(grads[torch.float32], grads[torch.float64], rtol=1e-3, atol=0)
 
 
 def test_the_table_of_the_documentation_is_up_to_date() -> None:

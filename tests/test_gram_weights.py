@@ -16,6 +16,7 @@ from tolerances import (
     CONIC_SOLVER,
     FAIRGRAD_RESIDUAL,
     aligned,
+    dependent_rows,
     equal_cosines,
     minimiser,
     nash,
@@ -25,6 +26,7 @@ from tolerances import (
 from torch import Tensor
 
 from antdiff import ops
+from antdiff.ops import _mixed as mixed
 from antdiff.ops import reference
 from antdiff.ops.gram_weights import Method
 
@@ -104,6 +106,91 @@ def test_fixed_values(device: str, method: Method) -> None:
     for module in (ops, reference):
         got = module.gram_weights(J @ J.T, method, reduction=published(method)) @ J
         torch.testing.assert_close(got.cpu(), torch.tensor(FIXED[method], dtype=torch.float64), rtol=0, atol=5e-5)
+
+
+SPECTRAL: tuple[Method, ...] = ("aligned_mtl", "imtl_g", "config")
+
+
+def spectral_direction(method: Method, J: Tensor, rank: int) -> Tensor:
+    """Return the direction of a spectral method for J [k, P] of this rank, from the SVD of J instead of from G."""
+    if method == "aligned_mtl":
+        U, s, V = torch.linalg.svd(J, full_matrices=False)
+        return s[rank - 1] * U.sum(0)[:rank] @ V[:rank] / len(J)
+    norms = J.norm(dim=1)
+    U, s, V = torch.linalg.svd(J / norms[:, None], full_matrices=False)
+    d = (U.sum(0)[:rank] / s[:rank]) @ V[:rank]  # the least-norm d with <d, g_i / |g_i|> = 1
+    if method == "config":
+        return d / d.norm() * (J @ d / d.norm()).mean()
+    weights = U[:, :rank] / s[:rank] ** 2 @ U.sum(0)[:rank] / norms
+    return d / weights.sum()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_dependent_rows_have_the_direction_of_exact_ones_in_every_precision(
+    method: Method, dtype: torch.dtype, device: str
+) -> None:
+    """An eigenvalue of zero is the rounding of J. Inverted, it shortened the direction by 1e-4 to 1e-8."""
+    for k, P, seed in ((2, 40, 0), (4, 40, 1), (4, 3000, 2), (5, 40, 3), (8, 300, 4), (8, 300, 5)):
+        for unit in (1.0, 1e-2) if dtype == torch.float16 else (1.0, 1e-10, 1e10):
+            g = torch.Generator().manual_seed(seed)
+            mix = torch.randn(k, max(1, k - 1), generator=g, dtype=torch.float64).abs()
+            J = mix @ torch.randn(max(1, k - 1), P, generator=g, dtype=torch.float64)
+            want = spectral_direction(method, J, max(1, k - 1))
+            values = torch.linalg.svdvals(J if method == "aligned_mtl" else unit_rows(J))[: max(1, k - 1)] ** 2
+            error = dependent_rows(dtype, k, float(values[0] / values[-1]))
+            G = ops.gram((J * unit).to(dtype).to(device))
+            assert ops.precision_of(G) == dtype
+            for weights in (
+                ops.gram_weights(G, method),
+                ops.gram_weights(G.clone(), method, precision=dtype),
+                reference.gram_weights(reference.gram((J * unit).to(dtype)), method).to(device),
+            ):
+                got = direction(J, weights.cpu())
+                assert (got - want).norm() <= error * (weights.cpu().abs() * J.norm(dim=1)).sum()
+                assert float(got.norm() / want.norm()) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_a_gram_matrix_of_unknown_precision_counts_as_float64(method: Method) -> None:
+    J = torch.randn(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    J[3] = J[0] + 1e-4 * J[3]  # an eigenvalue of about 1e-8: zero in float32, and not in float64
+    G = gram(J)
+    assert ops.precision_of(G) == torch.float64
+    assert torch.equal(ops.gram_weights(G, method), ops.gram_weights(G, method, precision=torch.float64))
+    coarse = ops.gram_weights(G, method, precision=torch.float32)
+    torch.testing.assert_close(coarse, ops.gram_weights(ops.with_precision(G, torch.float32), method))
+    torch.testing.assert_close(coarse, reference.gram_weights(G, method), rtol=1e-6, atol=0)
+    assert not torch.allclose(coarse, ops.gram_weights(G.clone(), method), rtol=0.1)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        ops.gram_weights(G, method, precision=torch.int64)
+
+
+def test_the_precision_of_a_gram_matrix_is_that_of_its_least_precise_part() -> None:
+    x = torch.ones(2, 3)
+    G = torch.zeros(2, 2, dtype=torch.float64)
+    for module in (ops, reference):
+        assert ops.precision_of(module.gram(x.double())) == torch.float64
+        assert ops.precision_of(module.gram([None, x.half()])) == torch.float16
+        total = module.gram_(G.clone(), x.double())
+        assert ops.precision_of(total) == torch.float64
+        for dtype in (torch.float32, torch.bfloat16, torch.float32):
+            module.gram_(total, x.to(dtype))
+        assert ops.precision_of(total) == torch.bfloat16
+    mixed_rows = mixed.gram([x.double(), None, x])
+    assert ops.precision_of(mixed_rows) == torch.float32
+    assert ops.precision_of(mixed_rows.clone()) == torch.float64
+
+
+def test_aligned_mtl_of_the_authors_is_the_sum() -> None:
+    """Their code: B = sigma_min V Lambda^(-1/2) V^T, and the direction is the sum of the rows of B J."""
+    J = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values, V = torch.linalg.eigh(J @ J.T)
+    released = (values[0].sqrt() * (V / values.sqrt()) @ V.T).sum(0)
+    for module in (ops, reference):
+        got = module.gram_weights(gram(J), "aligned_mtl", reduction="sum")
+        torch.testing.assert_close(got, released, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])

@@ -148,6 +148,21 @@ def equal_cosines(k: int, condition: float, *, dependent: bool) -> float:
     return 32 * k * UNIT_ROUNDOFF[torch.float64] * (condition**2 if dependent else condition)
 
 
+def dependent_rows(dtype: torch.dtype, k: int, condition: float) -> float:
+    """Relative tolerance of a direction of Aligned-MTL, IMTL-G or ConFIG from linearly dependent rows in ``dtype``.
+
+    The error of an entry of G is at most 4 eps of float32 for rows in float32 and half precision (float64: 64 eps), as
+    measured and stated by ``antdiff.ops._precision.entry_noise``. An eigenvalue of zero moves by at most k times this,
+    and by k u^2 if rounding the elements of J by u has moved a singular value. Both lie below the threshold at which
+    the methods take an eigenvalue as zero, so only errors of the other eigenvalues and of their space remain: k times
+    the error of an entry, and sqrt(k) u for the rows themselves, amplified by ``condition``, the condition of the
+    correlation matrix on its range (by its root for the rows, whose singular values are roots). The pseudo-inverse of a
+    matrix that has a null space has the error of its space and of its inverse: a factor of 2, and 2 for both results.
+    """
+    eps = 64 * 2.0**-52 if dtype == torch.float64 else 4 * 2.0**-23
+    return 4 * (k * eps * condition + (k * condition) ** 0.5 * UNIT_ROUNDOFF[dtype])
+
+
 def power(log: float) -> float:
     """Relative tolerance of x^e for |log x^e| up to ``log``.
 

@@ -27,7 +27,7 @@ struct GramWeightsParams {
   int64_t n = 0, K = 0;          // problems, clusters
   const double* gram = nullptr;  // [n, K, K]
   GramMethod method{};
-  double option = 0;             // cagrad: c; fairgrad: alpha; gradvac: beta
+  double option = 0;             // cagrad: c; fairgrad: alpha; gradvac: beta; spectral methods: the noise of G
   const double* keys = nullptr;  // gradvac: [n, K, K], visiting orders as in PcgradParams
   double* targets = nullptr;     // gradvac: [n, K, K], target cosines; updated unless gram is bad
   bool poison = false;           // a bad gram gives NaN weights and is not reported
@@ -46,15 +46,15 @@ ANTDIFF_HD void solve_non_zero_rows(const NonZeroRows& r, GramMethod method, dou
     case GramMethod::dualproj:
       return dualproj(r);
     case GramMethod::aligned_mtl:
-      return aligned_mtl(r);
+      return aligned_mtl(r, option);
     case GramMethod::mgda:
       return mgda(r);
     case GramMethod::cagrad:
       return cagrad(r, option);
     case GramMethod::imtl_g:
-      return imtl_g(r);
+      return imtl_g(r, option);
     case GramMethod::config:
-      return config(r);
+      return config(r, option);
     case GramMethod::fairgrad:
       return fairgrad(r, option);
     case GramMethod::gradvac:

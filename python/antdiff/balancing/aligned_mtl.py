@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
+from antdiff._checks import as_choice
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.ops import gram_weights
+from antdiff.ops.pcgrad import Reduction
 
 
 class AlignedMTL(GramBalancer):
     """Weights of the mean of the rows of J after all its non-zero singular values are set to the smallest of them.
 
-    A singular value counts as zero if its square is below ``k * 2.2e-16`` of the largest squared one. The weights are
-    discontinuous at this threshold.
+    A singular value counts as zero if its square is below k times the rounding of the Gram matrix, relative to the
+    largest squared one: 2.2e-16 for gradients in float64, 4.8e-7 in float32, see :func:`antdiff.ops.gram_weights`. The
+    weights are discontinuous at this threshold.
 
-    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`.
+
+    Args:
+        reduction: ``"mean"`` (default), or ``"sum"`` for the published length, K times as long.
+        update_every, nonfinite: See :class:`GramBalancer`.
     """
 
     name = "aligned_mtl"
@@ -23,7 +32,21 @@ class AlignedMTL(GramBalancer):
         paper="Senushkin et al., CVPR 2023",
         solves="the mean of the gradients after all singular values of J are set to the smallest one",
         when="gradients differ much in length and are nearly linearly dependent",
+        published="The authors' code and LibMTL take the sum of the aligned gradients, which is K times the mean; "
+        "TorchJD takes the mean, as here.",
+        options=(("reduction", "sum"),),
     )
 
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        update_every: int = 1,
+        nonfinite: Literal["raise", "poison"] = "raise",
+    ) -> None:
+        super().__init__(update_every=update_every, nonfinite=nonfinite)
+        as_choice("reduction", reduction, ("sum", "mean"))
+        self.reduction: Reduction = reduction
+
     def solve(self, gram: Tensor) -> Tensor:
-        return gram_weights(gram, "aligned_mtl", nonfinite=self.nonfinite)
+        return gram_weights(gram, "aligned_mtl", reduction=self.reduction, nonfinite=self.nonfinite)

@@ -22,6 +22,7 @@ from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale, refuse_batch_norm
 from antdiff.gradients.stream import stream
 from antdiff.ops import _mixed as mixed
+from antdiff.ops import precision_of, with_precision
 
 
 class RankedGradients:
@@ -111,7 +112,8 @@ class RankedGradients:
         message = torch.cat([part, sums.to(G.device), flags])
         summed, finite = self.ranks.total(message, sums.isfinite().all())
         summed, flags = summed.split([len(part) + k, len(reached)])
-        G = summed[: k * k].view(k, k) if disjoint else G
+        if disjoint:
+            G = with_precision(summed[: k * k].view(k, k), precision_of(G))
         counts = total.to(G.device, torch.int64)
         losses = (summed[-k:] / counts.clamp(min=1)).to(torch.promote_types(self.row_dtype(), torch.float32))
         self._finite = finite if self._finite is None else self._finite & finite

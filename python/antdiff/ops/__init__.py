@@ -2,6 +2,7 @@
 
 from antdiff.ops import reference
 from antdiff.ops._extension import check_errors
+from antdiff.ops._precision import precision_of, with_precision
 from antdiff.ops.cluster_loss import cluster_loss, cluster_loss_and_grad, cluster_mean
 from antdiff.ops.combine import combine
 from antdiff.ops.gram import gram, gram_
@@ -34,5 +35,7 @@ __all__ = [
     "nash_weights",
     "pcgrad",
     "pcgrad_weights",
+    "precision_of",
     "reference",
+    "with_precision",
 ]

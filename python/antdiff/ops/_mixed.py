@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from antdiff.ops._precision import precision_of, with_precision
 from antdiff.ops.combine import combine as _combine
 from antdiff.ops.gram import gram as _gram
 
@@ -16,7 +17,14 @@ def gram(rows: Iterable[Tensor | None]) -> Tensor:
     first, *others = [_gram(group) for group in _by_dtype(rows) or [[]]]
     for x in others:
         first += x
-    return first
+    return with_precision(first, *map(precision_of, (first, *others)))
+
+
+def add_gram(total: Tensor, rows: Iterable[Tensor | None]) -> None:
+    """Add the Gram matrix of further columns of J to ``total`` in place, and note the less precise dtype on it."""
+    more = gram(rows)
+    total += more
+    with_precision(total, precision_of(total), precision_of(more))
 
 
 def combine(weights: Tensor, rows: Sequence[Tensor | None], out: Sequence[Tensor | None]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from antdiff.ops._extension import _C, define, dense, traced
+from antdiff.ops._precision import note
 
 # The gradients of k losses: one matrix [k, P], or a list with one tensor [k, *shape] (or None) per parameter.
 Jacobian = Tensor | Sequence[Tensor | None]
@@ -31,7 +32,8 @@ def gram(J: Jacobian) -> Tensor:
         G, float64 ``[k, k]``, exactly symmetric, on the device of J. Every run on the same device returns the same
         bits, on the CPU for any number of threads. NaN and infinity in J appear in G. So does overflow and underflow
         of float32 products: for dtypes other than float64, the magnitudes of entries should lie between 1e-18 and
-        1e18. A loss scale moves them into this range.
+        1e18. A loss scale moves them into this range. The tensor carries the dtype of J, see
+        :func:`antdiff.ops.precision_of`, except under torch.compile.
 
     Raises:
         TypeError, ValueError: the list holds no tensor, or a dtype, shape, device or layout is wrong.
@@ -39,7 +41,7 @@ def gram(J: Jacobian) -> Tensor:
     tensors = as_tensors(J)
     if traced(*tensors):
         return torch.ops.antdiff.gram([x.detach() for x in tensors if x is not None])  # type: ignore[no-any-return]
-    return _gram(tensors)
+    return note(_gram(tensors), tensors)
 
 
 def gram_(out: Tensor, J: Jacobian) -> Tensor:
@@ -64,6 +66,7 @@ def gram_(out: Tensor, J: Jacobian) -> Tensor:
         torch.ops.antdiff.gram_(out, [x.detach() for x in tensors if x is not None])
     else:
         _accumulate(out, tensors)
+        note(out, tensors)
     return out
 
 

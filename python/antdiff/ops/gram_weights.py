@@ -14,12 +14,15 @@ from torch import Tensor
 
 from antdiff._checks import as_choice, check_generator
 from antdiff.ops._extension import _C, define, dense, traced
+from antdiff.ops._precision import entry_noise, precision_of
 from antdiff.ops._problems import NonFinite, as_gram, checked, fake_weights, outputs
 from antdiff.ops.pcgrad import Reduction
 
 Method = Literal["upgrad", "dualproj", "aligned_mtl", "mgda", "cagrad", "imtl_g", "config", "fairgrad"]
 
 _METHODS: tuple[str, ...] = get_args(Method)
+_SPECTRAL = ("aligned_mtl", "imtl_g", "config")  # invert eigenvalues, and need to know which of them are zero
+_SUMS = ("aligned_mtl", "config")  # published as a sum over the rows
 _PARAMETERS = {"cagrad": ("c", 0.5), "fairgrad": ("alpha", 2.0)}
 
 
@@ -29,6 +32,7 @@ def gram_weights(
     *,
     parameter: float | None = None,
     reduction: Reduction = "mean",
+    precision: torch.dtype | None = None,
     nonfinite: NonFinite = "raise",
 ) -> Tensor:
     """Compute weights w such that ``w^T J`` is the direction of ``method`` for gradients J with Gram matrix ``gram``.
@@ -52,13 +56,25 @@ def gram_weights(
     return zero as soon as one cluster is empty. The direction does not depend on the order of the rows. If rows are
     linearly dependent, several weights give the same direction, and the order decides which of them is returned.
 
+    If the rows of J are linearly dependent, an eigenvalue of G is zero, and rounding moves it away from zero. Inverted,
+    it would make the direction of aligned_mtl, imtl_g and config useless: 1e-4 to 1e-8 of its length for rows in
+    float32. These methods therefore take an eigenvalue as zero if it is below m times the rounding of an entry, for m
+    non-zero rows: of the largest eigenvalue of G (aligned_mtl), or of 1 for the correlation matrix (imtl_g, config).
+    The rounding of an entry of float32 rows is 4 eps = 4.8e-7 of ``|g_i| |g_j|``, the products being summed in float32.
+    For float16 and bfloat16 rows it is that plus u^2 (2.4e-7 and 1.5e-5), since rounding every element of J by u moves
+    a singular value of zero by u times the norm. For float64 rows it is 2.2e-16 (aligned_mtl) or 1.4e-14.
+
     Args:
         gram: float64 ``[..., k, k]``, symmetric up to rounding; its symmetric part is used. A non-contiguous input
             costs a copy. It is treated as a constant: no gradient flows through the weights.
         method: One of the names above.
         parameter: c >= 0 of cagrad (default 0.5) or alpha > 0 of fairgrad (default 2). The other methods have none.
-        reduction: ``"mean"`` (default) is ready for the update. ``"sum"``, for config only, is the published length,
-            k times the mean.
+        reduction: ``"mean"`` (default) is ready for the update. ``"sum"``, for config and aligned_mtl only, is the
+            authors' length, k times the mean.
+        precision: The dtype of J, which decides what counts as a zero eigenvalue in aligned_mtl, imtl_g and config;
+            see below. Default None: the dtype that :func:`antdiff.ops.precision_of` finds, which is that of J for a
+            Gram matrix that comes directly from :func:`antdiff.ops.gram`, and float64 for any other. Under
+            torch.compile, pass it.
         nonfinite: As in :func:`antdiff.ops.pcgrad_weights`.
 
     Returns:
@@ -69,14 +85,16 @@ def gram_weights(
     Raises:
         TypeError, ValueError: as :func:`antdiff.ops.pcgrad_weights`.
     """
-    gram = as_gram(gram)
+    source, gram = gram, as_gram(gram)
     as_choice("method", method, _METHODS)
     option = _parameter(method, parameter)
+    if method in _SPECTRAL:
+        option = entry_noise(precision_of(source) if precision is None else precision)
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"
-    if not mean and method != "config":
+    if not mean and method not in _SUMS:
         raise ValueError(
-            f"reduction must be 'mean' for method {method!r}, because only config is published as a sum; got 'sum'. "
-            "Leave it out."
+            f"reduction must be 'mean' for method {method!r}, because only {' and '.join(_SUMS)} are published as a "
+            "sum; got 'sum'. Leave it out."
         )
     poison = as_choice("nonfinite", nonfinite, ("raise", "poison")) == "poison"
     if traced(gram):
@@ -166,7 +184,9 @@ def _weights(gram: Tensor, method: str, option: float, mean: bool, poison: bool)
     weights, scratch = outputs(gram, _C.gram_weights_scratch)
     _C.gram_weights(gram, method, option, None, None, poison, weights, scratch)
     checked(weights)
-    return weights.div_(gram.shape[-1]) if mean and method == "config" else weights
+    if method == "config":  # the kernel computes the sum
+        return weights.div_(gram.shape[-1]) if mean else weights
+    return weights if mean else weights.mul_(gram.shape[-1])
 
 
 def _gradvac(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff.ops._precision import entry_noise, note, precision_of, with_precision
+
 
 def cluster_loss(
     pred: Tensor,
@@ -69,12 +71,13 @@ def gram(J: Tensor | Sequence[Tensor | None]) -> Tensor:
     """Twin of :func:`antdiff.ops.gram`."""
     tensors = [J] if isinstance(J, Tensor) else [x for x in J if x is not None]
     rows = [x.double().unsqueeze(-1).flatten(1) for x in tensors]  # each [k, numel]
-    return torch.stack([x @ x.T for x in rows]).sum(0)
+    return note(torch.stack([x @ x.T for x in rows]).sum(0), tensors)
 
 
 def gram_(out: Tensor, J: Tensor | Sequence[Tensor | None]) -> Tensor:
     """Twin of :func:`antdiff.ops.gram_`."""
-    return out.add_(gram(J))
+    part = gram(J)
+    return with_precision(out.add_(part), precision_of(out), precision_of(part))
 
 
 def combine(
@@ -204,12 +207,15 @@ def gram_weights(
     *,
     parameter: float | None = None,
     reduction: str = "mean",
+    precision: torch.dtype | None = None,
     nonfinite: str = "raise",
 ) -> Tensor:
     """Twin of :func:`antdiff.ops.gram_weights`. Quadratic programs are solved by trying all 2^k sets of rows."""
     bad = _bad_gram(gram, nonfinite)  # [...]
     k = gram.shape[-1]
     solve = _GRAM_METHODS[method]
+    if method in ("aligned_mtl", "imtl_g", "config"):
+        parameter = entry_noise(precision_of(gram) if precision is None else precision)
     weights = gram.new_zeros(gram.shape[:-1])
     for G, w, skip in zip(gram.reshape(-1, k, k), weights.view(-1, k), bad.reshape(-1), strict=True):
         rows = G.diagonal() > 0
@@ -221,7 +227,9 @@ def gram_weights(
             if method == "fairgrad":
                 alpha = 2.0 if parameter is None else parameter
                 w.mul_(unit ** (-alpha / (1 + alpha)))
-    return weights / k if method == "config" and reduction == "mean" else weights
+    if method == "config":
+        return weights / k if reduction == "mean" else weights
+    return weights if reduction == "mean" else weights * k
 
 
 def _nonnegative_qp(H: Tensor, c: Tensor) -> Tensor:
@@ -259,9 +267,9 @@ def _dualproj(G: Tensor, k: int, _parameter: float | None) -> Tensor:
     return _onto_dual_cone(G, torch.ones_like(G[0]) / k)
 
 
-def _aligned_mtl(G: Tensor, k: int, _parameter: float | None) -> Tensor:
+def _aligned_mtl(G: Tensor, k: int, noise: float | None) -> Tensor:
     values, V = torch.linalg.eigh(G)
-    keep = values > torch.finfo(G.dtype).eps * len(G) * values.max()
+    keep = values > max(torch.finfo(G.dtype).eps, noise or 0.0) * len(G) * values.max()
     V, values = V[:, keep], values[keep]
     w: Tensor = V @ ((values.min() / values).sqrt() * V.sum(0)) / k
     return w
@@ -284,30 +292,31 @@ def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
     return x + 1 / k
 
 
-def _equalise(G: Tensor) -> tuple[Tensor, Tensor]:
+def _equalise(G: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     """Return coefficients whose combination has equal inner products with all unit rows, and a rounding threshold.
 
     The coefficients are 0 if gradients are exactly opposed. The threshold is the rounding error of a sum of them,
-    relative to its terms.
+    relative to its terms. ``noise`` is the error of an entry of the correlation matrix that the precision of J leaves.
     """
     scale, m = G.diagonal().rsqrt(), len(G)
     values, V = torch.linalg.eigh(G * scale * scale[:, None])  # correlations
-    zero = 64 * torch.finfo(G.dtype).eps * m
+    eps = 64 * torch.finfo(G.dtype).eps
+    zero = max(eps, noise) * m
     V, values = V[:, values > zero], values[values > zero]
-    rounding = zero * m / values.min()
+    rounding = max(eps, noise / 4) * m**2 / values.min()  # a typical error is at most a quarter of the bound
     on_range = V.sum(0)  # the coordinates of 1 along the eigenvectors
     if len(values) < m and on_range.square().sum() <= rounding**2 * m:
         on_range = torch.zeros_like(on_range)
     return scale * (V @ (on_range / values)), rounding
 
 
-def _imtl_g(G: Tensor, k: int, _parameter: float | None) -> Tensor:
-    w, rounding = _equalise(G)
+def _imtl_g(G: Tensor, k: int, noise: float | None) -> Tensor:
+    w, rounding = _equalise(G, noise or 0.0)
     return torch.where(w.sum().abs() > rounding * w.abs().sum(), w / w.sum(), 0.0)
 
 
-def _config(G: Tensor, k: int, _parameter: float | None) -> Tensor:
-    w, _ = _equalise(G)
+def _config(G: Tensor, k: int, noise: float | None) -> Tensor:
+    w, _ = _equalise(G, noise or 0.0)
     return w * (G @ w).sum() / (w @ G @ w) if w.any() else w
 
 

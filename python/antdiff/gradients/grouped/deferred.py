@@ -97,7 +97,7 @@ class GramMode(GroupedMode):
             self._uses[sink] = self._uses.get(sink, 0) - 1
         for sink in dict.fromkeys(written):
             if not self._keeps.setdefault(sink, sink.rows.nbytes <= nbytes) and self._uses[sink] <= 0:
-                self.gram += mixed.gram([sink.rows])
+                mixed.add_gram(self.gram, [sink.rows])
                 self._folded.add(sink)
                 sink.drop()
         open_sinks = [None if s is None or self._keeps[s] else s for s in sinks]
@@ -115,7 +115,7 @@ class GramMode(GroupedMode):
     def _finish(self) -> None:
         remaining = [s.rows for s in self._roots if not s.fresh and s not in self._folded]
         if remaining:
-            self.gram += mixed.gram(remaining)
+            mixed.add_gram(self.gram, remaining)
 
     def combine(self, weights: Tensor) -> None:
         """Write ``sum_k weights_k J_k`` to the ``.grad`` of every parameter, and free all tensors kept for it.
