@@ -28,8 +28,12 @@ WHY = {
     "HunyuanDiT2DControlNetModel": "pools its text sequence first",
     "HunyuanDiT2DModel": "pools its text sequence first",
     "HunyuanDiT2DMultiControlNetModel": "pools its text sequence first",
+    "HunyuanImageTransformer2DModel": "sorts the tokens of two texts by their masks",
+    "HunyuanVideo15Transformer3DModel": "sorts the tokens of texts and images by their masks",
     "MiniMaxH3Transformer3DModel": "the timesteps are shared by the batch",
+    "MochiTransformer3DModel": "attends to the text tokens that the mask of each sample keeps",
     "MultiControlNetUnionModel": "attends over the batch: samples depend on each other by design",
+    "NucleusMoEImageTransformer2DModel": "each expert chooses its tokens by their values",
     "OmniGenTransformer2DModel": "embeds one image after the other",
     "QwenImageTransformer2DModel": "appends a second batch of timesteps, t = 0, in the batch dimension",
     "QwenImage21Transformer2DModel": "appends one row, t = 0, to the batch of timesteps",
@@ -92,11 +96,12 @@ def table() -> str:
     cases = [row for row in rows if not row["variant"]]
     plain = [row for row in cases if row["outcome"] == "exact" and row["auto"] == "grouped"]
     others = [row for row in cases if row not in plain]
-    exact = sum(row["outcome"] == "exact" for row in cases)
+    outcomes = [row["outcome"] for row in cases]
+    verdicts = {"exact": "exact by `grouped`", "refused": "refused", "wrong": "wrong if the route is set by hand"}
+    counts = [f"{outcomes.count(outcome)} {text}" for outcome, text in verdicts.items() if outcome in outcomes]
     lines = [
-        f"{len(cases)} cases of {len({row['model'] for row in cases})} classes: {exact} are exact by `grouped`, "
-        f"{sum(row['outcome'] == 'refused' for row in cases)} are refused, and "
-        f"{sum(row['outcome'] == 'wrong' for row in cases)} are wrong if the route is set by hand.",
+        f"{len(cases)} cases of {len({row['model'] for row in cases})} classes: {', '.join(counts)}. "
+        f"`auto` is wrong in {sum(map(wrong, rows)) or 'none'} of {len(rows)} checks.",
         "",
         "| not exact by `grouped`, or not taken by `auto` | `grouped` | error | `auto` | reason |",
         "|---|---|---|---|---|",
@@ -107,14 +112,14 @@ def table() -> str:
     ]
     lines += [f"| {label(row)} | {row['error']} |" for row in plain]
     lines += ["", "| variant | checks | exact | refused like the case itself | other |", "|---|---|---|---|---|"]
-    outcomes = {row["name"]: row["outcome"] for row in cases}
+    usual = {row["name"]: row["outcome"] for row in cases}
     for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"]):
         own = [row for row in rows if row["variant"] == variant]
         other: dict[str, list[str]] = {}
         for row in own:
             if variant == "own initialisation" and row["outcome"] == "refused":
                 other.setdefault("`auto` raises later", []).append(label(row))
-            elif row["outcome"] not in ("exact", outcomes[row["name"]]) or row["outcome"] == "wrong":
+            elif row["outcome"] not in ("exact", usual[row["name"]]) or row["outcome"] == "wrong":
                 other.setdefault(f"**{row['outcome']}**", []).append(label(row))
         listed = "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in other.items())
         exact = sum(row["outcome"] == "exact" for row in own)

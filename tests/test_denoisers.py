@@ -113,7 +113,6 @@ def test_what_grouped_gets_wrong_is_found_by_verify() -> None:
     assert [r["name"] for r in rows if r["verify"] != "raises"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="auto compares numbers on a few samples, once")
 def test_auto_is_never_wrong() -> None:
     wrong = [
         f"{row['name']} [{row['variant']}]: {row['auto_error']} by {row['auto']}"
@@ -124,7 +123,6 @@ def test_auto_is_never_wrong() -> None:
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="auto decides on a smaller batch, and other rows than on that may not divide")
 def test_auto_never_raises() -> None:
     raised = [
         f"{row['name']} [{row['variant']}]"
