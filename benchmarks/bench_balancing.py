@@ -3,9 +3,9 @@
     python benchmarks/bench_balancing.py [--csv results.csv] [--device cuda]
     python benchmarks/bench_balancing.py --costs    # writes results/balancing_costs_cpu.csv
 
-One thread. G is the float64 [K, K] Gram matrix of conflicting gradients, the same for both. TorchJD's time is that of
-its weighting (G -> w), without its Gram matrix and without the combination. Methods that TorchJD does not have, or
-whose solver is not installed, are timed alone.
+Everything runs on one thread. G is the float64 [K, K] Gram matrix of conflicting gradients, the same for both. The
+time of TorchJD is that of its weighting (G -> w), without its Gram matrix and without the combination. Methods that
+TorchJD does not have, or whose solver is not installed, are timed alone.
 
 The costs, which docs/balancing.md shows, are the minimum CPU time of the process over many repeats. Other work on the
 machine hardly changes it.

@@ -115,7 +115,7 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
 
         return step
 
-    def ours(route: Any, method: Any, audit: int = 1000) -> Callable[[], Step]:
+    def cluster_step(route: Any, method: Any, audit: int = 1000) -> Callable[[], Step]:
         def build() -> Step:
             model, optimizer, loss_fn = fresh()
             cg, balancer = ClusterGradients(model, K, route, audit=audit), method()
@@ -200,10 +200,10 @@ def steps(net: str, K: int, B: int, args: argparse.Namespace) -> dict[str, Calla
 
     return {
         "plain": plain,
-        "auto PCGrad": ours("auto", balancing.PCGrad),
-        "auto NashMTL": ours("auto", balancing.NashMTL),
-        "audited PCGrad": ours("auto", balancing.PCGrad, audit=1),
-        "split PCGrad": ours("split", balancing.PCGrad),
+        "auto PCGrad": cluster_step("auto", balancing.PCGrad),
+        "auto NashMTL": cluster_step("auto", balancing.NashMTL),
+        "audited PCGrad": cluster_step("auto", balancing.PCGrad, audit=1),
+        "split PCGrad": cluster_step("split", balancing.PCGrad),
         **({} if args.compile else {"without J, PCGrad": without_j}),
         **({} if args.no_peers or args.compile else dict(zip(PEERS, (p_space, autojac, autogram), strict=True))),
     }

@@ -34,7 +34,7 @@ class Case(NamedTuple):
     problem: str
     T: int
     k: int
-    who: str
+    package: str
     solve: Callable[[], Any]  # the timed call
     read: Callable[[Any], tuple[Starts, float]]  # converts its result to starts and total
     repeats: int
@@ -78,11 +78,13 @@ def from_labels(labels: Any) -> Starts:
     return [0, *(np.flatnonzero(labels[1:] != labels[:-1]) + 1).tolist()]
 
 
-def native(problem: str, who: str, repeats: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Case:
+def native(
+    problem: str, package: str, repeats: int, function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Case:
     """Return the case of a function that takes (data, k) and returns (starts, total)."""
     T, k = len(arguments[0]), arguments[1]
     solve = partial(function, *arguments, **options)
-    return Case(problem, T, k, who, solve, lambda result: (list(map(int, result[0])), result[1]), repeats)
+    return Case(problem, T, k, package, solve, lambda result: (list(map(int, result[0])), result[1]), repeats)
 
 
 def peers(x: np.ndarray[Any, Any], k: int, slow: bool) -> list[Case]:
@@ -91,11 +93,11 @@ def peers(x: np.ndarray[Any, Any], k: int, slow: bool) -> list[Case]:
     import kmeans1d
     import ruptures
 
-    def case(who: str, repeats: int, solve: Callable[[], Any], starts: Callable[[Any], Starts]) -> Case:
+    def case(package: str, repeats: int, solve: Callable[[], Any], starts: Callable[[Any], Starts]) -> Case:
         def read(result: Any) -> tuple[Starts, float]:
             return starts(result), squared_total(x, starts(result))
 
-        return Case("log-SNR, L2", len(x), k, who, solve, read, repeats)
+        return Case("log-SNR, L2", len(x), k, package, solve, read, repeats)
 
     def kernel_cpd() -> Any:
         return ruptures.KernelCPD(kernel="linear", min_size=1).fit(x[:, None]).predict(n_bkps=k - 1)
@@ -159,15 +161,15 @@ def main() -> None:
         best = totals.setdefault((case.problem, case.T), total)
         if abs(total - best) > 1e-9 * abs(best):
             sys.exit(
-                f"The totals of {case.problem} at T={case.T} must agree; {case.who} found {total!r}, antdiff {best!r}. "
-                "They do not solve the same problem."
+                f"The totals of {case.problem} at T={case.T} must agree; {case.package} found {total!r}, antdiff "
+                f"{best!r}. They do not solve the same problem."
             )
         low, median, high = quantiles(case.solve, case.repeats)
         rows.append(
-            {"problem": case.problem, "T": case.T, "k": case.k, "who": case.who, "ms_p10": f"{low:.3f}",
+            {"problem": case.problem, "T": case.T, "k": case.k, "package": case.package, "ms_p10": f"{low:.3f}",
              "ms_median": f"{median:.3f}", "ms_p90": f"{high:.3f}", "total": f"{total:.6f}", **setting}
         )  # fmt: skip
-        print(f"{case.problem:22} T={case.T:<6} k={case.k}  {case.who:20} {median:10.3f} ms   starts {starts}")
+        print(f"{case.problem:22} T={case.T:<6} k={case.k}  {case.package:20} {median:10.3f} ms   starts {starts}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         temporary = options.out.with_suffix(f".{os.getpid()}.tmp")

@@ -1,6 +1,7 @@
 """Cost of channel routing: a training step of a routed DiT relative to the unrouted step, eager and compiled.
 
-The total cost of routing bounds what a fused kernel for its window could save. float32, one thread on the CPU.
+The total cost of routing bounds the time that a fused kernel for its window could save. Everything runs in float32, on
+the CPU with one thread.
 ``python benchmarks/bench_routing.py [--device cuda] [--seconds 20] [--out FILE.csv]``; compiling takes a minute or two.
 """
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can show. Offline; needs nvcc, torch >= 2.10 for CUDA, scikit-build-core, pybind11, ninja,
-# pytest, hypothesis, and cvxpy (the other solver of the tests; bring it and clarabel as wheels where they are missing).
+# Run the checks and measurements that need a GPU. The script works offline. It needs nvcc, torch >= 2.10 for CUDA,
+# scikit-build-core, pybind11, ninja, pytest, hypothesis, and cvxpy, which the tests use as a second solver (if cvxpy is
+# missing, install it and clarabel from wheels).
 #
-#   benchmarks/gpu_gate.sh              every stage that has not passed yet on this commit
-#   benchmarks/gpu_gate.sh test bench   these stages, again
+#   benchmarks/gpu_gate.sh              run every stage that has not passed yet on this commit
+#   benchmarks/gpu_gate.sh test bench   run these stages, even if they have passed
 #
-# Stages: build, test, sanitize, bench. Each takes less than ten minutes, so a short lease can run them call by call: a
-# stage that passed leaves a stamp in $GATE and is not repeated. Results go to $OUT (default benchmarks/results).
+# The stages are build, test, sanitize and bench. Each takes less than ten minutes, so they can be run in separate calls
+# on a machine that is available only for short periods: a stage that passed leaves a stamp in $GATE and is not
+# repeated. Results go to $OUT (default benchmarks/results).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
@@ -22,10 +24,12 @@ build() {
       --target "$GATE/site" -C build-dir="$GATE/build" . &&
     python3 -m antdiff.info
 }
-# The op families; the training job needs packages that such a machine may lack, and no kernel of its own.
+# The tests of the op families. The training command is left out: it has no kernels of its own, and it needs packages
+# that a GPU machine may lack.
 families="tests/test_cluster_loss.py tests/test_gram.py tests/test_combine.py tests/test_pcgrad.py tests/test_nash.py tests/test_gram_weights.py tests/test_gradients.py tests/test_timesteps.py tests/test_cuda.py"
 gate_test() { python3 -m pytest $families -p no:cacheprovider; }
-# One example of each kernel, since the tools slow a program down a hundredfold. Leak checks are off: torch caches memory.
+# Run one example of each kernel, since the tools slow a program down a hundredfold. Leak checks are off, because torch
+# caches memory.
 sanitize() {
   for tool in memcheck racecheck; do
     timeout 280 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=at:: \

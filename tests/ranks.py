@@ -34,7 +34,7 @@ def _main(rank: int, world: int, cases: list[Case], folder: str) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )
     results: dict[str, Any] = {}
-    for case in cases:  # a case that fails on one rank may leave the others waiting, so the first failure is the last
+    for case in cases:  # stop at the first failure, since a case that fails on one rank may leave the others waiting
         try:
             results[case.__name__] = case(rank, world)
             torch.save(results, f"{folder}/{rank}.pt")

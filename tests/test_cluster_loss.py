@@ -238,7 +238,7 @@ def test_subclasses_and_transforms() -> None:
 
 
 def test_a_scale_for_bad_ids_is_nan_and_never_an_address() -> None:
-    """The backward on CUDA relies on this, because the forward cannot raise there."""
+    """The backward on CUDA relies on these NaNs, because the forward cannot raise an error on CUDA."""
     from antdiff.ops.cluster_loss import _per_sample_scale
 
     scale = _per_sample_scale(torch.tensor([2.0, 6.0]), torch.tensor([0, -1, 1, 2, 1]), torch.tensor([1, 2]))

@@ -151,7 +151,7 @@ def test_a_nan_is_named_on_every_rank(four: Results) -> None:
         messages = results["a_nan_on_rank_2"]
         for name in ("reduce_scatter", "all_reduce", "pcgrad", "uw", "between"):
             assert messages[name] == (
-                "the losses of rank 2 are not finite. Check the batch and the weights on it.",
+                "the losses of rank 2 are not finite. Check the batch and the weights on rank 2.",
                 [2],
             )
         assert messages["slope"][1] == []

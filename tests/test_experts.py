@@ -214,7 +214,7 @@ def test_mixer_branches_by_hand() -> None:
 
 
 def test_high_ratio_has_the_published_points_and_falls_with_noise_and_depth() -> None:
-    """Known as d_h : d_l in the second and fourth stage: first expert 5:8 and 1:3, last expert 1:4 and 1:15."""
+    """Published d_h : d_l in the second and fourth stage: 5:8 and 1:3 (first expert), 1:4 and 1:15 (last expert)."""
     for expert, stage, high, low in ((0, 1, 5, 8), (0, 3, 1, 3), (3, 1, 1, 4), (3, 3, 1, 15)):
         assert high_ratio_schedule(expert, stage) == pytest.approx(high / (high + low), rel=1e-12)
     for n, stages in ((4, 4), (6, 3), (2, 2)):

@@ -42,7 +42,7 @@ def test_every_missing_thing_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> No
         ("80-real,90-real", (9, 0), True),
         ("80-real,90-real", (8, 6), True),  # machine code of the same major version
         ("80-real,90-real", (10, 0), False),
-        ("80-real,90", (10, 0), True),  # PTX is compiled for what is newer
+        ("80-real,90", (10, 0), True),  # PTX is compiled for newer GPUs
         ("80", (7, 5), False),
         ("86-real", (8, 0), False),
         ("90a-real", (9, 0), True),

@@ -251,7 +251,7 @@ def test_the_instruction_set_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_boundaries_are_not_off_by_one() -> None:
-    """For blocks of perfect affinity, boundaries are where the blocks meet. The published script returns one less."""
+    """For blocks of perfect affinity, boundaries are where the blocks meet. The published script's are lower by one."""
     block = torch.bucketize(torch.arange(60), torch.tensor([18, 34, 47]), right=True)
     affinity = (block[:, None] == block).double()
     starts, total = ops.interval_partition_affinity(affinity, 4)
@@ -260,7 +260,7 @@ def test_boundaries_are_not_off_by_one() -> None:
 
 
 def test_the_last_interval_ends_where_the_points_do() -> None:
-    """The published script ends it at 1000 for any T."""
+    """The published script ends the last interval at 1000 for any T."""
     for T in (7, 60, 1001, 2300):
         x = torch.zeros(T, dtype=torch.float64)
         x[-2:] = 1.0
@@ -279,7 +279,7 @@ def test_intervals_of_no_cost_are_taken() -> None:
 
 
 def test_the_first_interval_may_be_a_single_point() -> None:
-    """The loop of the published script starts one too late for this."""
+    """The loop of the published script starts one step too late to find such an interval."""
     x = torch.tensor([100.0, 1, 1, 1, 1, 0], dtype=torch.float64)
     assert ops.interval_partition_values(x, 2)[0].tolist() == [0, 1]
     affinity = torch.ones(6, 6, dtype=torch.float64)

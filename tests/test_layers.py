@@ -1,4 +1,4 @@
-"""The shape of the project itself: imports run one way, and every op is whole."""
+"""The structure of the project: imports run in one direction, and every op has all of its parts."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def test_every_op_is_whole(family: str) -> None:
     assert re.search(rf"\bcpu_{family}", tests), f"no C++ test of {family}"
 
 
-# Besides itself, each folder of csrc may include these folders, and in angle brackets what the pattern matches.
+# For each folder of csrc: the folders that it may include besides itself, and a pattern for the headers that it may
+# include in angle brackets.
 INCLUDES = {
     "core": ([], r"c?[a-z_]+|cuda_fp16\.h"),
     "cpu": (["core"], r"c?[a-z_]+|omp\.h"),

@@ -109,7 +109,7 @@ def test_every_tool_targets_the_oldest_python_that_is_promised() -> None:
 
 
 def test_hooks_use_the_versions_of_constraints() -> None:
-    """A remote hook would state a version of its own; local ones run what ``pip install -c constraints.txt`` put in."""
+    """A remote hook would state its own version; local hooks run what ``pip install -c constraints.txt`` installs."""
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     repos = load(ROOT / ".pre-commit-config.yaml")["repos"]
     assert [repo["repo"] for repo in repos] == ["local"]

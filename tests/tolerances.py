@@ -185,8 +185,8 @@ def vanishing(k: int) -> float:
 # of 46 u; about ten such errors add up in a mean, a softmax and a quotient.
 LOG_SHARES = 10 * 46 * UNIT_ROUNDOFF[torch.float64]
 
-# Tolerance of a scalar that Adam has trained to convergence in float32. Its steps vanish with the gradient, so what
-# remains are the rounding errors of the gradient, some u relative to its terms.
+# Tolerance of a scalar that Adam has trained to convergence in float32. Its steps vanish with the gradient, so only
+# the rounding errors of the gradient remain, which are some u relative to its terms.
 ADAM_AT_REST = 16 * UNIT_ROUNDOFF[torch.float32]
 
 # Clarabel's tolerances of 1e-8 for gap and feasibility move a minimiser by a few times their square root.

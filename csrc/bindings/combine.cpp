@@ -23,7 +23,8 @@ void refuse_overlap(const JacobianView& jacobian, const std::vector<Tensor>& out
   for (const Tensor& x : jacobian.tensors) add(x, jacobian.dtype, false);
   for (const Tensor& x : outs) add(x, x.dtype(), true);
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *reach = nullptr, *write_reach = nullptr;  // the range so far, and the written one, that ends last
+  // Of the ranges so far: the one that ends last, and the written one that ends last.
+  const Range *reach = nullptr, *write_reach = nullptr;
   for (const Range& r : ranges) {
     const Range* other = r.written ? reach : write_reach;
     if (other && other->end > r.begin)

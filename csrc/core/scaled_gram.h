@@ -14,7 +14,7 @@
 namespace antdiff {
 
 // How far G_ij and G_ji may differ, and how far |G_ij| may exceed |g_i| |g_j|, in units of |g_i| |g_j|. This is above
-// the rounding of a Gram matrix accumulated in half precision, and below the error of a matrix that is no Gram matrix.
+// the rounding of a Gram matrix accumulated in half precision, and below the error of a matrix that is not one.
 constexpr double kGramSlack = 1.0 / 16;
 
 ANTDIFF_HD bool is_finite(double x) { return x - x == 0; }
@@ -29,8 +29,8 @@ ANTDIFF_HD double power_of_two_scale(double x) {
   return ldexp(1.0, -(exponent - (exponent & 1)) / 2);  // the half is rounded towards minus infinity
 }
 
-// Return S_ij, or NaN if G_ij shows that G is no Gram matrix. Rows and columns with a zero diagonal entry are taken as
-// zero.
+// Return S_ij, or NaN if G_ij shows that G is not a Gram matrix. Rows and columns with a zero diagonal entry count
+// as zero.
 ANTDIFF_HD double scaled_entry(const double* G, const double* d, int64_t K, int64_t i, int64_t j) {
   const double entry = G[i * K + j], mirrored = G[j * K + i];
   if (!is_finite(entry) || !is_finite(mirrored)) return NAN;
@@ -41,8 +41,8 @@ ANTDIFF_HD double scaled_entry(const double* G, const double* d, int64_t K, int6
   return fabs(a - b) <= kGramSlack * norms && fabs(s) <= (1 + kGramSlack) * norms ? s : NAN;
 }
 
-// Fill S [K, K] and d [K]. Return false if G is no Gram matrix: finite, symmetric, diagonal >= 0, |G_ij| <= |g_i|
-// |g_j|.
+// Fill S [K, K] and d [K]. Return false if G is not a Gram matrix, which is finite and symmetric and has a diagonal >=
+// 0 and |G_ij| <= |g_i| |g_j|.
 template <class Team>
 ANTDIFF_HD bool scale_gram(const double* G, int64_t K, double* S, double* d, Team team) {
   for (int64_t i = team.rank(); i < K; i += team.size()) d[i] = power_of_two_scale(G[i * K + i]);

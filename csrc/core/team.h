@@ -21,7 +21,7 @@ struct Solo {
   ANTDIFF_HD void sync() const {}
 };
 
-// What a method reports about its input.
+// The verdict of a method on its input.
 enum class Verdict : int8_t { ok, bad_gram, bad_perms };
 
 // The largest K whose workspace fits the static shared memory of a CUDA block (48 KiB), and easily fits the stack of a

@@ -14,8 +14,8 @@
 // This argument needs the inequality and the ties to hold in floating-point arithmetic and not only on paper.
 // Therefore, if a cost is a sum of inputs, the inputs are first rounded to a grid so coarse that no sum of them rounds
 // (2^-51 T max|x| for doubles). Every cost and total is then exact, and both solvers return the same starts by
-// construction. Squared error divides by the size and cannot be made exact. There the totals of both solvers agree to
-// rounding, and the starts agree if the optimum is unique by more than that.
+// construction. Squared error divides by the size and cannot be made exact. For it, the totals of both solvers agree up
+// to rounding, and the starts agree if the optimum is unique by more than that.
 #pragma once
 
 #include <cstdint>

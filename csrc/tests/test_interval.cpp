@@ -165,7 +165,7 @@ void solvers_agree() {
       max = std::min(max, T);
     }
     std::vector<double> x(T), w(T);
-    const bool even = trial % 5 == 0;  // evenly spaced: many ties, and 0.1 is no binary fraction
+    const bool even = trial % 5 == 0;  // evenly spaced: many ties, and 0.1 is not a binary fraction
     for (int64_t t = 0; t < T; ++t) x[t] = even ? 0.1 * double(t) : random.normal() * 7;
     if (trial % 7 == 0)
       for (int64_t t = 0; t < T; ++t) x[t] = std::floor(x[t]);
@@ -198,7 +198,7 @@ void solvers_agree() {
   }
 }
 
-// The vectorised dense program against the exact solver, for lengths that are no multiple of a vector or of a tile.
+// The vectorised dense program against the exact solver, for lengths that are not a multiple of a vector or of a tile.
 void dense_agrees_with_built_in() {
   Random random(5);
   for (int64_t T : {1, 2, 7, 64, 333, 2500}) {

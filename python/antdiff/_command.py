@@ -21,7 +21,8 @@ def command(*args: object) -> str:
 @cache
 def _program() -> tuple[str, ...]:
     found = shutil.which("antdiff")
-    # The script stands beside its own interpreter; an interpreter of a virtual environment is a link, so do not follow.
+    # The script is in the folder of its interpreter. A virtual environment's interpreter is a symbolic link: do not
+    # resolve it.
     if found is not None and Path(found).parent == Path(sys.executable).parent:
         return ("antdiff",)
     return (sys.executable, "-m", "antdiff")

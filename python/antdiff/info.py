@@ -1,7 +1,7 @@
 """``antdiff info`` and ``python -m antdiff.info``: report what is installed, how it was built and what will be used.
 
-For each thing that is missing the report has one line with the remedy. It is meant to be pasted into a bug report, and
-it needs no optional package: it also works where torch is missing or the extension does not load.
+The report has one line with the remedy for each missing component. It is meant to be pasted into a bug report. It needs
+no optional package: it also works if torch is missing or the extension does not load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def collect() -> tuple[dict[str, str], list[str]]:
-    """Return the facts, label to text in the order of the report, and one remedy for each thing that is missing."""
+    """Return the facts, label to text in the order of the report, and one remedy for each missing component."""
     installed = version("antdiff")
     facts = {
         "antdiff": installed or "not installed (imported from a source tree)",

@@ -363,7 +363,11 @@ def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
 def _samples(data: Tensor | Sequence[Tensor]) -> list[Tensor]:
     samples = [data] if isinstance(data, Tensor) else list(data)
     if not samples or not all(isinstance(x, Tensor) and x.dim() for x in samples):
-        raise TypeError("data must be a float tensor [N, ...], or a sequence of one and of conditions [N, ...].")
+        received = ", ".join(map(describe, samples)) or "an empty sequence"
+        raise TypeError(
+            "data must be a float tensor [N, ...], or a sequence of this tensor and condition tensors [N, ...]; got "
+            f"{received}. Convert every entry to a tensor with a first dimension of N."
+        )
     if not samples[0].is_floating_point():
         raise TypeError(f"data must be float, scaled as in training; got {samples[0].dtype}.")
     N = len(samples[0])

@@ -16,8 +16,9 @@ from torch import Tensor
 def raw_cosine(G: Tensor) -> Tensor:
     """Return the cosines ``[n, n]`` of the gradients of both halves together, ``(a + b) / 2``. NaN for zero gradients.
 
-    All timesteps see the same images and noise, so the errors of two gradients are correlated. The errors are long, so
-    they pull the cosine towards their own, which for distant timesteps is below that of the true gradients.
+    All timesteps see the same images and noise, so the errors of two gradients are correlated. The errors are large
+    compared with the gradients, so they pull the cosine towards the cosine of the errors. For distant timesteps, this
+    is below the cosine of the true gradients.
     """
     n = len(G) // 2
     M = (G[:n, :n] + G[:n, n:] + G[n:, :n] + G[n:, n:]) / 4  # [n, n]
@@ -100,7 +101,7 @@ def interpolate(affinity: Tensor, timesteps: Tensor, T: int) -> Tensor:
     """Interpolate affinities ``[n, n]`` on a grid of timesteps to ``[T, T]``, all timesteps.
 
     The affinity is the Gram matrix of unit vectors, one per grid timestep. Between two grid timesteps the vector is
-    their linear interpolation in t, rescaled to length 1; beyond the ends it is that of the end. The result is
+    their linear interpolation in t, rescaled to length 1; beyond the ends it is the vector of the end. The result is
     therefore symmetric with diagonal 1, equals the given values on the grid, and is continuous in both arguments. This
     includes the neighbourhood of the diagonal, where an interpolation of the matrix itself would not be continuous. The
     interpolation is in t rather than in log-SNR, since clusters are sums over t; between neighbours of a grid that is
@@ -114,7 +115,7 @@ def interpolate(affinity: Tensor, timesteps: Tensor, T: int) -> Tensor:
         T: number of timesteps.
 
     Raises:
-        ValueError: no timestep is left, or neighbours have an affinity of at most -1, so that nothing lies between.
+        ValueError: no timestep is left, or neighbours have an affinity of at most -1 and cannot be interpolated.
     """
     keep = _without_nan(affinity)
     A, x = affinity[keep][:, keep], timesteps[keep].double()

@@ -32,7 +32,8 @@ class TransferGap:
     """Specialists of K intervals compared with the joint model, over S training seeds. A lower metric is better.
 
     Attributes:
-        joint: float64 ``[S, K]``, the metric of the joint model on each interval (of its own chain for sample quality).
+        joint: float64 ``[S, K]``, the metric of the joint model on each interval (for sample quality, of its own
+            reverse chain).
         specialist: ``[S, K]``, the metric of the specialist trained with the same seed.
         budget: "iterations" means as many steps as the joint model, "samples" as many samples of the interval.
 

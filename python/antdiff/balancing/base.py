@@ -32,7 +32,7 @@ class Balancer(Protocol):
 
     ``needs`` says which of the two :meth:`weights` takes. The weights are ready to use: the update is the sum of
     weights times cluster gradients. Methods that are published as a sum over K clusters divide by K themselves.
-    Without conflict the update is then about the gradient of the mean loss, and a learning rate keeps its meaning.
+    Without conflict the update is then close to the gradient of the mean loss, so a learning rate keeps its meaning.
     """
 
     name: ClassVar[str]
@@ -168,8 +168,8 @@ class LossBalancer:
 
     A subclass defines ``name``, ``about`` and :meth:`weights`; a subclass with state also defines :meth:`observe`.
     A loss of exactly zero means that the cluster is empty. It gets weight 0 and does not influence the other weights.
-    If ``positive`` is True, a negative loss raises ValueError on the CPU. On other devices, where looking would wait,
-    all weights are NaN.
+    If ``positive`` is True, a negative loss raises ValueError on the CPU. On other devices, where reading
+    the losses would wait for the device, all weights are NaN.
 
     Args:
         k: Number of clusters, at least 1.

@@ -15,7 +15,7 @@ from antdiff.ops.pcgrad import Reduction
 class ConFIG(GramBalancer):
     """Weights of the direction that has equal cosines with all gradients.
 
-    The length of the direction is the mean of its projections onto the gradients. The published length is the sum of
+    The length of the direction is the mean of the gradients' projections onto it. The published length is the sum of
     the projections, which is K times as long and without conflict about the length of K gradients together. The
     cosines are equal if the gradients are linearly independent; otherwise they are equal in the least-squares sense.
 
@@ -30,8 +30,8 @@ class ConFIG(GramBalancer):
     about = About(
         title="ConFIG",
         paper="Liu et al., ICLR 2025",
-        solves="equal cosines with all gradients; the length is the mean of the projections onto them",
-        when="losses of very different units that should all fall at the same relative rate",
+        solves="equal cosines with all gradients; the length is the mean of their projections onto the direction",
+        when="the losses have very different units and should all fall at the same relative rate",
         invariant=True,
         conflict_free=True,
         published="The published length is the sum of the projections, which is K times their mean.",

@@ -27,7 +27,7 @@ class FairGrad(GramBalancer):
         title="FairGrad",
         paper="Ban and Ji, ICML 2024",
         solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
-        when="between NashMTL (alpha = 1) and MGDA (large alpha)",
+        when="a compromise between NashMTL (alpha = 1) and MGDA (large alpha) is wanted",
         conflict_free=True,
         published="alpha = 2 is the value in the authors' scripts (the default of their parser is 1). "
         "The published code passes the equation to a least-squares solver, which may stop early.",

@@ -21,7 +21,7 @@ class IMTLG(GramBalancer):
         title="IMTL-G",
         paper="Liu et al., ICLR 2021",
         solves="weights with sum 1 whose combination has equal projections onto all gradients",
-        when="losses of very different units; unstable near opposed gradients",
+        when="the losses have very different units; the method is unstable near opposed gradients",
         invariant=True,
     )
 

@@ -30,10 +30,11 @@ class NashMTL(GramBalancer):
         title="NashMTL",
         paper="Navon et al., ICML 2022",
         solves="the Nash bargaining solution: w > 0 with G w = 1/w, a direction of fixed length",
-        when="losses of very different units, and where a fixed step length is welcome",
+        when="the losses have very different units, and a fixed step length is welcome",
         invariant=True,
         conflict_free=True,
-        published="Solved every 25 steps and clipped to norm 1, so that loss / K changes nothing. "
+        published="The weights are solved every 25 steps, and the direction is clipped to norm 1, so dividing the "
+        "losses by K changes nothing. "
         "The published code iterates cvxpy with ECOS and often stops before the solution.",
         options=(("max_norm", 1.0), ("update_every", 25)),
     )

@@ -32,7 +32,8 @@ class PCGrad(GramBalancer):
         solves="removes from each gradient its component that conflicts with another gradient, one after the other in "
         "random order",
         when="conflicts are few and mild; without any conflict it is the plain mean",
-        published="The same with loss / K, as here. Most implementations also visit j = i, which is a defect.",
+        published="The sum of the projected gradients of loss / K, which is the mean used here. Most implementations "
+        "also visit j = i, which is a defect.",
     )
 
     def __init__(

@@ -35,8 +35,8 @@ class SmoothTchebycheff(LossBalancer):
         solves="minimises a smooth maximum of the losses relative to an early mean",
         when="the worst loss matters most",
         invariant=True,
-        published="K times this loss, and K times the mean log loss during the warm-up. Adam is invariant to this "
-        "factor.",
+        published="The loss is K times this one, and K times the mean log loss during the warm-up. Adam is "
+        "invariant to this factor.",
     )
 
     _seen: int

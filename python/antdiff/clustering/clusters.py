@@ -69,7 +69,7 @@ class TimestepClusters:
         """Return clusters of equal size, the optimum of ANT's timestep cost (the sum of distances to the centre).
 
         Cluster i starts at ``i * T // k``. Sizes differ by at most one, if k does not divide T. The dynamic program
-        cannot do better: sizes m and m+1 often cost the same, so that its optimum is one of many.
+        cannot do better: sizes m and m+1 often cost the same, so its optimum is one of many.
         """
         T, k = as_count("T", T), as_count("k", k)
         if k > T:

@@ -62,8 +62,8 @@ class StratifiedTimesteps:
     Args:
         clusters: the intervals.
         importance: whether the weights undo the change of density.
-        seed: the seed of the generator that :meth:`sample` uses if it is given none. None: torch's global generator of
-            the device in one process, and seed 0 on several ranks, which must draw the same numbers.
+        seed: the seed of the generator that :meth:`sample` uses if it is called without one. None: torch's global
+            generator of the device in one process, and seed 0 on several ranks, which must draw the same numbers.
         group: the ranks: a process group; None for the default group if torch.distributed is initialised, else one
             process; ``"local"`` for one process in any case.
     """
@@ -129,7 +129,7 @@ class StratifiedTimesteps:
     def counts(self, B: int | Sequence[int]) -> list[list[int]]:
         """Return each cluster's number of samples on each rank in the next step, R lists of K ints.
 
-        ``B`` is given as to :meth:`sample`.
+        ``B`` is the argument of :meth:`sample`.
         """
         sizes = self._sizes(B)
         return contiguous_counts(self.shares(sum(sizes)), sizes)

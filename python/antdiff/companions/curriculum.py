@@ -28,7 +28,8 @@ from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTim
 from antdiff.clustering.timesteps import TimestepBatch
 
 Order = Literal["easy-first", "hard-first"]
-STAGES = 20  # N, and below it tau, of the best cell of the paper's ablation (DiT-B, ImageNet)
+# N and tau of the best cell of the paper's ablation (DiT-B, ImageNet).
+STAGES = 20
 PATIENCE = 200
 
 
@@ -220,7 +221,7 @@ class Curriculum(Pacing):
 
     @classmethod
     def from_log_snr(cls, log_snr: Tensor, n: int = STAGES, **pacing: Any) -> Curriculum:
-        """Make a curriculum with clusters of similar log-SNR, the paper's default, from float [T] falling with t."""
+        """Make a curriculum with clusters of similar log-SNR (float [T], falling with t), the paper's default."""
         return cls(TimestepClusters.from_log_snr(log_snr, n), **pacing)
 
     @classmethod

@@ -151,7 +151,7 @@ class ExpertBank(nn.Module):
         return self.experts[i]
 
     def forward(self, x: Tensor, t: Tensor | int, *args: Any, **kwargs: Any) -> Any:
-        """Run the expert of t. If t int64 [B] belongs to several experts, return their outputs [B, ...] in order."""
+        """Run the expert of t. If t int64 [B] belongs to several experts, return [B, ...] in batch order."""
         if self.only is not None:
             return self.expert(self.only)(x, t, *args, **kwargs)
         if not isinstance(t, Tensor) or (t.numel() == 1 and t.device.type == "cpu"):
@@ -279,8 +279,8 @@ def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: i
     """Return the share d_h / d of high-frequency channels in one encoder stage of one expert (both counted from 0).
 
     Four entries of the published table (four experts, four stages) are known, as d_h : d_l: 5:8 in the second stage and
-    1:3 in the fourth for the first expert, and 1:4 and 1:15 for the last expert. All other entries are geometric
-    interpolation of d_h / d_l, which is our choice. Other numbers of experts and stages are spread over the same range.
+    1:3 in the fourth for the first expert, and 1:4 and 1:15 for the last expert. All other entries interpolate
+    d_h / d_l geometrically, which is our choice. Other numbers of experts and stages are spread over the same range.
     """
     _check_expert(expert, n_experts)
     if not 0 <= stage < n_stages:

@@ -132,7 +132,7 @@ class MixtureOfPrompts(nn.Module):
             eps = torch.randn(clean.shape, generator=self.generator, device=clean.device, dtype=clean.dtype)
             logits = clean + eps * std
         if self.k < self.n_tokens:
-            # One more than k: the probability of being kept depends on the largest logit that is not kept.
+            # Take k + 1, since the probability of being kept depends on the largest logit that is not kept.
             top, index = logits.topk(self.k + 1, dim=1)
             kept = torch.full_like(logits, -math.inf).scatter(1, index[:, : self.k], top[:, : self.k])
         else:
@@ -194,7 +194,7 @@ class MixtureOfPrompts(nn.Module):
     def _load(self, g: Tensor, clean: Tensor, logits: Tensor, std: Tensor | None, top: Tensor | None) -> Tensor:
         """Return the load of each prompt, [N]: the number of samples that keep it.
 
-        With noise and k < N, the expected number over a new draw of the prompt's own noise, which is differentiable.
+        With noise and k < N, it is the expected number over a new draw of the prompt's own noise. It is differentiable.
         """
         if top is None or std is None:
             chosen = g < 0 if self.balancing == "published" and top is None else g > 0

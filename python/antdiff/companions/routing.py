@@ -183,7 +183,7 @@ class ChannelRouting:
             self._masks[channels] = mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
 
     def _index(self, t: Tensor | float, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return rows of the tables, int64 [B], or float64 ranks for continuous windows; and which of them are bad.
+        """Return rows of the tables, int64 [B], or float64 ranks for continuous windows; and which of them are invalid.
 
         The second value is None if the check has run here.
         """
@@ -243,7 +243,7 @@ def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class _Point:
-    """Place of a mask. The module is a ``whole`` residual block with its skip path, or the start of its branch."""
+    """Place of a mask: a residual block with its skip path (``whole``), or the first module of a residual branch."""
 
     module: nn.Module
     channels: int

@@ -131,7 +131,7 @@ class AllReduce(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """Each row is sent while the next one is computed. J is S columns of the rows per rank.
+    """Each row is sent while the next one is computed. Each rank holds S columns of the rows as J.
 
     At most two rows are in flight, so a rank holds K P / R numbers of J instead of K P. The direction is gathered into
     the buffer of the first row, and ``p.grad`` are views of it, which the next call overwrites.
@@ -270,7 +270,7 @@ class OneEach(ReduceScatter):
     """Scheme ``cluster`` for R = c K, where c neighbouring ranks hold one cluster.
 
     Neighbours sum their rows first, then exchange the sums with the ranks of the other clusters. This sends as many
-    bytes as :class:`Held`, but only P / c numbers, a c-th of them, leave the group of neighbours. This is faster if
+    bytes as :class:`Held`, but only a c-th of them, P / c numbers, leaves the group of neighbours. This is faster if
     neighbours share a node.
     """
 

@@ -69,8 +69,8 @@ def reduce_gradients(
     """Sum ``p.grad`` over the ranks in place, in one message per dtype.
 
     Do not call it for gradients that DistributedDataParallel or FSDP has reduced. A ``p.grad`` of None counts as zero,
-    and stays None if it is None on every rank. A rank that lacks a gradient waits for the device to learn which is the
-    case. Sparse gradients become dense.
+    and stays None if it is None on every rank. A rank that lacks a gradient waits for the device to learn whether
+    another rank has one. Sparse gradients become dense.
 
     Args:
         params: the parameters, or the module that has them. They are the same on every rank.

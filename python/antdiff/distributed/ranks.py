@@ -77,7 +77,7 @@ class Ranks:
             raise ValueError("group must contain this process; got a group of other processes. Make it on its members.")
 
     @property
-    def everyone(self) -> bool:
+    def spans_all_processes(self) -> bool:
         """Whether the group is all of torch.distributed's processes."""
         return self.size == 1 or self.size == dist.get_world_size()
 
@@ -187,8 +187,8 @@ def refuse_nonfinite(finite: Tensor, result: Tensor) -> None:
     """
     bad = torch.nonzero(~finite).flatten().tolist()
     if bad:
-        who, it = (f"rank {bad[0]}", "it") if len(bad) == 1 else (f"ranks {', '.join(map(str, bad))}", "them")
-        raise NonFiniteError(f"the losses of {who} are not finite. Check the batch and the weights on {it}.", bad)
+        names = f"rank {bad[0]}" if len(bad) == 1 else f"ranks {', '.join(map(str, bad))}"
+        raise NonFiniteError(f"the losses of {names} are not finite. Check the batch and the weights on {names}.", bad)
     if not bool(result.isfinite().all()):
         raise NonFiniteError(
             "a gradient is not finite although the losses of every rank are, so a backward produced it. "

@@ -38,7 +38,7 @@ def choose(
         why = f"{costs[scheme].seconds * 1e3:.3g} ms expected, against {others}"
     kinds: dict[str, type[Exchange]] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}
     kind = kinds[scheme]
-    if kind is Held and counts is not None and ranks.everyone and _one_each(counts, k):
+    if kind is Held and counts is not None and ranks.spans_all_processes and _one_each(counts, k):
         # The groups of OneEach have to be made by every process of the job.
         kind = OneEach
     return kind, f"scheme {scheme!r} ({why}), which sends {costs[scheme].bytes / 1e6:.3g} MB per step and rank"

@@ -1,4 +1,4 @@
-"""FSDP2. This is the only module that handles DTensors."""
+"""Rows of models that FSDP2 has sharded. This is the only module that handles DTensors."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def sharded_parameters(model: nn.Module, ranks: Ranks, route: str) -> list[nn.Pa
 def mesh_group(model: nn.Module) -> dist.ProcessGroup | None:
     """Return the process group of a ``fully_shard`` model with a one-dimensional mesh, None for any other model.
 
-    A mesh of two dimensions (hybrid sharding) has a group per dimension and none for all of its ranks; the default
-    group serves it, and :func:`sharded_parameters` checks that it has the size of the mesh.
+    A mesh of two dimensions (hybrid sharding) has one group per dimension and none for all of its ranks. The default
+    group is used for it, and :func:`sharded_parameters` checks that it has the size of the mesh.
     """
     mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
     return mesh.get_group() if mesh is not None and mesh.ndim == 1 else None

@@ -129,5 +129,5 @@ def check_errors(device: torch.device | str | int | None = None) -> None:
 _ERRORS = {
     1: "cluster must be int64 [B] with 0 <= id < k, but an id was out of range (the losses of that call are NaN)",
     2: "gram must be a finite, symmetric Gram matrix with a diagonal >= 0, but one was not (its weights are NaN)",
-    4: "perms must list in row i the k-1 other rows, but a row did not (the weights of that problem are NaN)",
+    4: "perms must list the k-1 other rows in each row i, but a row did not (the weights of that problem are NaN)",
 }

@@ -37,7 +37,7 @@ def combine(weights: Tensor, rows: Sequence[Tensor | None], out: Sequence[Tensor
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for x, y in zip(rows, out, strict=True):
         if x is not None and y is not None:
-            # ops.combine writes the dtype of the rows, or float32. Any other p.grad gets a rounded copy.
+            # ops.combine writes only the dtype of the rows or float32. Any other p.grad gets a rounded copy.
             exact = y.dtype if y.dtype in (x.dtype, torch.float32) else torch.promote_types(x.dtype, torch.float32)
             groups.setdefault((x.dtype, exact), []).append((x, y))
     for (_, exact), group in groups.items():

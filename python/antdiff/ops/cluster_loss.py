@@ -40,7 +40,7 @@ def cluster_loss(
         k: Number of clusters, at least 1.
         weight: ``[B]`` in the dtype of the losses. Differentiable. Default None: ones.
         kind: With d = pred - target, ``"mse"`` (d^2, default), ``"huber"`` (torch's ``huber_loss``) or ``"l1"`` (|d|).
-        delta: Where the Huber loss becomes linear; positive. Default 1.
+        delta: The |d| beyond which the Huber loss is linear; positive. Default 1.
 
     Returns:
         ``losses [k]``, float32 (float64 for float64 input), and ``counts [k]``, int64. An empty cluster has loss 0 and
@@ -99,7 +99,7 @@ def cluster_loss_and_grad(
 def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the mean over the samples of each cluster, for losses that are already per-sample.
 
-    An example are the terms of a learned variance.
+    Use it, for example, for the per-sample terms of a learned variance.
 
     Args:
         per_sample: ``[B]``, floating point. Differentiable. Half precision is accumulated and returned in float32.
@@ -146,7 +146,7 @@ def _read_order(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether x is in channels_last order and not contiguous too, as it is with one channel."""
+    """Whether x is in channels_last order but not contiguous. A tensor with one channel is both."""
     if getattr(x, "layout", None) is not torch.strided or x.dim() != 4 or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last)
@@ -277,7 +277,8 @@ def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> T
     """Return d losses[cluster[b]] / d (weight[b] * error[b]), times the incoming gradient, [B]."""
     k = counts.shape[0]
     scale = (grad_losses / counts.clamp(min=1))[cluster.clamp(0, k - 1)]
-    # On CUDA an id out of range has not raised yet. It was clamped above, so as not to be an address; poison it here.
+    # On CUDA an id out of range has not raised. It is clamped above, so that it never indexes memory, and its result is
+    # poisoned here.
     return torch.where((cluster >= 0) & (cluster < k), scale, torch.nan)
 
 

@@ -30,8 +30,8 @@ def gram(J: Jacobian) -> Tensor:
 
     Returns:
         G, float64 ``[k, k]``, exactly symmetric, on the device of J. Every run on the same device returns the same
-        bits, on the CPU for any number of threads. NaN and infinity in J appear in G. So does overflow and underflow
-        of float32 products: for dtypes other than float64, the magnitudes of entries should lie between 1e-18 and
+        bits, on the CPU for any number of threads. NaN and infinity in J appear in G. Float32 products can
+        overflow or underflow: for dtypes other than float64, the magnitudes of entries should lie between 1e-18 and
         1e18. A loss scale moves them into this range. The tensor carries the dtype of J, see
         :func:`antdiff.ops.precision_of`, except under torch.compile.
 

@@ -46,7 +46,7 @@ def gram_weights(
     mgda       the shortest convex combination of the g_i (Desideri 2012, Sener 2018)
     cagrad     the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>`` (Liu 2021)
     imtl_g     equal projections onto all g_i, weights with sum 1 (Liu 2021)
-    config     equal cosines with all g_i; its length is the mean of its projections onto them (Liu 2025: the sum)
+    config     equal cosines with all g_i; its length is the mean of their projections onto it (Liu 2025: the sum)
     fairgrad   ``(G w)_i = w_i^(-1/alpha)``, alpha-fair utilities (Ban 2024); alpha = 1 is NashMTL
     ========== ============================================================================================
 

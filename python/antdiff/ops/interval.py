@@ -50,7 +50,7 @@ def interval_partition(cost: Array, k: int, *, min_size: int = 1, max_size: int 
 def interval_partition_all(
     cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None
 ) -> list[tuple[Tensor, float]]:
-    """Find the optimal partition for every number of intervals from 1 to k, in the time of one.
+    """Find the optimal partition for every number of intervals from 1 to k, in the time of the one for k.
 
     Arguments and errors are those of :func:`interval_partition`, with one exception: a number of intervals that the
     sizes or +inf entries make impossible does not raise.

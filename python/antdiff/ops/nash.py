@@ -24,9 +24,10 @@ from antdiff.ops.gram import gram as gram_of
 
 Solver = Literal["newton", "cvxpy"]
 
-# Clarabel's default tolerance for duality gap and feasibility is 1e-8. The weights are off by about its square root.
+# Clarabel's default tolerance for duality gap and feasibility is 1e-8. The error of the weights is about
+# the square root of this tolerance.
 _CVXPY_RESIDUAL = 1e-3
-# The same values as in csrc/core:
+# kNashRidge and kNashStationary of csrc/core/nash.h have the same values.
 _RIDGE = 1e-9
 _STATIONARY = 64 * torch.finfo(torch.float64).eps
 

@@ -46,7 +46,7 @@ def pcgrad_weights(
         generator: Draws the keys. It must be on the device of ``gram``; default None is the global generator of that
             device. To capture the call in a CUDA graph, register the generator with the graph.
         reduction: ``"mean"`` (default) is ready for the update. ``"sum"`` is the paper's, k times the mean.
-        nonfinite: What an invalid ``gram`` does on the CPU. ``"raise"`` (default) raises. ``"poison"`` gives NaN
+        nonfinite: How an invalid ``gram`` is handled on the CPU. ``"raise"`` (default) raises. ``"poison"`` gives NaN
             weights for that problem only, so that a ``GradScaler`` skips the step. On CUDA the weights are always
             poisoned; ``"poison"`` then also keeps the error out of :func:`antdiff.ops.check_errors`.
 
@@ -54,11 +54,11 @@ def pcgrad_weights(
         float64 ``[..., k]`` on the device of ``gram``, without a host-device sync.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or option is wrong. On the CPU also if ``gram`` is not finite, is
-            not symmetric, has a negative diagonal, or has ``|G_ij| > |g_i| |g_j|`` (each by more than 1/16, which is
-            above the rounding error of half precision), or if ``perms`` are not permutations of the other rows. On
-            CUDA these cases give NaN weights and are reported by :func:`antdiff.ops.check_errors`; with
-            ``ANTDIFF_CHECK=1`` in the environment they raise immediately.
+        TypeError, ValueError: a dtype, shape, device or option is wrong. On the CPU also if ``gram`` is not finite, has
+            a negative diagonal, is not symmetric, or has ``|G_ij| > |g_i| |g_j|``, or if ``perms`` are not permutations
+            of the other rows. The tolerance of the last two rules for ``gram`` is ``|g_i| |g_j| / 16``, which is above
+            the rounding error of half precision. On CUDA these cases give NaN weights and are reported by
+            :func:`antdiff.ops.check_errors`; with ``ANTDIFF_CHECK=1`` in the environment they raise immediately.
     """
     gram = as_gram(gram)
     mean = as_choice("reduction", reduction, ("sum", "mean")) == "mean"

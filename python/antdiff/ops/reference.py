@@ -85,16 +85,16 @@ def combine(
 ) -> Tensor | list[Tensor | None]:
     """Twin of :func:`antdiff.ops.combine`."""
 
-    def one(x: Tensor, o: Tensor | None) -> Tensor:
+    def combine_rows(x: Tensor, o: Tensor | None) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = torch.einsum("k,k...->...", weights.to(dtype), x.to(dtype))
         return y if o is None else o.copy_(y)
 
     if isinstance(J, Tensor):
         assert out is None or isinstance(out, Tensor)
-        return one(J, out)
+        return combine_rows(J, out)
     outs = [None] * len(J) if out is None else list(out)
-    return [None if x is None else one(x, o) for x, o in zip(J, outs, strict=True)]
+    return [None if x is None else combine_rows(x, o) for x, o in zip(J, outs, strict=True)]
 
 
 # ---- weights from a Gram matrix --------------------------------------------------------------------------------------
