@@ -400,7 +400,9 @@ def test_methods_of_losses_raise_on_a_nan_unless_there_is_a_scaler(name: str) ->
     with pytest.raises(ValueError, match=r"losses must be finite; got nan for cluster 2\."):
         BalancedBackward(net, balancing.get(name)(K), K)(loss_of(net), (poisoned(IDS),), IDS)
     scaler = torch.amp.GradScaler("cpu")
-    BalancedBackward(net, balancing.get(name)(K), K, scaler=scaler)(loss_of(net), (poisoned(IDS),), IDS)
+    for options in ({"scaler": scaler}, {"nonfinite": "poison"}):
+        net.zero_grad()
+        BalancedBackward(net, balancing.get(name)(K), K, **options)(loss_of(net), (poisoned(IDS),), IDS)
     assert any(p.grad is not None and p.grad.isnan().any() for p in net.parameters())
 
 

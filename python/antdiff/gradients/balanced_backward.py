@@ -74,6 +74,9 @@ class BalancedBackward:
         skip_unused: for steps without cluster gradients on several ranks. If True, the parameters without a gradient
             must be the same on every rank. The ranks then need not agree on them, for which a rank that lacks a
             gradient waits for the device.
+        nonfinite: ``"raise"`` raises on the CPU if a loss is not finite, ValueError in one process and NonFiniteError
+            on several ranks. ``"poison"``, which ``scaler`` implies, passes it on. In one process
+            ``nonfinite="poison"`` of the balancer does the same.
 
     Attributes:
         gradients: the :class:`antdiff.ClusterGradients`. ``gradients.explain()`` returns its route.
@@ -95,6 +98,7 @@ class BalancedBackward:
         scaler: Scaler | None = None,
         micro_batch: int | None = None,
         skip_unused: bool = False,
+        nonfinite: Literal["raise", "poison"] = "raise",
         audit: int | None = 1000,
     ) -> None:
         needs = getattr(balancer, "needs", None)
@@ -132,9 +136,10 @@ class BalancedBackward:
             )
         if needs == "rows" and scheme == "auto":
             scheme = "all_reduce"  # a choice per parameter needs whole rows on every rank
+        self.nonfinite: Literal["raise", "poison"] = nonfinite if scaler is None else "poison"
         self.gradients = ClusterGradients(
             model, k, route, hold=hold, scheme=scheme, group=group, dtype=dtype, separable=separable, compile=compile,
-            nonfinite="raise" if scaler is None else "poison", audit=audit,
+            nonfinite=self.nonfinite, audit=audit,
         )  # fmt: skip
         self.balancer, self.k, self.scaler, self.micro_batch = balancer, k, scaler, micro_batch
         self.skip_unused = skip_unused
@@ -162,8 +167,7 @@ class BalancedBackward:
         Raises:
             TypeError, ValueError, GroupingError, NonFiniteError, LostRankError: as
                 :meth:`antdiff.ClusterGradients.__call__`, and as the balancer raises.
-            ValueError: in one process on the CPU, the loss of a cluster is not finite, and neither a ``scaler`` nor
-                ``nonfinite="poison"`` of the balancer allows it.
+            ValueError: the loss of a cluster is not finite; see ``nonfinite``.
         """
         balancer = self.balancer
         batch = with_dims(batch, in_dims)
@@ -231,7 +235,7 @@ class BalancedBackward:
         self._reduce()
         if gradients.several:
             sums, finite = gradients.ranks.total(sums, sums.isfinite().all())
-            if self.scaler is None and sums.device.type == "cpu":
+            if self.nonfinite == "raise" and sums.device.type == "cpu":
                 refuse_nonfinite(finite, sums)
         losses = (sums / total.clamp(min=1)).to(dtype)
         try:
@@ -254,9 +258,8 @@ class BalancedBackward:
             check_losses(per_sample, clustered.B)
             losses, n = ops.cluster_mean(per_sample, cluster, self.k)
             losses, n = global_losses(
-                losses, n, group=gradients.group, averaged=gradients.is_sharded,
-                nonfinite="raise" if self.scaler is None else "poison",
-            )  # fmt: skip
+                losses, n, group=gradients.group, averaged=gradients.is_sharded, nonfinite=self.nonfinite
+            )
             self._refuse_nonfinite(losses)
             (self.balancer.loss(losses, n) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
@@ -269,7 +272,7 @@ class BalancedBackward:
         if (
             self.gradients.ranks.size > 1
             or losses.device.type != "cpu"
-            or self.scaler is not None
+            or self.nonfinite == "poison"
             or getattr(self.balancer, "nonfinite", "raise") == "poison"
         ):
             return

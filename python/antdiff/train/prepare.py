@@ -95,7 +95,10 @@ def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
     epoch = math.ceil(len(data.train) / B)
     balancer = make_balancer(config.method, clusters.k, optimizer, generator=rng["balancing"], epoch=epoch)
     # A patch's balancing loss belongs to a whole slice, not to a sample. Only split runs one slice per cluster.
-    backward = BalancedBackward(model, balancer, clusters.k, "split" if config.patch else None, skip_unused=True)
+    backward = BalancedBackward(
+        model, balancer, clusters.k, "split" if config.patch else None, skip_unused=True,
+        nonfinite="poison" if ranks.size == 1 else "raise",  # one process writes its row before it looks
+    )  # fmt: skip
     telemetry = Telemetry(clusters.k, window=config.log_every, share=clusters.sizes / clusters.T, device=device)
 
     # ---- what has to survive an interruption ---------------------------------------------------------------------
