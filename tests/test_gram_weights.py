@@ -131,7 +131,7 @@ def spectral_direction(method: Method, J: Tensor, rank: int) -> Tensor:
 def test_dependent_rows_have_the_direction_of_exact_ones_in_every_precision(
     method: Method, dtype: torch.dtype, device: str
 ) -> None:
-    """An eigenvalue of zero is the rounding of J. Inverted, it shortened the direction by 1e-4 to 1e-8."""
+    """Rounding of J moves an eigenvalue of zero. Its inverse would shorten the direction to 1e-4 to 1e-8."""
     for k, P, seed in ((2, 40, 0), (4, 40, 1), (4, 3000, 2), (5, 40, 3), (8, 300, 4), (8, 300, 5)):
         for unit in (1.0, 1e-2) if dtype == torch.float16 else (1.0, 1e-10, 1e10):
             g = torch.Generator().manual_seed(seed)

@@ -154,7 +154,7 @@ def dependent_rows(dtype: torch.dtype, k: int, condition: float) -> float:
     The error of an entry of G is at most 4 eps of float32 for rows in float32 and half precision (float64: 64 eps), as
     measured and stated by ``antdiff.ops._precision.entry_noise``. An eigenvalue of zero moves by at most k times this,
     and by k u^2 if rounding the elements of J by u has moved a singular value. Both lie below the threshold at which
-    the methods take an eigenvalue as zero, so only errors of the other eigenvalues and of their space remain: k times
+    the methods treat an eigenvalue as zero, so only errors of the other eigenvalues and of their space remain: k times
     the error of an entry, and sqrt(k) u for the rows themselves, amplified by ``condition``, the condition of the
     correlation matrix on its range (by its root for the rows, whose singular values are roots). The pseudo-inverse of a
     matrix that has a null space has the error of its space and of its inverse: a factor of 2, and 2 for both results.

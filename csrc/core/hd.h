@@ -3,8 +3,8 @@
 
 #if defined(__CUDACC__)
 #define ANTDIFF_HD __host__ __device__ __forceinline__
-// For functions that one lane of a warp runs. The call costs next to nothing, and without inlining ptxas takes an eighth
-// of the time.
+// For functions that one lane of a warp runs. The call costs next to nothing, and without inlining ptxas takes an
+// eighth of the time.
 #define ANTDIFF_HD_CALL inline __host__ __device__ __noinline__
 #else
 #define ANTDIFF_HD inline

@@ -25,9 +25,9 @@ struct NonZeroRows {
 // Relative threshold. A sum this small compared with its terms is rounding error of G.
 constexpr double kGramRounding = 64 * DBL_EPSILON;
 
-// `noise` of a spectral method is the greatest error of G_ij relative to |g_i| |g_j| that the precision of J leaves, and
-// 0 for float64. An eigenvalue of the correlation matrix below m times this is a zero that J's rounding has moved. It
-// is a bound; a typical error is at most this fraction of it.
+// The argument `noise` of the spectral methods is a bound on the error of G_ij relative to |g_i| |g_j| that results
+// from the precision of J, and 0 for float64. An eigenvalue of the correlation matrix of at most m times this bound
+// counts as a zero that rounding has moved. A typical error is at most this fraction of the bound.
 constexpr double kTypicalNoise = 1.0 / 4;
 
 // Return the smallest d. 1 / d_min is the scale of the longest row, and d_min / d_i in (0, 1] is the scale of row i

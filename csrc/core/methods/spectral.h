@@ -10,8 +10,8 @@
 namespace antdiff {
 
 // Aligned-MTL (Senushkin et al., CVPR 2023): set all non-zero singular values of J to the smallest of them, then take
-// the mean of the rows: w = sqrt(lambda_min) V Lambda^(-1/2) V^T 1/K. Eigenvalues within rounding error of zero, at
-// least `noise` m times the largest, count as zero.
+// the mean of the rows: w = sqrt(lambda_min) V Lambda^(-1/2) V^T 1/K. Eigenvalues of at most max(DBL_EPSILON, noise) m
+// times the largest count as zero.
 ANTDIFF_HD_CALL void aligned_mtl(const NonZeroRows& r, double noise) {
   double *A = r.work, *V = A + r.m * r.m;
   unscaled(r, A);

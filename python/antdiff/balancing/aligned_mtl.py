@@ -15,9 +15,9 @@ from antdiff.ops.pcgrad import Reduction
 class AlignedMTL(GramBalancer):
     """Weights of the mean of the rows of J after all its non-zero singular values are set to the smallest of them.
 
-    A singular value counts as zero if its square is below k times the rounding of the Gram matrix, relative to the
-    largest squared one: 2.2e-16 for gradients in float64, 4.8e-7 in float32, see :func:`antdiff.ops.gram_weights`. The
-    weights are discontinuous at this threshold.
+    A singular value counts as zero if its square is at most k r times the largest squared one, where r is the relative
+    rounding error of the Gram matrix: 2.2e-16 for gradients in float64, 4.8e-7 in float32. The weights are
+    discontinuous at this threshold.
 
     See :func:`antdiff.ops.gram_weights`.
 

@@ -21,7 +21,7 @@ def gram(rows: Iterable[Tensor | None]) -> Tensor:
 
 
 def add_gram(total: Tensor, rows: Iterable[Tensor | None]) -> None:
-    """Add the Gram matrix of further columns of J to ``total`` in place, and note the less precise dtype on it."""
+    """Add the Gram matrix of further columns of J to ``total`` in place, and record the less precise dtype on it."""
     more = gram(rows)
     total += more
     with_precision(total, precision_of(total), precision_of(more))

@@ -56,13 +56,14 @@ def gram_weights(
     return zero as soon as one cluster is empty. The direction does not depend on the order of the rows. If rows are
     linearly dependent, several weights give the same direction, and the order decides which of them is returned.
 
-    If the rows of J are linearly dependent, an eigenvalue of G is zero, and rounding moves it away from zero. Inverted,
-    it would make the direction of aligned_mtl, imtl_g and config useless: 1e-4 to 1e-8 of its length for rows in
-    float32. These methods therefore take an eigenvalue as zero if it is below m times the rounding of an entry, for m
-    non-zero rows: of the largest eigenvalue of G (aligned_mtl), or of 1 for the correlation matrix (imtl_g, config).
-    The rounding of an entry of float32 rows is 4 eps = 4.8e-7 of ``|g_i| |g_j|``, the products being summed in float32.
-    For float16 and bfloat16 rows it is that plus u^2 (2.4e-7 and 1.5e-5), since rounding every element of J by u moves
-    a singular value of zero by u times the norm. For float64 rows it is 2.2e-16 (aligned_mtl) or 1.4e-14.
+    If the rows of J are linearly dependent, an eigenvalue of G is zero, and rounding moves it away from zero. Its
+    inverse would shorten the direction of aligned_mtl, imtl_g and config to 1e-4 to 1e-8 of its length for rows in
+    float32. These methods therefore treat an eigenvalue as zero if it is at most m r, where m is the number of non-zero
+    rows and r is the relative rounding error of an entry. m r is relative to the largest eigenvalue of G (aligned_mtl),
+    or to 1 for the correlation matrix (imtl_g, config). For float32 rows, r is 4 eps = 4.8e-7 of ``|g_i| |g_j|``, since
+    the products are summed in float32. For float16 and bfloat16 rows, u^2 is added (2.4e-7 and 1.5e-5), since rounding
+    every element of J by u moves a singular value of zero by u times the norm. For float64 rows, r is 2.2e-16
+    (aligned_mtl) or 1.4e-14 (imtl_g, config).
 
     Args:
         gram: float64 ``[..., k, k]``, symmetric up to rounding; its symmetric part is used. A non-contiguous input
@@ -71,8 +72,8 @@ def gram_weights(
         parameter: c >= 0 of cagrad (default 0.5) or alpha > 0 of fairgrad (default 2). The other methods have none.
         reduction: ``"mean"`` (default) is ready for the update. ``"sum"``, for config and aligned_mtl only, is the
             authors' length, k times the mean.
-        precision: The dtype of J, which decides what counts as a zero eigenvalue in aligned_mtl, imtl_g and config;
-            see below. Default None: the dtype that :func:`antdiff.ops.precision_of` finds, which is that of J for a
+        precision: The dtype of J, which decides which eigenvalues count as zero in aligned_mtl, imtl_g and config;
+            see above. Default None: the dtype that :func:`antdiff.ops.precision_of` finds, which is that of J for a
             Gram matrix that comes directly from :func:`antdiff.ops.gram`, and float64 for any other. Under
             torch.compile, pass it.
         nonfinite: As in :func:`antdiff.ops.pcgrad_weights`.
