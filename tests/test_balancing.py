@@ -421,6 +421,46 @@ def test_dynamic_weight_average() -> None:
     torch.testing.assert_close(method.weights(torch.ones(2)), want)
 
 
+EPOCHS = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 4.0], [1.0, 2.0], [1.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+
+
+def test_every_step_of_an_epoch_has_the_weights_of_its_epoch() -> None:
+    """LibMTL and Liu et al.: DWA takes the means of the two epochs before, so the first two epochs weigh alike.
+
+    Lin et al.'s code: STCH minimises the mean log loss up to the last step of the epoch that is averaged.
+    """
+    dwa = balancing.DynamicWeightAverage(2, epoch=2)
+    stch = balancing.SmoothTchebycheff(2, warmup=1, epoch=2)
+    early = EPOCHS[2:4].mean(0)
+    for step, row in enumerate(EPOCHS):
+        x, y = row.clone().requires_grad_(), row.clone().requires_grad_()
+        (a,) = torch.autograd.grad(dwa.loss(x), x)
+        (b,) = torch.autograd.grad(stch.loss(y), y)
+        epoch = step // 2
+        want = torch.full((2,), 0.5)
+        if epoch >= 2:
+            want = (
+                EPOCHS[2 * epoch - 2 : 2 * epoch].mean(0) / EPOCHS[2 * epoch - 4 : 2 * epoch - 2].mean(0) / 2
+            ).softmax(0)
+        torch.testing.assert_close(a, want)
+        torch.testing.assert_close(b * row, torch.full((2,), 0.5) if epoch < 2 else (row / early) / (row / early).sum())
+
+
+@pytest.mark.parametrize("name", LOSS_METHODS)
+def test_a_backward_reports_the_weights_that_it_has_used(name: str) -> None:
+    """The weights of an epoch's last step are those of the epoch, though the method has new ones afterwards."""
+    options = {"dwa": {"epoch": 1}, "stch": {"warmup": 0, "epoch": 1}}.get(name, {})
+    losses = torch.tensor([[0.5, 2.0], [1.0, 3.0], [0.2, 3.0], [0.5, 0.1]])
+    model = torch.nn.Linear(2, 1, bias=False)  # its gradient is the weighted losses
+    torch.nn.init.ones_(model.weight)
+    backward = BalancedBackward(model, make(name, 2, **options), k=2)
+    for row in losses:
+        result = backward(lambda x: model(x)[:, 0], (torch.diag(row),), torch.arange(2))
+        assert result.weights is not None
+        assert model.weight.grad is not None
+        torch.testing.assert_close(model.weight.grad[0], result.weights * row)
+
+
 def test_geometric_loss() -> None:
     losses = torch.tensor([0.5, 2.0, 27.0], requires_grad=True)
     value = balancing.GeometricLoss(3).loss(losses)

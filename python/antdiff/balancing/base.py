@@ -179,6 +179,8 @@ class LossBalancer:
     needs: ClassVar[Needs] = "losses"
     about: ClassVar[About]
     positive: ClassVar[bool] = False  # defined for positive losses only
+    # Whether a step is weighed with its own observation. False for methods that weigh it with what came before it.
+    observes_first: ClassVar[bool] = False
 
     def __init__(self, k: int) -> None:
         self.k = as_count("k", k)
@@ -193,17 +195,25 @@ class LossBalancer:
     def observe(self, losses: Tensor, /) -> None:
         """Update the state with the losses ``[K]`` of a step.
 
-        :meth:`loss` calls this method. Call it yourself in a loop that only uses :meth:`weights`.
+        :meth:`loss` calls this method. Call it yourself in a loop that only uses :meth:`weights`, after them (before
+        them if :attr:`observes_first`).
         """
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Call :meth:`observe`, and return the scalar to back-propagate, ``sum_i weights_i losses_i``.
+        """Return the scalar to back-propagate, ``sum_i weights_i losses_i``, and call :meth:`observe`.
 
-        ``losses [K]`` are attached to the model's graph. ``counts`` is accepted for the common interface and unused.
+        The weights are those from before :meth:`observe`, so that the last step of an epoch still has the weights of
+        its epoch. RLW, which draws in :meth:`observe`, and FAMO, for which the losses of a step say how the step before
+        it went, observe first. ``losses [K]`` are attached to the model's graph. ``counts`` is accepted for the common
+        interface and unused.
         """
         self._check(losses)
-        self.observe(losses.detach())
-        return (self.weights(losses) * losses).sum()
+        if self.observes_first:
+            self.observe(losses.detach())
+        weights = self.weights(losses)
+        if not self.observes_first:
+            self.observe(losses.detach())
+        return (weights * losses).sum()
 
     def reset(self) -> None:
         """Reset the state to that of a new object."""

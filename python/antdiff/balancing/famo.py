@@ -27,6 +27,7 @@ class FAMO(LossBalancer):
     """
 
     name = "famo"
+    observes_first = True
     positive = True
     about = About(
         title="FAMO",

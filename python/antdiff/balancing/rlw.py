@@ -22,6 +22,7 @@ class RandomLossWeighting(LossBalancer):
     """
 
     name = "rlw"
+    observes_first = True
     about = About(
         title="Random loss weighting",
         paper="Lin et al., TMLR 2022",

@@ -261,11 +261,14 @@ class BalancedBackward:
                 losses, n, group=gradients.group, averaged=gradients.is_sharded, nonfinite=self.nonfinite
             )
             self._refuse_nonfinite(losses)
+            # A method that weighs before it observes has the weights of the next step after loss().
+            late = getattr(self.balancer, "observes_first", True)
+            weights = None if late else self.balancer.weights(losses.detach())
             (self.balancer.loss(losses, n) * loss_scale(self.scaler, cluster.device)).backward()
         self._reduce()
         self._finish()
         losses = losses.detach()
-        return BackwardResult(losses, n, self.balancer.weights(losses), None)
+        return BackwardResult(losses, n, self.balancer.weights(losses) if weights is None else weights, None)
 
     def _refuse_nonfinite(self, losses: Tensor) -> None:
         """Raise in one process on the CPU if a loss is not finite; several ranks have looked already."""
