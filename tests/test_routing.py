@@ -105,6 +105,43 @@ def test_every_timestep_reads_exactly_n_channels(mode: Any) -> None:
         assert bool((mask.double().mean(0) - 0.75).abs().max() < 5 * (0.25 * 0.75 / T) ** 0.5)
 
 
+def test_in_random_mode_every_block_has_its_own_choice() -> None:
+    """In the released code every block makes a router, which draws; blocks of equal width share only the window."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Identity() for _ in range(3))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    def read(mode: Any) -> tuple[ChannelRouting, list[Tensor]]:
+        net, seen = Net(), []
+        routing = ChannelRouting(
+            net, blocks=[(b, 20) for b in net.blocks], mode=mode, generator=torch.Generator().manual_seed(0)
+        )
+        net = copy.deepcopy(net)
+        for block in net.blocks:
+            block.register_forward_pre_hook(lambda _module, args: seen.append(args[0] != 0))
+        net(torch.ones(4, 3, 20), torch.tensor([7, 7, 500, 999]))
+        return routing, seen
+
+    routing, seen = read("random")
+    for i, channels in enumerate(seen):
+        assert torch.equal(channels[:, 0], routing.mask(torch.tensor([7, 7, 500, 999]), 20, block=i))
+        assert torch.equal(channels[0], channels[1])
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    with pytest.raises(ValueError, match=r"block must be in \[0, 3\), the routed blocks of this width; got 3"):
+        routing.mask(7, 20, block=3)
+    routing, seen = read("window")
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
 def test_window_ends_share_three_quarters_of_their_channels() -> None:
     """Published for beta = 0.8: the share (2n - C) / n = 0.75 of the channels of t = 0 is also read at t = T-1."""
     table, n = start_table(1000)

@@ -90,7 +90,7 @@ class ChannelRouting:
         alpha: exponent of the shift.
         beta: share of the channels that each timestep reads.
         mode: ``"window"``, or ``"random"`` for the paper's baseline R-TR, which chooses n channels per timestep once.
-            The paper does not say which blocks share a choice; here blocks of equal width do, as they share the window.
+            Every block has its own choice, as in the released code.
         rank: function for continuous time. It maps the model's timestep argument [B] to the rank u of its noise level,
             float [B] in [0, 1], which replaces t / (T-1). For flow matching, u is the share of noise; for EDM's noise
             levels see :func:`edm_rank`. With ``"random"``, u is rounded to T levels.
@@ -132,34 +132,41 @@ class ChannelRouting:
         widths = sorted({point.channels for point in points})
         self._starts: dict[int, Tensor] = {}  # number of channels to int64 [T]
         self._sizes: dict[int, int] = {}
-        self._choices: dict[int, Tensor] = {}  # number of channels to bool [T, C], in random mode
         for channels in widths:
-            self._starts[channels], n = start_table(channels, T, alpha, beta)
-            self._sizes[channels] = n
-            if mode == "random":
-                order = torch.rand(T, channels, generator=generator).argsort(1)  # [T, C]
-                self._choices[channels] = order < n
-        self._masks: dict[int, Tensor] = {}  # number of channels to [B or 1, C], of the latest forward pass
+            self._starts[channels], self._sizes[channels] = start_table(channels, T, alpha, beta)
+        # bool [T, C] per block and number of its channels, in random mode
+        self._choices: dict[tuple[int, int], Tensor] = {}
+        if mode == "random":
+            for i, point in enumerate(points):
+                order = torch.rand(T, point.channels, generator=generator).argsort(1)  # [T, C]
+                self._choices[i, point.channels] = order < self._sizes[point.channels]
+        # The masks [B or 1, C] of the latest forward pass. Blocks of equal width share a window, but not a choice.
+        self._masks: dict[tuple[int, int], Tensor] = {}
         # Hooks are bound methods, so that a deep copy of the model gets hooks that belong to the copy.
         self._owner = owner
         setattr(owner, NAME, self)
         self._handles = [owner.register_forward_pre_hook(self._take_timestep, with_kwargs=True)]
-        for point in points:
-            self._handles += _RoutedBlock(self, point).attach()
+        for i, point in enumerate(points):
+            self._handles += _RoutedBlock(self, point, self._key(i, point.channels)).attach()
 
-    def mask(self, t: Tensor | float, channels: int) -> Tensor:
+    def mask(self, t: Tensor | float, channels: int, block: int = 0) -> Tensor:
         """Return the channels that each timestep reads: bool [B, C].
 
         Args:
             t: timestep argument of the model: int [B] or one int in [0, T). With ``rank``, any float [B].
             channels: C, the width of one of the routed blocks.
+            block: which of the blocks of this width, in the order in which they were found or given. Blocks of equal
+                width differ only in random mode.
         """
         if channels not in self._starts:
             raise ValueError(
                 f"channels must be the width of a routed block, one of {sorted(self._starts)}; got {channels}."
             )
+        same = [i for i, point in enumerate(self.points) if point.channels == channels]
+        if not 0 <= block < len(same):
+            raise ValueError(f"block must be in [0, {len(same)}), the routed blocks of this width; got {block}.")
         index, bad = self._index(t)
-        mask = self._mask(index, channels)
+        mask = self._mask(index, self._key(same[block], channels))
         return mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
 
     def remove(self) -> None:
@@ -177,10 +184,10 @@ class ChannelRouting:
             raise ValueError(f"{name} must be a timestep, which the routing follows; got None. Pass it to the model.")
         device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0), None)
         index, bad = self._index(t, device)
-        for channels in self._starts:
-            mask = self._mask(index, channels)
+        for key in self._choices or [self._key(0, channels) for channels in self._starts]:
+            mask = self._mask(index, key)
             # A bad timestep must not read a wrong window silently. Without a sync, only NaN can report it.
-            self._masks[channels] = mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
+            self._masks[key] = mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
 
     def _index(self, t: Tensor | float, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         """Return rows of the tables, int64 [B], or float64 ranks for continuous windows; and which of them are invalid.
@@ -209,10 +216,15 @@ class ChannelRouting:
             raise ValueError(f"{rule}; got {t[row].item():g} at row {row}.")
         return index, None
 
-    def _mask(self, index: Tensor, channels: int) -> Tensor:
+    def _key(self, i: int, channels: int) -> tuple[int, int]:
+        """Return the key of the mask of block i."""
+        return (i if self._choices else -1, channels)
+
+    def _mask(self, index: Tensor, key: tuple[int, int]) -> Tensor:
+        channels = key[1]
         if self._choices:
-            self._choices[channels] = self._choices[channels].to(index.device)
-            choice: Tensor = self._choices[channels][index]
+            self._choices[key] = self._choices[key].to(index.device)  # a copy only on the first call
+            choice: Tensor = self._choices[key][index]
             return choice
         if index.is_floating_point():
             start = (index**self.alpha * (channels - self._sizes[channels])).round()
@@ -254,9 +266,10 @@ class _Point:
 class _RoutedBlock:
     """Hooks of one block. ``_skipped`` is the masked-out part of its input, kept until it is added to the output."""
 
-    def __init__(self, routing: ChannelRouting, point: _Point) -> None:
+    def __init__(self, routing: ChannelRouting, point: _Point, key: tuple[int, int]) -> None:
         self.routing = routing
         self.point = point
+        self.key = key  # of its mask
         self._skipped: Tensor | None = None
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
@@ -289,7 +302,7 @@ class _RoutedBlock:
 
     def _mask(self, x: Tensor) -> Tensor:
         point = self.point
-        mask = self.routing._masks.get(point.channels)
+        mask = self.routing._masks.get(self.key)
         if mask is None or x.shape[point.channel_dim] != point.channels or mask.shape[0] not in (1, len(x)):
             received = f"x {list(x.shape)}" + ("" if mask is None else f" and {mask.shape[0]} timesteps")
             raise ValueError(
