@@ -305,6 +305,31 @@ def test_with_all_prompts_kept_the_load_is_flat_and_the_published_one_counts_not
         assert mop.auxiliary_losses()["load"].item() == 0
 
 
+def test_the_published_load_of_some_prompts_is_the_sum_of_the_mean_over_blocks() -> None:
+    """DMP adds ``load.mean(blocks).sum(prompts)``. The load is the probability, over new noise, of being kept."""
+    B, k, depth = 6, 3, 2
+    mop = spread(MixtureOfPrompts(depth, N, D, k=k, balancing="published", generator=torch.Generator().manual_seed(3)))
+    mop.train()
+    c = torch.randn(B, D, generator=torch.Generator().manual_seed(4))
+    noise = torch.Generator().manual_seed(3)
+    total = 0.0
+    for i in range(depth):
+        mop.gates(i, c)
+        with torch.no_grad():
+            clean = mop.gate(torch.cat([c, torch.full((B, 1), float(i))], 1))
+            std = nn.functional.softplus(mop.noise(c)) + 0.01
+            noisy = clean + std * torch.randn(B, N, generator=noise)
+        for b in range(B):
+            for n in range(N):
+                others = torch.cat([noisy[b, :n], noisy[b, n + 1 :]]).sort(descending=True).values
+                total += float(torch.distributions.Normal(clean[b, n], std[b, n]).cdf(others[k - 1]).neg().add(1))
+    got = mop.auxiliary_losses()["load"]
+    assert got.requires_grad
+    assert got.item() == pytest.approx(total / depth, rel=1e-5)
+    assert 0.5 * B * k < got.item() < 2 * B * k
+    assert mop.balancing_loss().item() == pytest.approx(sum(x.item() for x in mop.auxiliary_losses().values()))
+
+
 def test_balancing_losses_are_of_the_latest_forward() -> None:
     net = patch_dit(network(), spread(prompts(noisy=False))).train()
     run(net, *batch())

@@ -49,8 +49,9 @@ class MixtureOfPrompts(nn.Module):
         generator: generator of that noise, on its device. None: torch's global generator.
         balancing: the losses of :meth:`balancing_loss`. With ``"corrected"``, importance is the sum of a prompt's gates
             over the batch, as in Shazeer et al. (2017), and the load counts gates above zero. ``"published"`` repeats
-            two mistakes of the released code: importance is the variation over all B x N gates, which also pushes every
-            *sample* to use all prompts equally; and for k = N the load counts gates *below* zero, which do not exist.
+            three mistakes of the released code: importance is the variation over all B x N gates, which also pushes
+            every *sample* to use all prompts equally; the load is no variation, but the sum over the prompts of the
+            mean load of the blocks, about B k; and for k = N it counts gates *below* zero, which do not exist.
 
     Raises:
         TypeError, ValueError: a size is below 1, k lies outside [1, N], or ``balancing`` is unknown.
@@ -151,18 +152,18 @@ class MixtureOfPrompts(nn.Module):
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return ``importance`` and ``load``, both [] float: squared coefficients of variation over the prompts.
 
+        With ``balancing="published"``, the load is the sum over the prompts of the mean over the blocks.
+
         They belong to the latest forward pass, and are zero if that was not in training mode.
         """
         if not self._gates:
             zero = self.prompts.new_zeros(())
             return {"importance": zero, "load": zero}
         importance = torch.stack(self._gates).float().sum(0)  # [B, N], summed over blocks
-        if self.balancing == "corrected":
-            importance = importance.sum(0)  # [N]
-        return {
-            "importance": _squared_variation(importance),
-            "load": _squared_variation(torch.stack(self._loads).float().sum(0)),
-        }
+        load = torch.stack(self._loads).float()  # [blocks, N]
+        if self.balancing == "published":
+            return {"importance": _squared_variation(importance), "load": load.mean(0).sum()}
+        return {"importance": _squared_variation(importance.sum(0)), "load": _squared_variation(load.sum(0))}
 
     def balancing_loss(self) -> Tensor:
         """Return importance + load, [], each with weight 1 as published. Add it to the training loss."""
