@@ -45,8 +45,8 @@ def test_every_prediction_has_the_same_objective(table: Callable[..., Tensor]) -
 
 def test_no_signal_left() -> None:
     end = torch.tensor([-math.inf])
-    assert min_snr(end) == 1
-    assert min_snr(end, prediction="x0") == 0
+    for prediction in ("epsilon", "x0", "v"):  # the authors' code: mse_loss_weight[snr == 0] = 1
+        assert min_snr(end, prediction=prediction) == 1  # type: ignore[arg-type]
     assert p2(end) == 1
     assert truncated_snr(end) == math.inf
 

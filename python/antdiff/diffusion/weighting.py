@@ -32,7 +32,9 @@ def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "ep
     """Return the weights of Min-SNR-gamma (Hang et al., ICCV 2023): ``min(SNR, gamma)`` on the loss of x_0.
 
     Args:
-        log_snr: ``[T]``. -inf (no signal left) is allowed; the weight of an epsilon loss is then the limit, 1.
+        log_snr: ``[T]``. -inf (no signal left) is allowed; the weight is then 1 for every prediction, as in the
+            authors' code. This is the limit for epsilon. For x_0 and v the limit is 0, with which a network would never
+            be trained at the timestep at which sampling starts.
         gamma: > 0; 5 in the paper.
         prediction: the quantity that the network predicts.
 
@@ -42,7 +44,7 @@ def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "ep
     gamma = _positive("gamma", gamma)
     # min(SNR, gamma) / SNR = min(1, gamma / SNR), which is 1 for SNR = 0. Logarithms avoid 0 / 0.
     log_weight = (math.log(gamma) - _checked(log_snr)).clamp(max=0)  # for epsilon
-    return _from_epsilon(log_weight, log_snr, prediction)
+    return torch.where(log_snr == -math.inf, 1.0, _from_epsilon(log_weight, log_snr, prediction))
 
 
 def truncated_snr(log_snr: Tensor, *, prediction: Prediction = "epsilon") -> Tensor:
