@@ -61,7 +61,7 @@ def sockets_sent() -> int:
             with socket.socket(fileno=os.dup(int(fd))) as s:
                 if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
                     total += struct.unpack_from("Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
-        except OSError:  # the descriptor was closed meanwhile
+        except OSError:  # the descriptor has been closed in the meantime
             continue
     return total
 

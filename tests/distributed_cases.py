@@ -724,7 +724,7 @@ def socket_bytes() -> int:
                 if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:
                     info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
                     total += struct.unpack_from("Q", info, 200)[0]
-        except OSError:  # the descriptor was closed meanwhile, or is not a socket of this process
+        except OSError:  # the descriptor has been closed in the meantime, or is not a socket of this process
             continue
     return total
 

@@ -1,5 +1,5 @@
-// Balancing weights from the Gram matrix on the CPU. Parallel over problems. A problem costs some K^3 multiplications,
-// or some K^4 for UPGrad and CAGrad.
+// Balancing weights from the Gram matrix on the CPU. Parallel over problems. A problem costs of the order of K^3
+// multiplications, or K^4 for UPGrad and CAGrad.
 #include "core/gram_weights.h"
 
 #include "cpu/launchers.h"

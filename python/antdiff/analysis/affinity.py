@@ -144,8 +144,8 @@ def task_affinity(
 
     All timesteps see the same images and the same noise, split at random into two halves. Each gradient is streamed
     into a row, exact or sketched; see :mod:`antdiff.analysis.projection` for the sketch and its error bound. The cost
-    is one forward and backward per image, timestep and checkpoint. The model is in eval mode meanwhile (no dropout).
-    Its mode, weights and ``.grad`` are restored.
+    is one forward and backward per image, timestep and checkpoint. During the measurement the model is in eval mode
+    (no dropout). Its mode, weights and ``.grad`` are restored.
 
     Args:
         model: network whose samples do not interact (no BatchNorm in training mode).

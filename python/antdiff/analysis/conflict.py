@@ -66,8 +66,8 @@ def cluster_conflict(
     """Measure the conflict between ``clusters`` with the current weights of the model.
 
     Images are drawn with replacement, and timesteps in equal shares per cluster, so that all clusters have the same
-    noise. The model is in eval mode meanwhile; its mode is restored. The memory is 2 K gradients, the cost is
-    ``repeats * batches`` training steps.
+    noise. The model is in eval mode during the measurement, and its mode is restored. The memory is 2 K gradients, and
+    the cost is ``repeats * batches`` training steps.
 
     Args:
         model: network whose samples do not interact.

@@ -109,7 +109,7 @@ class TimestepClusters:
             raise ValueError(
                 f"log_snr must be finite; got {value} at t={t}."
                 + (
-                    " The schedule has zero SNR at that timestep, as many have at the last one. Set its log-SNR to "
+                    " The SNR of this schedule is zero at that timestep, often the last one. Set its log-SNR to "
                     "that of its neighbour (log_snr[-1] = log_snr[-2])."
                     if value == -math.inf
                     else " Pass the natural logarithm of a positive, finite SNR."

@@ -1,4 +1,4 @@
-"""Four more methods that treat timesteps as tasks. Each can be added to an existing model or loop by itself."""
+"""Four more methods that treat timesteps as tasks. Each can be added alone to an existing model or loop."""
 
 from antdiff.companions.curriculum import Curriculum, RestrictedTimesteps, SigmaCurriculum
 from antdiff.companions.experts import (

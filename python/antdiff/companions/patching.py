@@ -4,7 +4,7 @@ Source: Ham, Woo, Kim, Go, Park, Kim, "Diffusion Model Patching via Mixture-of-P
 The implementation follows the released code; the exact equations of the paper were not available.
 
     h = W_g [c ; i] + b_g,                      gate logits of block i for the condition c, one gate for all blocks
-    h~ = h + eps * (softplus(W_n c) + 0.01),    in training only; eps ~ N(0, I), drawn anew in each block
+    h~ = h + eps * (softplus(W_n c) + 0.01),    in training only; eps ~ N(0, I), a new draw in each block
     g = softmax of the k largest of h~, 0 elsewhere
     x <- x + g_n P^(i)_n  for each token n,     before the block itself runs
 

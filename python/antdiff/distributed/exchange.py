@@ -208,7 +208,7 @@ class ReduceScatter(Exchange):
 
 
 class Held(ReduceScatter):
-    """Scheme ``cluster``: a rank sends only the rows of the clusters it holds, which all ranks know beforehand.
+    """Scheme ``cluster``: a rank sends only the rows of its clusters, and all ranks know these in advance.
 
     In slot j each rank sends its j-th row, cut into one piece per rank. The receiving rank adds up the pieces of a
     cluster.

@@ -30,11 +30,11 @@ def choose(
     costs = cost_model(numel, k, ranks.size, itemsize=dtype.itemsize, counts=counts)
     why = "asked for"
     if scheme == "auto":
-        able: list[Scheme] = ["reduce_scatter", "all_reduce"]
+        candidates: list[Scheme] = ["reduce_scatter", "all_reduce"]
         if counts is not None:
-            able.append("cluster")
-        scheme = min(able, key=lambda name: costs[name].seconds)
-        others = ", ".join(f"{name} {costs[name].seconds * 1e3:.3g} ms" for name in able if name != scheme)
+            candidates.append("cluster")
+        scheme = min(candidates, key=lambda name: costs[name].seconds)
+        others = ", ".join(f"{name} {costs[name].seconds * 1e3:.3g} ms" for name in candidates if name != scheme)
         why = f"{costs[scheme].seconds * 1e3:.3g} ms expected, against {others}"
     kinds: dict[str, type[Exchange]] = {"all_reduce": AllReduce, "reduce_scatter": ReduceScatter, "cluster": Held}
     kind = kinds[scheme]
