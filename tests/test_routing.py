@@ -135,7 +135,7 @@ def test_in_random_mode_every_block_has_its_own_choice() -> None:
         assert torch.equal(channels[0], channels[1])
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
-    with pytest.raises(ValueError, match=r"block must be in \[0, 3\), the routed blocks of this width; got 3"):
+    with pytest.raises(ValueError, match=r"block must be in \[0, 3\), as 3 routed blocks have width 20; got 3"):
         routing.mask(7, 20, block=3)
     routing, seen = read("window")
     assert torch.equal(seen[0], seen[1])

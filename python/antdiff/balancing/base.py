@@ -179,7 +179,7 @@ class LossBalancer:
     needs: ClassVar[Needs] = "losses"
     about: ClassVar[About]
     positive: ClassVar[bool] = False  # defined for positive losses only
-    # Whether a step is weighed with its own observation. False for methods that weigh it with what came before it.
+    # Whether loss() calls observe() before weights(). If False, the state that weights() uses is from earlier steps.
     observes_first: ClassVar[bool] = False
 
     def __init__(self, k: int) -> None:
@@ -195,17 +195,17 @@ class LossBalancer:
     def observe(self, losses: Tensor, /) -> None:
         """Update the state with the losses ``[K]`` of a step.
 
-        :meth:`loss` calls this method. Call it yourself in a loop that only uses :meth:`weights`, after them (before
-        them if :attr:`observes_first`).
+        :meth:`loss` calls this method. Call it yourself in a loop that only uses :meth:`weights`, after each call of
+        :meth:`weights` (before it if :attr:`observes_first`).
         """
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
         """Return the scalar to back-propagate, ``sum_i weights_i losses_i``, and call :meth:`observe`.
 
         The weights are those from before :meth:`observe`, so that the last step of an epoch still has the weights of
-        its epoch. RLW, which draws in :meth:`observe`, and FAMO, for which the losses of a step say how the step before
-        it went, observe first. ``losses [K]`` are attached to the model's graph. ``counts`` is accepted for the common
-        interface and unused.
+        its epoch. RLW, which draws in :meth:`observe`, and FAMO, which measures the improvement of the previous step by
+        the losses of this step, observe first. ``losses [K]`` are attached to the model's graph. ``counts`` is accepted
+        for the common interface and unused.
         """
         self._check(losses)
         if self.observes_first:

@@ -151,7 +151,10 @@ class ExpertBank(nn.Module):
         return self.experts[i]
 
     def forward(self, x: Tensor, t: Tensor | int, *args: Any, **kwargs: Any) -> Any:
-        """Run the expert of t. If t int64 [B] belongs to several experts, return [B, ...] in batch order."""
+        """Run the expert of t.
+
+        If t int64 [B] belongs to several experts, return their outputs as one tensor [B, ...], in batch order.
+        """
         if self.only is not None:
             return self.expert(self.only)(x, t, *args, **kwargs)
         if not isinstance(t, Tensor) or (t.numel() == 1 and t.device.type == "cpu"):

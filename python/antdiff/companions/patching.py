@@ -50,8 +50,8 @@ class MixtureOfPrompts(nn.Module):
         balancing: the losses of :meth:`balancing_loss`. With ``"corrected"``, importance is the sum of a prompt's gates
             over the batch, as in Shazeer et al. (2017), and the load counts gates above zero. ``"published"`` repeats
             three mistakes of the released code: importance is the variation over all B x N gates, which also pushes
-            every *sample* to use all prompts equally; the load is no variation, but the sum over the prompts of the
-            mean load of the blocks, about B k; and for k = N it counts gates *below* zero, which do not exist.
+            every *sample* to use all prompts equally; the load is not a variation but the sum over the prompts of
+            the mean load of the blocks, about B k; and for k = N it counts gates *below* zero, which do not exist.
 
     Raises:
         TypeError, ValueError: a size is below 1, k lies outside [1, N], or ``balancing`` is unknown.

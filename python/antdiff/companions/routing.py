@@ -155,8 +155,8 @@ class ChannelRouting:
         Args:
             t: timestep argument of the model: int [B] or one int in [0, T). With ``rank``, any float [B].
             channels: C, the width of one of the routed blocks.
-            block: which of the blocks of this width, in the order in which they were found or given. Blocks of equal
-                width differ only in random mode.
+            block: index among the blocks of this width, in the order in which they were found or given. Blocks of
+                equal width differ only in random mode.
         """
         if channels not in self._starts:
             raise ValueError(
@@ -164,7 +164,10 @@ class ChannelRouting:
             )
         same = [i for i, point in enumerate(self.points) if point.channels == channels]
         if not 0 <= block < len(same):
-            raise ValueError(f"block must be in [0, {len(same)}), the routed blocks of this width; got {block}.")
+            raise ValueError(
+                f"block must be in [0, {len(same)}), as {len(same)} routed blocks have width {channels}; got {block}. "
+                "Count the blocks of each width from 0."
+            )
         index, bad = self._index(t)
         mask = self._mask(index, self._key(same[block], channels))
         return mask if bad is None else mask.float().masked_fill(bad[:, None], torch.nan)
@@ -269,7 +272,7 @@ class _RoutedBlock:
     def __init__(self, routing: ChannelRouting, point: _Point, key: tuple[int, int]) -> None:
         self.routing = routing
         self.point = point
-        self.key = key  # of its mask
+        self.key = key  # key of the mask in ChannelRouting._masks
         self._skipped: Tensor | None = None
 
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:

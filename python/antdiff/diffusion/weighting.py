@@ -33,8 +33,8 @@ def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "ep
 
     Args:
         log_snr: ``[T]``. -inf (no signal left) is allowed; the weight is then 1 for every prediction, as in the
-            authors' code. This is the limit for epsilon. For x_0 and v the limit is 0, with which a network would never
-            be trained at the timestep at which sampling starts.
+            authors' code. This is the limit for epsilon. For x_0 and v the limit is 0, but then the network would
+            never be trained at the timestep at which sampling starts.
         gamma: > 0; 5 in the paper.
         prediction: the quantity that the network predicts.
 
