@@ -37,18 +37,18 @@ def gram_weights(
 ) -> Tensor:
     """Compute weights w such that ``w^T J`` is the direction of ``method`` for gradients J with Gram matrix ``gram``.
 
-    ========== ============================================================================================
-    method     direction, of gradients g_i with mean g_0
-    ========== ============================================================================================
-    upgrad     mean of the projections of the g_i onto the dual cone ``{d: <d, g_j> >= 0}`` (Quinton 2024)
-    dualproj   projection of g_0 onto the dual cone (GEM, Lopez-Paz 2017)
-    aligned_mtl  g_0 after all non-zero singular values of J are set to the smallest one (Senushkin 2023)
-    mgda       the shortest convex combination of the g_i (Desideri 2012, Sener 2018)
-    cagrad     the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>`` (Liu 2021)
-    imtl_g     equal projections onto all g_i, weights with sum 1 (Liu 2021)
-    config     equal cosines with all g_i; its length is the mean of their projections onto it (Liu 2025: the sum)
-    fairgrad   ``(G w)_i = w_i^(-1/alpha)``, alpha-fair utilities (Ban 2024); alpha = 1 is NashMTL
-    ========== ============================================================================================
+    =========== ==================================================================================================
+    method      direction, of gradients g_i with mean g_0
+    =========== ==================================================================================================
+    upgrad      mean of the projections of the g_i onto the dual cone ``{d: <d, g_j> >= 0}`` (Quinton 2024)
+    dualproj    projection of g_0 onto the dual cone (GEM, Lopez-Paz 2017)
+    aligned_mtl g_0 after all non-zero singular values of J are set to the smallest one (Senushkin 2023)
+    mgda        the shortest convex combination of the g_i (Desideri 2012, Sener 2018)
+    cagrad      the d with ``|d - g_0| <= c |g_0|`` and the greatest ``min_i <d, g_i>`` (Liu 2021)
+    imtl_g      equal projections onto all g_i, weights with sum 1 (Liu 2021)
+    config      equal cosines with all g_i; its length is the mean of their projections onto it (Liu 2025: the sum)
+    fairgrad    ``(G w)_i = w_i^(-1/alpha)``, alpha-fair utilities (Ban 2024); alpha = 1 is NashMTL
+    =========== ==================================================================================================
 
     No method depends on the unit of J: multiplying J by a positive number gives the same weights, bit for bit if the
     number is a power of two. The weights of fairgrad are the exception; they scale as
