@@ -15,7 +15,7 @@ from grams import KINDS, gram, rows, worst_condition
 from tolerances import ADAM_AT_REST, CLARABEL, LOG_SHARES, minimiser, nash, power
 from torch import Tensor
 
-from antdiff import BalancedBackward, balancing, ops
+from antdiff import BalancedBackward, ClusterGradients, balancing, ops
 from antdiff.balancing import Balancer, DirectionBalancer, Linear, NashMTL, PCGrad, UncertaintyWeighting
 
 GRAM_METHODS = [name for name in balancing.names() if balancing.get(name).needs == "gram"]
@@ -286,6 +286,77 @@ def test_nash() -> None:
     assert torch.equal(NashMTL(max_norm=1.0).weights(opposed), ops.nash_weights(opposed))
     with pytest.raises(ValueError, match="max_norm must be positive"):
         NashMTL(max_norm=0.0)
+
+
+def test_published_nash_is_the_step_of_ant() -> None:
+    """ANT back-propagates sum(alpha_i loss_i) / K with alpha of every 25th step, and clips to norm 1 in every step.
+
+    At a solution the length is 1 / sqrt(K), so the clip does nothing there.
+    """
+    k, published = 5, balancing.get("nash")(**balancing.published("nash"))
+    assert published.update_every == 25
+    alpha, lengths = torch.zeros(k, dtype=torch.float64), []
+    for step in range(27):
+        J = torch.randn(k, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(step)) * (1 + step)
+        if step % 25 == 0:
+            alpha = ops.reference.nash_weights(J @ J.T)
+            torch.testing.assert_close((J @ J.T) @ alpha, 1 / alpha, rtol=nash(100), atol=0)
+        g = alpha @ J / k
+        want = g / max(1.0, float(g.norm()))
+        torch.testing.assert_close(published.weights(gram(J)) @ J, want, rtol=1e-9, atol=1e-12)
+        lengths.append(float(want.norm()))
+    assert lengths[0] == pytest.approx(5**-0.5)
+    assert lengths[25] == pytest.approx(5**-0.5)
+    assert lengths[24] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean"}])
+@pytest.mark.parametrize("max_norm", [None, 0.3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_steps_between_two_solutions_respect_max_norm(
+    dtype: torch.dtype, max_norm: float | None, options: dict[str, Any]
+) -> None:
+    """A backward without a Jacobian gives p.grad the length that the Gram matrix of the step would have given it."""
+    k, n = 3, 12
+    g = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / 2)
+    model.to(dtype)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6) if dtype == torch.float16 else None
+    nash_mtl, twin = (NashMTL(max_norm=max_norm, update_every=3, nonfinite="poison", **options) for _ in range(2))
+    backward, gradients = BalancedBackward(model, nash_mtl, k=k, scaler=scaler), ClusterGradients(model, k=k)
+    seen: list[Tensor] = []
+    first = next(model.parameters())
+    first.register_hook(lambda grad: seen.append(grad.clone()))
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return (model(x)[:, 0] - x.sum(1)).square()
+
+    for step in range(5):
+        x = (torch.randn(n, 4, generator=g) * (1 + step) / 4).to(dtype)
+        cluster = torch.arange(n) % k
+        jacobian = gradients(loss_fn, (x,), cluster)
+        weights = twin.weights(jacobian.gram())
+        want = [torch.einsum("k, k... -> ...", weights, row.double()) for row in jacobian.rows if row is not None]
+        seen.clear()
+        result = backward(loss_fn, (x,), cluster)
+        assert result.weights is not None
+        # float32 norms; float16 gradients of the loss scale 64, summed over the samples in another order
+        tolerance = 1e-6 if scaler is None else 0.02
+        torch.testing.assert_close(result.weights, weights, rtol=tolerance, atol=0)
+        length = torch.cat([y.flatten() for y in want]).norm()
+        for p, grad in zip(model.parameters(), want, strict=True):
+            assert p.grad is not None
+            assert (
+                p.grad.double() / (1.0 if scaler is None else scaler.get_scale()) - grad
+            ).norm() <= tolerance * length
+        if max_norm is not None:
+            assert length <= max_norm * (1 + tolerance)
+        assert len(seen) == 1  # a hook sees the limited gradient
+        assert first.grad is not None
+        assert torch.equal(seen[0], first.grad)
 
 
 def test_nash_with_cvxpy() -> None:

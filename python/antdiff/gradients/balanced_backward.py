@@ -17,7 +17,7 @@ from antdiff.distributed.schemes import Scheme
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
 from antdiff.gradients.cluster_gradients import ClusterGradients
 from antdiff.gradients.jacobian import ClusterJacobian
-from antdiff.gradients.parameters import dense_grads, finish_grads, without_hooks
+from antdiff.gradients.parameters import dense_grads, finish_grads, limit_norm, without_hooks
 from antdiff.gradients.ranked import rank_counts
 from antdiff.gradients.routes import LossFn, Route, Scaler, loss_scale
 from antdiff.gradients.samples import Samples, with_dims
@@ -54,7 +54,7 @@ class BalancedBackward:
     If the method needs gradients, a call computes the K cluster gradients, their Gram matrix, its weights, and their
     combination. On the calls between two solutions of a method with ``update_every=M`` the weights are known
     beforehand. Such a call is one plain backward of the weighted losses, without a Jacobian, at exactly the cost of a
-    plain step. If the method needs only losses (uncertainty weighting), every call is one plain backward.
+    plain step. A method with ``max_norm`` limits the length of ``p.grad`` in it too. If the method needs only losses (uncertainty weighting), every call is one plain backward.
 
     On several ranks (plain, DistributedDataParallel, FSDP2) every rank computes the same weights from the Gram matrix
     of the whole batch, and ends with the same ``p.grad``. No broadcast is needed: balancers start in the same state and
@@ -243,6 +243,10 @@ class BalancedBackward:
         except ValueError:
             self._clear()
             raise
+        max_norm = getattr(self.balancer, "max_norm", None)
+        if max_norm is not None:  # the balancer could limit the length only with the Gram matrix of this step
+            factor = limit_norm(gradients.params, max_norm * loss_scale(self.scaler, cluster.device))
+            weights = weights * factor.to(weights)
         self._finish()
         return BackwardResult(losses, total.to(torch.int64), weights, None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,3 +96,25 @@ def dense_grads(params: Iterable[Tensor]) -> None:
     for p in params:
         if p.grad is not None and p.grad.layout is not torch.strided:
             p.grad = p.grad.to_dense()
+
+
+def limit_norm(params: Iterable[Tensor], limit: Tensor | float) -> Tensor:
+    """Scale all ``p.grad`` down to norm ``limit`` together if they are longer; return the factor, float32 ``[]``.
+
+    The norm is that of whole gradients, also where ``p.grad`` is a shard, so every rank has to call this function.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    by_mesh: dict[Any, list[Tensor]] = {}  # None for plain tensors
+    for grad in grads:
+        by_mesh.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms: list[Tensor] = []
+    for mesh, group in by_mesh.items():
+        whole: Any = torch.nn.utils.get_total_norm([x.float() if x.itemsize < 4 else x for x in group])
+        norms.append((whole if mesh is None else whole.full_tensor()).float())
+    if not norms:
+        return torch.ones(())
+    factor: Tensor = (limit / torch.stack([x.to(norms[0].device) for x in norms]).norm()).clamp(max=1)
+    for grad in grads:
+        local: Any = getattr(grad, "_local_tensor", grad)
+        local.mul_(factor.to(local.device))
+    return factor
