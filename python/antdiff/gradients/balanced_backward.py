@@ -54,7 +54,8 @@ class BalancedBackward:
     If the method needs gradients, a call computes the K cluster gradients, their Gram matrix, its weights, and their
     combination. On the calls between two solutions of a method with ``update_every=M`` the weights are known
     beforehand. Such a call is one plain backward of the weighted losses, without a Jacobian, at exactly the cost of a
-    plain step. A method with ``max_norm`` limits the length of ``p.grad`` in it too. If the method needs only losses (uncertainty weighting), every call is one plain backward.
+    plain step. A method with ``max_norm`` limits the length of ``p.grad`` in it too. If the method needs only losses
+    (uncertainty weighting), every call is one plain backward.
 
     On several ranks (plain, DistributedDataParallel, FSDP2) every rank computes the same weights from the Gram matrix
     of the whole batch, and ends with the same ``p.grad``. No broadcast is needed: balancers start in the same state and
