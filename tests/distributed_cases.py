@@ -461,7 +461,11 @@ def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
     mine = torch.arange(B) % world == rank
     x, y = samples(B)
     errors: dict[Any, Any] = {}
-    cases: list[tuple[str, dict[str, Any]]] = [("pcgrad", {"update_every": 2}), *((name, {}) for name in LOSSES)]
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("pcgrad", {"update_every": 2}),
+        ("nash", {"update_every": 3, "max_norm": 1e-2}),  # shorter than the gradients of the steps between
+        *((name, {}) for name in LOSSES),
+    ]
     for name, options in cases:
 
         def make(name: str = name, options: dict[str, Any] = options) -> Any:
@@ -474,8 +478,11 @@ def balanced_backward(rank: int, world: int) -> dict[Any, Any]:
         for _ in range(3):
             losses = whole(losses_of(alone), (x, y), cluster).losses
             want.append(([g.clone() for g in grads(alone)], losses))
+            if "max_norm" in options:
+                length = torch.cat([g.flatten() for g in grads(alone)]).norm()
+                assert abs(float(length) / options["max_norm"] - 1) < 1e-12
             optimizer.step()
-        kinds = ("plain", "ddp", "fsdp") if name in ("pcgrad", "uw") else ("plain",)
+        kinds = ("plain", "ddp", "fsdp") if name in ("pcgrad", "nash", "uw") else ("plain",)
         for kind in kinds:
             model = sharded() if kind == "fsdp" else network()
             called = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model

@@ -99,7 +99,7 @@ def dense_grads(params: Iterable[Tensor]) -> None:
 
 
 def limit_norm(params: Iterable[Tensor], limit: Tensor | float) -> Tensor:
-    """Scale all ``p.grad`` down to norm ``limit`` together if they are longer; return the factor, float32 ``[]``.
+    """Scale all ``p.grad`` down to norm ``limit`` together if they are longer; return the factor, float64 ``[]``.
 
     The norm is that of whole gradients, also where ``p.grad`` is a shard, so every rank has to call this function.
     """
@@ -110,9 +110,9 @@ def limit_norm(params: Iterable[Tensor], limit: Tensor | float) -> Tensor:
     norms: list[Tensor] = []
     for mesh, group in by_mesh.items():
         whole: Any = torch.nn.utils.get_total_norm([x.float() if x.itemsize < 4 else x for x in group])
-        norms.append((whole if mesh is None else whole.full_tensor()).float())
+        norms.append((whole if mesh is None else whole.full_tensor()).double())
     if not norms:
-        return torch.ones(())
+        return torch.ones((), dtype=torch.float64)
     factor: Tensor = (limit / torch.stack([x.to(norms[0].device) for x in norms]).norm()).clamp(max=1)
     for grad in grads:
         local: Any = getattr(grad, "_local_tensor", grad)
