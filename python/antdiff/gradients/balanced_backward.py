@@ -304,7 +304,7 @@ class BalancedBackward:
         if all(p.grad is None for p in params):  # there was no sample
             for p in params:
                 p.grad = torch.zeros_like(p)
-        finish_grads(self.gradients.model, params=params)
+        finish_grads(self.gradients.model.parameters(), params=params)
 
     def _reduce(self) -> None:
         gradients = self.gradients

@@ -76,7 +76,7 @@ class HeldJacobian:
     def combine(self, weights: Tensor) -> None:
         store = self._store
         mixed.combine(weights, self.rows, store.grads())
-        finish_grads(store.model, store.unreached())
+        finish_grads((p for _, p in store.named), store.unreached())
 
     def write(self, direction: Sequence[Tensor | None]) -> None:
         check_direction(self.rows, direction)
@@ -84,7 +84,7 @@ class HeldJacobian:
         for (_, p), d in zip(store.named, direction, strict=True):
             if d is not None:
                 p.grad = d.to(p.dtype)
-        finish_grads(store.model, store.unreached())
+        finish_grads((p for _, p in store.named), store.unreached())
 
     def revoke(self) -> None:
         self._buffers = None

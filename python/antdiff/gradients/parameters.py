@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @contextmanager
@@ -19,14 +19,16 @@ def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
     Raises:
         ValueError: hooks that cannot be switched off.
     """
-    params = list(params)
-    if any("_in_backward_optimizers" in vars(p) for p in params):
+    dicts, refused = [], False
+    for p in params:
+        refused = refused or hasattr(p, "_in_backward_optimizers")
+        dicts += [d for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]  # type: ignore[attr-defined]
+    if refused:
         raise ValueError(
             "model must not have hooks on the AccumulateGrad nodes of its parameters, which would see the gradient of "
             "every cluster; got those of torch.distributed.optim._apply_optimizer_in_backward. Step each optimizer in "
             "a hook of p.register_post_accumulate_grad_hook, which sees the combined gradient."
         )
-    dicts = [d for p in params for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]  # type: ignore[attr-defined]
     saved = [dict(d) for d in dicts]
     for d in dicts:
         d.clear()
@@ -52,18 +54,21 @@ def isolated(params: Sequence[Tensor]) -> Iterator[None]:
             p.grad = grad
 
 
-def finish_grads(model: nn.Module, unreached: Iterable[Tensor] = (), params: Sequence[Tensor] | None = None) -> None:
+def finish_grads(
+    parameters: Iterable[Tensor], unreached: Iterable[Tensor] = (), params: Sequence[Tensor] | None = None
+) -> None:
     """Complete a step that has written ``p.grad`` of the trainable parameters.
 
     As after a plain backward into empty gradients, ``p.grad`` is None for a frozen parameter and for one that no sample
     has reached. Then the gradient hooks see the others, each once.
 
     Args:
+        parameters: those that the model shows, trainable or not.
         unreached: the parameters that no sample has reached.
-        params: the trainable parameters, if they are not those that ``model`` shows.
+        params: the trainable parameters, if they are not among ``parameters`` (FSDP2's shards).
     """
     trained = []
-    for p in model.parameters():
+    for p in parameters:
         if p.requires_grad:
             trained.append(p)
         else:

@@ -264,7 +264,7 @@ class RankedJacobian:
         # This waits for the device, and only on a rank with a parameter that its own samples have not reached.
         missed = [] if self._missed is None else self._missed.tolist()
         unreached = [] if all(missed) else [p for p, x in zip(params, missed, strict=True) if x]
-        finish_grads(self._model, unreached, params)
+        finish_grads(self._model.parameters(), unreached, params)
 
     def revoke(self) -> None:
         self._buffers = None

@@ -14,7 +14,10 @@ from antdiff.ops.gram import gram as _gram
 
 def gram(rows: Iterable[Tensor | None]) -> Tensor:
     """Return the Gram matrix of rows ``[k, *shape]`` whose dtypes may differ: the sum over the dtypes."""
-    first, *others = [_gram(group) for group in _by_dtype(rows) or [[]]]
+    rows = list(rows)
+    if len({x.dtype for x in rows if x is not None}) <= 1:  # as in almost every network
+        return _gram(rows)
+    first, *others = [_gram(group) for group in _by_dtype(rows)]
     for x in others:
         first += x
     return with_precision(first, *map(precision_of, (first, *others)))
@@ -34,6 +37,9 @@ def combine(weights: Tensor, rows: Sequence[Tensor | None], out: Sequence[Tensor
         rows: ``[k, *shape]`` per parameter, or None.
         out: contiguous ``[*shape]`` per parameter, None where ``rows`` has None.
     """
+    if len({x.dtype for x in (*rows, *out) if x is not None}) <= 1:
+        _combine(weights, rows, out=out)
+        return
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for x, y in zip(rows, out, strict=True):
         if x is not None and y is not None:

@@ -154,7 +154,7 @@ class GramMode(GroupedMode):
         for s in self._roots:
             s.drop()
         self._combined = True
-        finish_grads(self.model, missed)
+        finish_grads(self.model.parameters(), missed)
 
 
 def _parameters_of(x: Tensor) -> Iterator[Tensor]:

@@ -70,6 +70,7 @@ class GroupedMode(TorchFunctionMode):
         batch: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
+        self._model = model
         self.clustered = clustered
         self.probe = probe
         self._in_backward = False
@@ -79,7 +80,6 @@ class GroupedMode(TorchFunctionMode):
         self._derived: list[Sink] = []
         # The tensors are kept alive, so that no id is reused while the mode is active.
         self._shared: dict[int, Tensor] = {id(x): x for x in own_tensors(model)}
-        self._owned = set(self._shared)
         self._expanded: dict[int, Tensor] = {}
         # Tensors whose rows belong to unknown samples, and the op that lost track. Storages, of those written in place.
         self._untracked: dict[int, tuple[Tensor, str]] = {}
@@ -120,7 +120,7 @@ class GroupedMode(TorchFunctionMode):
             self._mark_rows(out, args, kwargs)
         if writes_in_place(func) or "out" in kwargs:
             for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
-                if id(x) in shared and (x.requires_grad or id(x) not in self._owned):
+                if id(x) in shared and (x.requires_grad or all(x is not y for y in own_tensors(self._model))):
                     self._unshare(x)
         return out
 
