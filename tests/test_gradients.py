@@ -196,17 +196,18 @@ def test_the_code_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, noise, t, cluster = torch.randn(10, 8), torch.randn(10, 8), torch.arange(10), torch.arange(10) // 2
 
     def loss_fn(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return (names["model"](x) - noise).square().mean(1)
+        return (names["model"](x) - noise.reshape(len(x), -1)).square().mean(1)
 
     names = {
         **{"antdiff": antdiff, "torch": torch, "balancing": balancing, "model": model, "loss_fn": loss_fn},
         **{"x": x, "noise": noise, "t": t, "cluster": cluster, "batch": (x, noise, t)},
         "balancer": balancing.PCGrad(),
+        "table": torch.randn(10, 8),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "micro_batches": [((x[i::2], noise[i::2], t[i::2]), cluster[i::2]) for i in (0, 1)],
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         for p in model.parameters():
             p.grad = None

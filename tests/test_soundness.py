@@ -177,6 +177,33 @@ def test_a_table_that_the_loss_looks_up_is_no_packing() -> None:
         cg(lambda x, index: model(x[index]).square().mean(1), (images[:4], index % 4), CLUSTER)
 
 
+class Levels(nn.Module):
+    """Reads a table that the loss function holds, with as many rows as divide by the batch, behind a closed gate."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.x, self.t, self.gate = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+        self.hidden = lambda: table
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = torch.tanh(self.t(self.hidden()))[:3].expand(len(x), -1, -1)
+        return self.x(x) + self.gate * c * x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_constant_of_the_loss_has_no_samples(rows: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Levels(torch.randn(rows, 4)), torch.randn(4, 3, 4)
+    options: dict[str, Any] = {"compile": {"backend": "aot_eager"}} if compiled else {}
+    cg = ClusterGradients(model, 2, **options)
+    cg(squares(model), (x,), CLUSTER)
+    assert cg.explain().startswith("route 'grouped'"), cg.explain()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    assert error(model, cg, squares(model), (x,), CLUSTER) < EXACT
+
+
 def test_another_batch_size_is_probed_before_it_is_used() -> None:
     """Eight frames of four samples are one chunk. Sixteen frames of eight samples are two, each of eight rows."""
     torch.manual_seed(0)

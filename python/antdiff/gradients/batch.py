@@ -122,7 +122,8 @@ class ClusteredBatch:
         """
         m = self.repeats(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        per_sample = x.reshape(self.B, -1).to(dtype) if m == 1 else x.reshape(self.B, m, -1).sum(1, dtype=dtype)
+        n = x.numel() // x.shape[0]  # not -1, which is ambiguous for tensors without elements
+        per_sample = x.reshape(self.B, n).to(dtype) if m == 1 else x.reshape(self.B, m, n).sum(1, dtype=dtype)
         if type(per_sample) is Tensor and per_sample.is_cpu:  # not a tensor of a compiler, which needs the order
             return per_sample.new_zeros(self.k, per_sample.shape[1]).index_add_(0, self.cluster, per_sample)
         if type(per_sample) is Tensor and per_sample.is_cuda:

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from antdiff.gradients.batch import ClusteredBatch, GroupingError, PaddedBatch
 from antdiff.gradients.grouped.mode import LEAK, SECOND_ORDER, GroupedMode, no_autocast, own_tensors, pull_back
 from antdiff.gradients.grouped.recorder import Write
+from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import FunctionalSink, Sink
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -50,7 +51,7 @@ class CompiledLoss:
         self.programs = 0
         self._inner, self._fullgraph = backend, fullgraph
         self._last: tuple[LossFn, LossFn] | None = None
-        self._now: tuple[ClusteredBatch, dict[int, Tensor]] | None = None
+        self._now: tuple[ClusteredBatch, dict[int, Tensor], set[int]] | None = None
 
     def __call__(
         self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, sinks: list[Sink]
@@ -60,7 +61,8 @@ class CompiledLoss:
             loss = getattr(loss_fn, "_torchdynamo_orig_callable", loss_fn)
             self._last = loss_fn, torch.compile(loss, backend=self._capture, fullgraph=self._fullgraph, dynamic=False)
         leaves = [s.tensor.detach().expand(clustered.k, *s.tensor.shape).requires_grad_() for s in sinks]
-        self._now = clustered, {id(s.tensor): leaf for s, leaf in zip(sinks, leaves, strict=True)}
+        samples = set(map(id, Samples.of(batch, clustered.B).tensors()))
+        self._now = clustered, {id(s.tensor): leaf for s, leaf in zip(sinks, leaves, strict=True)}, samples
         try:
             return self._last[1](*batch), leaves
         finally:
@@ -76,7 +78,7 @@ class CompiledLoss:
                     "a graph compiled for cluster gradients can only run inside ClusterGradients, and it was called "
                     "outside. Compile the loss function again for other uses."
                 )
-            clustered, leaves = self._now
+            clustered, leaves, samples = self._now
             values = [*(leaves.get(id(x), x) for x in inputs), clustered.cluster]
             trained = tuple(id(x) in leaves for x in inputs)
             key: tuple[Any, ...] = (tuple(clustered.sizes), trained, torch.is_grad_enabled())
@@ -91,6 +93,9 @@ class CompiledLoss:
                 own = {id(x): "" for x in own_tensors(self.model)}
                 own.update((id(x), name) for name, x in self.model.named_parameters())
                 names = {i: own[id(x)] for i, x in enumerate(inputs) if id(x) in own}
+                if any(id(x) in samples for x in inputs):  # else the graph starts in the middle of the forward
+                    constant = (i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.requires_grad)
+                    names |= {i: "" for i in constant if i not in names and id(inputs[i]) not in samples}
                 traced = partial(_traced, graph, len(inputs), clustered.sizes, names, trained, self.separable)
                 n_outputs = len(graph.graph.output_node().args[0])  # type: ignore[arg-type]
                 programs[key] = self._inner(_single_call(traced, len(values), n_outputs), values)
@@ -131,7 +136,7 @@ def _traced(
     """Run the graph with taps. AOTAutograd calls this function with fake tensors.
 
     Args:
-        names: the names of the inputs that are the model's own tensors, by position.
+        names: the names of the inputs that are the model's own tensors, by position; empty for constants of the loss.
         trained: whether each input is a trainable parameter, given as its leaf.
         values: the inputs, then the cluster of each sample, then, if clusters are padded, the arguments ``index`` and
             ``there`` of :class:`PaddedBatch`.

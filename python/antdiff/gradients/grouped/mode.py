@@ -7,7 +7,8 @@ which is computed here cluster by cluster: the FLOPs are the same, and K x P num
 :class:`GroupedMode` sees every torch function that a network calls, so the network needs no change. The mode
 distinguishes two kinds of tensors:
 
-- A *shared* tensor is a parameter, a buffer, or computed from such tensors alone. It does not depend on the batch.
+- A *shared* tensor is a parameter, a buffer, a constant that the loss function holds, or computed from such tensors
+  alone. It does not depend on the batch.
 - Any other tensor is *varying*. Its first dimension is the batch.
 
 If an op applies a shared tensor that needs a gradient to a varying one, the op runs on the detached shared tensor. A
@@ -95,7 +96,7 @@ class GroupedMode(TorchFunctionMode):
         varies, trainable = False, []
         for x in tensors_in(args, kwargs):
             if id(x) not in shared:
-                varies = True
+                varies = varies or self._may_have_rows(x)
             elif x.requires_grad:
                 trainable.append(x)
         if not varies:
@@ -148,7 +149,7 @@ class GroupedMode(TorchFunctionMode):
     # ---- the interface of the rules: see Recorder --------------------------------------------------------------------
 
     def varies(self, x: Any) -> bool:
-        return isinstance(x, Tensor) and id(x) not in self._shared
+        return isinstance(x, Tensor) and id(x) not in self._shared and self._may_have_rows(x)
 
     def trains(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.requires_grad and id(x) in self._shared
@@ -276,12 +277,18 @@ class GroupedMode(TorchFunctionMode):
             for x in tensors_in((out,), {}):
                 x._antdiff_rows = True  # type: ignore[attr-defined]
 
+    def _may_have_rows(self, x: Tensor) -> bool:
+        """Return whether ``x`` may depend on the batch: all tensors may if the samples are not known.
+
+        Otherwise a tensor that was computed neither from the batch nor with a graph is a constant. Taking a constant
+        for rows of samples would be wrong; taking rows for a constant only holds K gradients of them.
+        """
+        return not self._samples or x.requires_grad or id(x) in self._samples or hasattr(x, "_antdiff_rows")
+
     def _has_rows(self, x: Any) -> bool:
         """Return whether ``x`` was computed from the batch."""
         return isinstance(x, Tensor) and (
-            (x.requires_grad and id(x) not in self._shared)
-            or id(x) in self._samples
-            or getattr(x, "_antdiff_rows", False)
+            (x.requires_grad and id(x) not in self._shared) or id(x) in self._samples or hasattr(x, "_antdiff_rows")
         )
 
     def _follow(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

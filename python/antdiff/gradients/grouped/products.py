@@ -75,7 +75,7 @@ def _flat(x: Tensor) -> Tensor:
 
     For a detached weight and an input that is not contiguous, torch would instead compute a batched product of copies.
     """
-    return autocast_operand(x).reshape(-1, x.shape[-1])
+    return autocast_operand(x).flatten(0, -2)
 
 
 def _linear_grads(
