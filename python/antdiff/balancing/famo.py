@@ -36,7 +36,7 @@ class FAMO(LossBalancer):
         when="K gradients cost too much, and the losses are not too noisy",
         invariant=True,
         published="The losses are evaluated again on the same batch after each step: call update(losses). The gradient "
-        "of the model is clipped to norm 1, and weight_decay is 0.001 for QM9.",
+        "of the model is clipped to norm 1, and weight_decay is 0.001 for QM9 and NYUv2.",
     )
 
     _logits: Tensor  # [K]

@@ -33,6 +33,8 @@ class GradDrop:
         solves="for each parameter, draws a sign with a probability proportional to the sum of its gradients of that "
         "sign, and takes this sum, divided by K",
         when="conflicts are in single parameters; the method adds noise",
+        published="The published direction is the sum over the clusters, K times this one. LibMTL restricts the method "
+        "to gradients of a shared representation; here it acts on the gradients of all parameters.",
     )
 
     def __init__(self, *, generator: torch.Generator | None = None, seed: int = 0) -> None:

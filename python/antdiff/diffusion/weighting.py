@@ -101,6 +101,9 @@ class NoiseLevelUncertainty(nn.Module):
     that all levels contribute equally to the gradient. The module weights single samples; a balancing method can then
     act on the cluster means of its output.
 
+    In the authors' code, u is a linear layer that normalises its weights, like all layers of their network. Here it is
+    a plain one, which starts at zero.
+
     Args:
         channels: number of Fourier features; 128 in the paper.
         generator: draws the frequencies and phases once. They are saved in the state dict.
