@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import shlex
 import subprocess
@@ -96,6 +97,8 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be distinct"),
         (["cluster", "-k", "2000"], "k must be at most T"),
+        (["train", "--steps", "0"], "error: steps must be at least 1; got 0"),
+        (["compare", "-k", "9", "--batch-size", "3"], "error: k must be at most batch_size"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -108,6 +111,26 @@ def test_mistakes_end_in_one_line(
     assert error.startswith("antdiff: error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--device", "cuda:99"], "device must be one that torch can use; got 'cuda:99'"),
+        (["--data", "images", "--image-size", "15"], "image_size must be a multiple of 2, for the UNet"),
+        (["--data", "images", "--image-size", "34", "--model", "dit"], "image_size must be a multiple of 4, the patch"),
+    ],
+)
+def test_a_setting_that_does_not_fit_leaves_no_folder_behind(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for i in range(20):
+        Image.new("L", (8, 8), i).save(f"images/{i}.png")
+    assert main(["train", *args, "--out", "run"]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_a_run_that_stops_early_says_how_to_go_on(
@@ -197,6 +220,22 @@ def test_help_and_mistyped_names_need_no_torch() -> None:
     assert done.stdout.endswith("False\n")
     assert "aligned_mtl" in done.stdout
     assert "'imtl_l', 'famo', 'stch'" in done.stderr
+
+
+def test_help_wraps_at_the_width_of_the_terminal_and_not_where_the_source_does() -> None:
+    code = "import sys; from antdiff.cli import main; main(sys.argv[1:])"
+    for args in (["train"], ["analyze", "affinity"]):
+        run = [sys.executable, "-c", code, *args, "--help"]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "1000"})
+        text = re.sub(r"[│ ]+", " ", done.stdout)
+        assert "linear (the plain mean over clusters)" in text or args != ["train"]
+        assert "auto is exact if that fits into the memory" in text or args == ["train"]
+        assert "{None}|PATH" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("antdiff ")
 
 
 def test_compare_all_is_every_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
+    if argv == ["--version"]:
+        from antdiff.info import version
+
+        print(f"antdiff {version('antdiff') or '(source tree)'}")
+        return 0
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
             raise ValueError(
@@ -48,6 +53,7 @@ def _run(argv: list[str]) -> int:
     import tyro
 
     from antdiff.cli import analyze, cluster, compare, results, train
+    from antdiff.cli.options import unwrapped
 
     prog, description = "antdiff", "Train diffusion models as multi-task learners."
     commands: list[Callable[..., int]] = [
@@ -59,7 +65,7 @@ def _run(argv: list[str]) -> int:
         commands, argv = [analyze.affinity, analyze.conflict, analyze.transfer], argv[1:]
     app = tyro.extras.SubcommandApp()
     for function in commands:
-        app.command(function)
+        app.command(unwrapped(function))
     # tyro gives a one-letter option two dashes, but people type one.
     args = [f"-{arg}" if arg in ("-k", "-n", "-T") else arg for arg in argv] or ["--help"]
     status: int = app.cli(prog=prog, args=args, description=description)

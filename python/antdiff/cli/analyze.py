@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from antdiff._command import command
+from antdiff.cli.options import OptionalPath
 
 
 def analyze() -> int:
@@ -25,7 +26,7 @@ def affinity(
     k: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    out: Path | None = None,
+    out: OptionalPath = None,
 ) -> int:
     """Measure task affinity: do the gradients of two timesteps point the same way?
 
@@ -62,10 +63,10 @@ def conflict(
     batch_size: int | None = None,
     batches: int = 32,
     repeats: int = 5,
-    clusters: Path | None = None,
+    clusters: OptionalPath = None,
     seed: int = 0,
     device: str = "auto",
-    out: Path | None = None,
+    out: OptionalPath = None,
 ) -> int:
     """Measure how often the gradients of the clusters conflict, in batches and in expectation, at each checkpoint.
 
@@ -96,7 +97,7 @@ def transfer(
     steps: int | None = None,
     samples: int = 1000,
     device: str = "auto",
-    out: Path | None = None,
+    out: OptionalPath = None,
 ) -> int:
     """Measure the negative transfer gap: compare a specialist of each cluster with a joint model.
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from antdiff.cli.options import OptionalPath
 from antdiff.train.config import TrainConfig
 
 Schedule = Literal["linear", "cosine", "ldm", "sd", "flow"]  # antdiff.diffusion.SCHEDULES; a test compares them
 
 
 def cluster(
-    run: tyro.conf.Positional[Path | None] = None,
+    run: tyro.conf.Positional[Annotated[OptionalPath, tyro.conf.arg(metavar="[PATH]")]] = None,
     schedule: Schedule = "cosine",
     T: int = 1000,
     by: str = "log-snr",
     k: int = 5,
-    save: Path | None = None,
-    plot: Path | None = None,
+    save: OptionalPath = None,
+    plot: OptionalPath = None,
 ) -> int:
     """Print, save and plot the timestep clusters of a noise schedule or of a run.
 

@@ -8,7 +8,8 @@ from typing import Literal
 
 import tyro
 
-from antdiff.train.config import METHODS, Companion, TrainConfig
+from antdiff.cli.options import Settings
+from antdiff.train.config import METHODS, Companion
 
 COMPARE_STEPS = 800
 _COMPARED = (*METHODS, "all")
@@ -16,7 +17,7 @@ Compared = Literal[_COMPARED]  # type: ignore[valid-type]
 
 
 def compare(
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
+    config: tyro.conf.OmitArgPrefixes[Settings] = Settings(steps=COMPARE_STEPS),  # noqa: B008  (frozen)
     methods: tuple[Compared, ...] = ("vanilla", "linear", "uw", "pcgrad", "nash"),
     companions: tuple[Companion, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -38,7 +39,7 @@ def compare(
 
     try:
         results = comparison.compare(
-            config, METHODS if "all" in methods else methods, seeds, out, companions=companions
+            config.checked(), METHODS if "all" in methods else methods, seeds, out, companions=companions
         )
     except KeyboardInterrupt:
         results = None

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import tyro
 
+from antdiff.cli.options import OptionalPath
+
 
 def sample(
     run: tyro.conf.Positional[Path],
@@ -13,7 +15,7 @@ def sample(
     steps: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    out: Path | None = None,
+    out: OptionalPath = None,
 ) -> int:
     """Draw images from a run and write a PNG grid and an npz file (arr_0, uint8 NHWC).
 
@@ -32,7 +34,7 @@ def sample(
     return 0
 
 
-def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+def report(run: tyro.conf.Positional[Path], out: OptionalPath = None) -> int:
     """Write the report of a run, finished or not, or of a comparison, as one HTML file that needs no network.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 import tyro
 
 from antdiff._command import command
+from antdiff.cli.options import OptionalPath, Settings
 from antdiff.train.config import PATCH_LR, TrainConfig, resumed
 
 
@@ -19,9 +20,9 @@ def make_train(argv: Sequence[str]) -> Callable[..., int]:
     """Return the command ``antdiff train``. Its defaults depend on the arguments: --resume takes those of the run."""
 
     def train(
-        config: tyro.conf.OmitArgPrefixes[TrainConfig] = _defaults(argv),  # noqa: B008
-        out: Path | None = None,
-        resume: Path | None = None,
+        config: tyro.conf.OmitArgPrefixes[Settings] = _defaults(argv),  # noqa: B008
+        out: OptionalPath = None,
+        resume: OptionalPath = None,
         wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
@@ -32,7 +33,7 @@ def make_train(argv: Sequence[str]) -> Callable[..., int]:
             resume: run folder to resume, bit for bit. It keeps its settings; only steps and device may change.
             wandb: Weights & Biases project to which the rows of metrics.csv are also logged.
         """
-        return _train(config, out, resume, wandb)
+        return _train(config.checked(), out, resume, wandb)
 
     return train
 
@@ -42,7 +43,7 @@ def patch(
     steps: int = 400,
     lr: float = PATCH_LR,
     device: str = "auto",
-    out: Path | None = None,
+    out: OptionalPath = None,
 ) -> int:
     """Add a mixture of prompts (DMP) to the trained DiT of a run and train it on the same data. The DiT stays frozen.
 
@@ -61,7 +62,7 @@ def patch(
     return _train(start_patch(run, folder, steps=steps, lr=lr, device=device), None, folder)
 
 
-def _defaults(argv: Sequence[str]) -> TrainConfig:
+def _defaults(argv: Sequence[str]) -> Settings:
     """Return the values of options that are not given: those of the resumed run, or the defaults of a new one.
 
     With --resume, an explicit option is thus compared with the run's value, even if it is the default of a new run.
@@ -70,7 +71,8 @@ def _defaults(argv: Sequence[str]) -> TrainConfig:
     parser.add_argument("--resume", nargs="?", type=Path)
     run = parser.parse_known_args(argv)[0].resume if argv[:1] == ["train"] else None
     # _train refuses a folder that is not a run, after tyro has reported mistyped options.
-    return TrainConfig.load(run / "config.json") if run and (run / "config.json").exists() else TrainConfig()
+    saved = TrainConfig.load(run / "config.json") if run and (run / "config.json").exists() else TrainConfig()
+    return Settings(**asdict(saved))
 
 
 def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
@@ -84,6 +86,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     from antdiff.experiments.evaluate import closing_table, execute
     from antdiff.train.data import ImageData, load_data
     from antdiff.train.log import WandbLogger, import_wandb
+    from antdiff.train.models import require_size
     from antdiff.train.ranks import is_restart, run_ranks
     from antdiff.train.run import extend_run, start_run
 
@@ -98,8 +101,9 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
             again = again if again is not None and (again / "config.json").exists() else None
         saved = None if again is None else TrainConfig.load(again / "config.json")
         settings = config if saved is None else resumed(config, saved)
-        # Load the data first, so that a mistyped name or a missing package leaves no folder behind.
+        # Load the data first, so that a mistyped name, a missing package or a wrong size leaves no folder behind.
         data = load_data(settings.data, image_size=settings.image_size)
+        require_size(settings.model, data.shape[1])
         if wandb is not None:
             import_wandb()
         if again is None or saved is None:

@@ -117,7 +117,8 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
         name: f"{results[name]['mean']:.3g}" + (f" ± {results[name]['sd']:.2g}" if eval_seeds > 1 else "")
         for name in ("fd", "precision", "recall")
     }
-    rows = [(f"samples, {eval_seeds} seeds of {results['eval_samples']}", *spread.values())]
+    seeds = f"{eval_seeds} seed{'s' if eval_seeds > 1 else ''}"
+    rows = [(f"samples, {seeds} of {results['eval_samples']}", *spread.values())]
     for name, quality in results["anchors"].items():
         rows.append((name, *(f"{quality[column]:.3g}" for column in ("fd", "precision", "recall"))))
     lines = [f"{'':<28} {'FD (' + results['data'] + '-CNN)':>18} {'precision':>16} {'recall':>16}"]

@@ -10,7 +10,7 @@ import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the torch device that a setting names. Raises ValueError if this machine does not have it."""
+    """Return the torch device that a setting names. Raise ValueError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -19,7 +19,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<n>; got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices (antdiff info)"
+            f"device must be one that torch can use; got {name!r}, and torch sees {torch.cuda.device_count()} CUDA "
+            "devices. Pass --device cpu, or see antdiff info"
         )
     return device
 

@@ -51,19 +51,35 @@ def build_model(name: Model, channels: int, size: int, *, generator_seed: int) -
     Raises:
         ValueError: `size` cannot be halved as often as the UNet needs, or is no multiple of the DiT's patch size.
     """
+    require_size(name, size)
     with torch.random.fork_rng(devices=[]):  # initialisers draw from the global generator
         torch.manual_seed(generator_seed)
         return _unet(channels, size) if name == "unet" else _dit(channels, size)
 
 
+def require_size(name: Model, size: int) -> None:
+    """Raise ValueError if images of `size` pixels do not fit the network; see :func:`build_model`."""
+    if name == "unet":
+        divisor, reason = 2 ** (len(_unet_widths(size)) - 1), "for the UNet of this size"
+    else:
+        divisor, reason = _dit_patch(size), "the patch size of the DiT"
+    if size % divisor:
+        raise ValueError(f"image_size must be a multiple of {divisor}, {reason}; got {size}")
+
+
+def _unet_widths(size: int) -> tuple[int, ...]:
+    # 8x8 digits: two levels, 634,273 parameters. Larger images get more levels (halvings) and more channels.
+    return (32, 64) if size <= 16 else (32, 64, 128) if size <= 32 else (64, 128, 128, 256)
+
+
+def _dit_patch(size: int) -> int:
+    return 2 if size <= 32 else 4
+
+
 def _unet(channels: int, size: int) -> Denoiser:
     from diffusers import UNet2DModel
 
-    # 8x8 digits: two levels, 634,273 parameters. Larger images get more levels (halvings) and more channels.
-    widths = (32, 64) if size <= 16 else (32, 64, 128) if size <= 32 else (64, 128, 128, 256)
-    halvings = len(widths) - 1
-    if size % 2**halvings:
-        raise ValueError(f"image_size must be a multiple of {2**halvings} for the UNet of this size; got {size}")
+    widths = _unet_widths(size)
     net = UNet2DModel(
         sample_size=size,
         in_channels=channels,
@@ -83,12 +99,9 @@ def _unet(channels: int, size: int) -> Denoiser:
 def _dit(channels: int, size: int) -> Denoiser:
     from diffusers import DiTTransformer2DModel
 
-    patch = 2 if size <= 32 else 4
-    if size % patch:
-        raise ValueError(f"image_size must be a multiple of the DiT's patch size {patch}; got {size}")
     net = DiTTransformer2DModel(
         sample_size=size,
-        patch_size=patch,
+        patch_size=_dit_patch(size),
         in_channels=channels,
         num_layers=4,
         num_attention_heads=4,

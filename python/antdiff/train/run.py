@@ -19,6 +19,7 @@ from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig, require_rows
+from antdiff.train.devices import choose_device
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import BASE, make_model
 
@@ -53,6 +54,7 @@ def start_run(config: TrainConfig, run: Path) -> None:
     if (run / "config.json").exists():
         resume_command = command("train", "--resume", run)
         raise ValueError(f"{run} already holds a run. Pass another --out, or resume it with: {resume_command}")
+    choose_device(config.device)  # raises here, so that a wrong device leaves no folder behind
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
     require_rows(clusters.k, config.batch_size)  # a file of clusters has its own k
     if config.specialist is not None and not 0 <= config.specialist < clusters.k:
