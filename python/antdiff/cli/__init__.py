@@ -19,9 +19,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(report())
         return 0
     if argv == ["--version"]:
-        from antdiff.info import version
+        from antdiff import __version__
 
-        print(f"antdiff {version('antdiff') or '(source tree)'}")
+        print(f"antdiff {__version__}")
         return 0
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and argv[:1] != ["train"]:
