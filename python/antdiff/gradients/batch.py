@@ -113,8 +113,11 @@ class ClusteredBatch:
         """Return the cluster of each row, int64 ``[m B]``, for m rows per sample."""
         return self.cluster if m == 1 else self.cluster.repeat_interleave(m, output_size=m * self.B)
 
-    def sums(self, x: Tensor) -> Tensor:
+    def sums(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the sum of each cluster's rows of ``x [R, ...]``, ``[k, numel / R]``, in at least float32.
+
+        On the CPU they are written to ``out``, contiguous with k rows of as many elements, if it has their dtype. The
+        result then shares its memory.
 
         Each row is added only to the sum of its own cluster, so that a NaN stays there. A product with a one-hot matrix
         would spread it (0 * NaN). The order of the additions is fixed. On the CPU and on CUDA the number of kernel
@@ -125,7 +128,11 @@ class ClusteredBatch:
         n = x.numel() // x.shape[0]  # not -1, which is ambiguous for tensors without elements
         per_sample = x.reshape(self.B, n).to(dtype) if m == 1 else x.reshape(self.B, m, n).sum(1, dtype=dtype)
         if type(per_sample) is Tensor and per_sample.is_cpu:  # not a tensor of a compiler, which needs the order
-            return per_sample.new_zeros(self.k, per_sample.shape[1]).index_add_(0, self.cluster, per_sample)
+            if out is None or out.dtype != dtype:
+                total = per_sample.new_zeros(self.k, n)
+            else:
+                total = out.view(self.k, n).zero_()
+            return total.index_add_(0, self.cluster, per_sample)
         if type(per_sample) is Tensor and per_sample.is_cuda:
             ordered = per_sample if self.order is None else per_sample.index_select(0, self.order)
             return torch.segment_reduce(ordered, "sum", offsets=self._offsets(), axis=0, unsafe=True, initial=0)

@@ -229,8 +229,11 @@ class ClusterGradients:
         if self.several:
             return self._ranked.jacobian(loss_fn, batch, cluster, counts, scaler)
         compute = self._local.deferred if self.hold == "gram" else self._local.jacobian
+        sizes = None if counts is None else rank_counts(counts, self.ranks, self.k)
+        if self._ranked.wrapper is None:
+            return compute(loss_fn, batch, cluster, sizes, scaler)
         with self.unsynchronised():
-            return compute(loss_fn, batch, cluster, rank_counts(counts, self.ranks, self.k), scaler)
+            return compute(loss_fn, batch, cluster, sizes, scaler)
 
     @contextmanager
     def accumulate(self) -> Iterator[Accumulation]:

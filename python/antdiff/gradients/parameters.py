@@ -29,6 +29,9 @@ def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
             "every cluster; got those of torch.distributed.optim._apply_optimizer_in_backward. Step each optimizer in "
             "a hook of p.register_post_accumulate_grad_hook, which sees the combined gradient."
         )
+    if not dicts:
+        yield
+        return
     saved = [dict(d) for d in dicts]
     for d in dicts:
         d.clear()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from antdiff.gradients.batch import ClusteredBatch
+
 
 class Sink:
     """The gradients of one tensor for K clusters.
@@ -78,6 +80,15 @@ class Sink:
             rows.add_(grads.view(rows.shape))
         self.fresh, self.reached = False, True
 
+    def add_sums(self, clustered: ClusteredBatch, x: Tensor) -> None:
+        """Add the sum of each cluster's rows of ``x [R, ...]`` to its row."""
+        rows = self.rows if self.fresh and x.is_cpu else None
+        sums = clustered.sums(x, rows)
+        if rows is not None and sums.data_ptr() == rows.data_ptr() and sums.numel():
+            self.fresh, self.reached = False, True
+        else:
+            self.add_all(sums)
+
     def take(self, grads: Tensor | None) -> None:
         """Add ``grads [k, *shape]`` to all rows and take ownership of it. It becomes the rows if none are allocated."""
         if grads is None:
@@ -117,6 +128,9 @@ class FunctionalSink(Sink):
         known = next((x for x in rows if x is not None), None)
         if known is not None:
             self.add_all(torch.stack([torch.zeros_like(known) if x is None else x for x in rows]))
+
+    def add_sums(self, clustered: ClusteredBatch, x: Tensor) -> None:
+        self.add_all(clustered.sums(x))
 
     def add_all(self, grads: Tensor) -> None:
         grads = grads.reshape(self._k, *self.tensor.shape).to(self.tensor.dtype)

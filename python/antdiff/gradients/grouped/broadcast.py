@@ -122,7 +122,7 @@ def sum_rows(clustered: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:
     """Write the gradient of a shared tensor that was expanded over all rows of the batch."""
     for sink in sinks:
         if sink is not None:
-            sink.add_all(clustered.sums(grad))
+            sink.add_sums(clustered, grad)
 
 
 def own_rows(clustered: ClusteredBatch, sinks: Sinks, grad: Tensor) -> None:

@@ -52,7 +52,7 @@ def _group_norm_grads(
     )
     for sink, sums in zip(sinks, (weight_sums, bias_sums), strict=True):
         if sink is not None:
-            sink.add_all(clustered.sums(sums.view(R, C)))
+            sink.add_sums(clustered, sums.view(R, C))
 
 
 def layer_norm(
@@ -79,9 +79,9 @@ def _layer_norm_grads(
     weight, bias = sinks
     size = (weight or bias).tensor.numel()  # type: ignore[union-attr]
     if bias is not None:
-        bias.add_all(clustered.sums(grad.reshape(-1, size)))
+        bias.add_sums(clustered, grad.reshape(-1, size))
     if weight is not None:
-        weight.add_all(clustered.sums((grad * ((_float(x) - mean) * rstd)).reshape(-1, size)))
+        weight.add_sums(clustered, (grad * ((_float(x) - mean) * rstd)).reshape(-1, size))
 
 
 def rms_norm(
@@ -157,7 +157,7 @@ def _affine_grads(
             terms = _float(grad) if factor is None else _float(grad) * factor(x)
             if channels and terms.dim() > 2:
                 terms = terms.flatten(2).sum(2)
-            sink.add_all(clustered.sums(terms.reshape(-1, sink.tensor.numel())))
+            sink.add_sums(clustered, terms.reshape(-1, sink.tensor.numel()))
 
 
 def _float(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def _linear_grads(
             pieces = clustered.pieces(grad, x)
             weight.add_products((v.t(), g) if transposed else (g.t(), v) for g, v in pieces)
     if bias is not None:
-        bias.add_all(clustered.sums(grad))
+        bias.add_sums(clustered, grad)
 
 
 def einsum(recorder: Recorder, func: Op, equation: Any, *operands: Any) -> Any:
@@ -210,7 +210,7 @@ def _convolution_grads(
         w = w.to(x.dtype)
         weight.add_rows(of_weight(g, v, w, None, *options)[1] if len(g) else None for g, v in clustered.pieces(grad, x))
     if bias is not None:
-        bias.add_all(clustered.sums(grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32))))
+        bias.add_sums(clustered, grad.flatten(2).sum(2, dtype=torch.promote_types(grad.dtype, torch.float32)))
 
 
 def _per_dimension(weight: Tensor, value: Any) -> list[int]:
