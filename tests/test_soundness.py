@@ -20,6 +20,7 @@ from antdiff.gradients import GroupingError
 from antdiff.gradients.audit import Audit
 from antdiff.gradients.grouped.tracking import loses_track
 from antdiff.gradients.probe import binary_codes, random_code
+from antdiff.gradients.sinks import GradientStore
 
 # Float32 sums of some hundred terms in another order; rows of the wrong samples differ by 0.1 and more.
 EXACT = 1e-4
@@ -386,6 +387,189 @@ def test_samples_and_steps_that_are_not_finite_are_no_false_alarm() -> None:
     nn.init.constant_(model.weight, torch.nan)
     cg = ClusterGradients(model, 2, "grouped")
     assert cg(squares(model), (x,), CLUSTER).losses.isnan().all()
+
+
+# ---- what checks leave behind ----------------------------------------------------------------------------------------
+
+
+class Reassigned(nn.Linear):
+    """Writes its state in every way in which modules do."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("codes", torch.zeros(4))
+        self.calls, self.history = 0, [0.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.history.append(float(x.detach().mean()))
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        self.codes.data.add_(x.detach().mean((0, 1)))
+        return super().forward(x)
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize("route", ["auto", "grouped", "split"])
+def test_checks_leave_no_nan_in_what_a_forward_writes(route: Any) -> None:
+    torch.manual_seed(0)
+    model, other, seen, calls = Reassigned(), nn.BatchNorm1d(4), torch.zeros(4), []
+
+    def loss_fn(x: Tensor) -> Tensor:
+        calls.append(1)
+        seen.add_(x.mean((0, 1)))
+        if route == "auto":
+            other(x.mean(1))
+        return (model(x) - x).square().flatten(1).mean(1)
+
+    x = torch.randn(4, 3, 4)
+    cg = ClusterGradients(model, 2, route)
+    cg(loss_fn, (x,), CLUSTER)
+    n = 2 if cg.explain().startswith("route 'split'") else 1
+    assert len(calls) == model.calls == len(model.history) - 1 == n
+    if n == 1:
+        for value in (seen, model.codes, model.mean / 0.1):
+            torch.testing.assert_close(value, x.mean((0, 1)))
+    assert not any(torch.isnan(v).any() for v in (*model.buffers(), *other.buffers(), seen))
+    assert int(other.num_batches_tracked) == (route == "auto")
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+
+def test_generators_are_found_wherever_the_loss_has_them() -> None:
+    torch.manual_seed(0)
+    model, holder, x = nn.Linear(4, 4), Scheduler(), torch.randn(4, 3, 4)
+
+    def draw() -> Tensor:
+        noise = torch.randn(4, 3, 4, generator=GENERATOR) + torch.randn(4, 3, 4, generator=holder.torch)
+        return noise * holder.python.random() + torch.from_numpy(holder.numpy.standard_normal((4, 3, 4))).float()
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return (model(x + draw()) - x).square().flatten(1).mean(1)
+
+    cg = ClusterGradients(model, 2)
+    GENERATOR.manual_seed(5)
+    cg(loss_fn, (x,), CLUSTER)
+    assert "'grouped'" in cg.explain()
+    after = draw()
+    holder = Scheduler()
+    GENERATOR.manual_seed(5)
+    draw()
+    assert torch.equal(after, draw())
+
+
+def test_a_route_that_auto_rejects_draws_and_writes_nothing() -> None:
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return grad @ w.t(), torch.einsum("bti,bto->io", x, grad)
+
+    model, x, states = Reassigned(), torch.randn(4, 3, 4), []
+    for route in ("auto", "split"):
+        torch.manual_seed(0)
+        model.calls = 0
+        cg = ClusterGradients(model, 2, route)
+        cg(lambda x: nn.functional.dropout(Opaque.apply(model(x), model.weight)).flatten(1).mean(1), (x,), CLUSTER)
+        states.append((torch.get_rng_state(), model.calls))
+    assert torch.equal(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1] == 2
+
+
+def test_auto_without_held_rows_allocates_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(4, 4), torch.randn(4, 3, 4)
+    cg = ClusterGradients(model, 2, hold="gram")
+    monkeypatch.setattr(GradientStore, "_empty", lambda *_: pytest.fail("rows were allocated"))
+    cg(squares(model), (x,), CLUSTER).combine(torch.ones(2))
+    assert "'grouped'" in cg.explain()
+    net = Swallows()
+    net.open = True
+    with pytest.raises(GroupingError, match="differs"):  # the first call is compared, though not by auto
+        ClusterGradients(net, 2, hold="gram", audit=None)(squares(net), (x,), CLUSTER)
+
+
+# ---- false alarms ----------------------------------------------------------------------------------------------------
+
+TABLE = torch.linspace(0.1, 1, 10)
+LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    "gather": lambda m, x, t: m(x * TABLE.gather(-1, (t * 10).long()).view(-1, 1, 1)),
+    "index_select": lambda m, x, t: m(x * TABLE.index_select(0, (10 * t).to(torch.int64)).view(-1, 1, 1)),
+    "take": lambda m, x, t: m(x * torch.take(TABLE, torch.bucketize(t, TABLE[:-1])).view(-1, 1, 1)),
+    "embedding": lambda m, x, t: m(x * nn.functional.embedding((t * 10).int(), TABLE[:, None])[..., None]),
+    "distribution": lambda m, x, t: torch.distributions.Normal(m(x), 1.0).log_prob(x),
+    "entropy": lambda m, x, t: nn.functional.binary_cross_entropy(m(x).sigmoid(), (x > 0).float(), reduction="none"),
+    "multinomial": lambda m, x, t: m(x + torch.multinomial(x.softmax(-1).flatten(0, 1), 1).view(4, 3, 1)),
+    "keywords": lambda m, x, t: m(torch.sort(input=x, dim=1)[0] + torch.gather(input=x, dim=1, index=(x > 0).long())),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_grouped_serves_common_losses(name: str) -> None:
+    """Tables looked up by every op, continuous timesteps, and ops that refuse NaN."""
+    torch.manual_seed(0)
+    model, x, t = nn.Linear(4, 4), torch.randn(4, 3, 4), torch.rand(4)
+    cg = ClusterGradients(model, 2)
+
+    def loss_fn(x: Tensor, t: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return LOSSES[name](model, x, t).square().flatten(1).mean(1)
+
+    assert error(model, cg, loss_fn, (x, t), CLUSTER) < EXACT
+    assert "'grouped'" in cg.explain()
+
+
+def test_a_history_of_losses_stays_a_table() -> None:
+    torch.manual_seed(0)
+    model, history = nn.Linear(4, 4), torch.ones(10)
+
+    def loss_fn(x: Tensor, t: Tensor) -> Tensor:
+        losses = (model(x * history[t].view(-1, 1, 1)) - x).square().flatten(1).mean(1)
+        history.index_add_(0, t, losses.detach())
+        return losses
+
+    cg = ClusterGradients(model, 2, "grouped")
+    for _ in range(3):
+        cg(loss_fn, (torch.randn(4, 3, 4), torch.randint(10, (4,))), CLUSTER)
+    assert history.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda x, t: x[torch.randperm(4)],
+        lambda x, t: x[torch.tensor(t.argsort().tolist())],
+        lambda x, t: x[torch.from_numpy(t.numpy().argsort())],
+        lambda x, t: nn.functional.embedding(t.argsort(), x.flatten(1)).view_as(x),
+        lambda x, t: x.flatten(1)[..., t.argsort(), :].view_as(x),
+    ],
+)
+def test_rows_placed_by_values_are_refused_though_they_happen_to_be_in_place(place: Callable[..., Tensor]) -> None:
+    model = nn.Linear(4, 4)
+    x, t = torch.randn(4, 3, 4), torch.arange(4.0)
+    seed = next(s for s in range(1000) if torch.equal(_permutation(s), torch.arange(4)))
+    cg = ClusterGradients(model, 2, "grouped")
+
+    def loss_fn(x: Tensor, t: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        return (model(place(x, t)) - x).square().flatten(1).mean(1)
+
+    with pytest.raises(GroupingError, match=r"by the values|rows of other samples"):
+        cg(loss_fn, (x, t), CLUSTER)
+
+
+def _permutation(seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randperm(4)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
 from antdiff.gradients.parameters import without_hooks
-from antdiff.gradients.probe import Replay, repeatable, uncompiled
+from antdiff.gradients.probe import uncompiled
+from antdiff.gradients.replay import Replay, repeatable
 from antdiff.gradients.routes import LossFn, Network
 
 # A gradient may differ from the plain one by RELATIVE of its own length, plus NOISE of the length of the whole row of

@@ -21,7 +21,8 @@ from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
 from antdiff.gradients.grouped.compiled import compiler_of
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
-from antdiff.gradients.probe import Replay, binary_codes, probe, random_code, repeatable, uncompiled
+from antdiff.gradients.probe import binary_codes, probe, random_code, uncompiled
+from antdiff.gradients.replay import Replay, repeatable
 from antdiff.gradients.routes import Chosen, LossFn, Network
 from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore
@@ -49,6 +50,7 @@ class CheckedRoutes:
         self.choice = choice
         self.audit = Audit(every)
         self._structures: set[int] = set()
+        self._uncompared = False  # the route was chosen without rows
 
     def run(
         self,
@@ -85,15 +87,33 @@ class CheckedRoutes:
         """As :meth:`run`, for a mode that leaves the Gram matrix; the route must be ``grouped``."""
         call = _Call(self.network, None, loss_fn, batch, clustered, scale, True, True)
         call.mode = mode
-        if self.audit.every is None:
+        if self.audit.every is None and not self._uncompared:
             return call.run("grouped")
-        due = self.audit.due()
+        due = self.audit.due() or self._uncompared
         before = Replay(self.network.model, loss_fn) if due else None
         sums = call.run("grouped")
         self._require_probed(call, random_code, again=due)
         if before is not None:
             self._compare(call, sums, before)
+            self._uncompared = False
         return sums
+
+    def settle_deferred(self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> Chosen:
+        """As :meth:`settle`, without rows, which may not fit: probe ``grouped``. The first call is compared."""
+        self.compile_like(loss_fn)
+        net = self.network
+        if self.choice is None and net.compiled is None:
+            try:
+                routes.refuse_batch_norm("grouped", net.model)
+                with repeatable(net.model, loss_fn) as replay:
+                    codes = binary_codes(clustered.B, clustered.cluster.device)
+                    self._structures.add(probe("grouped", net, loss_fn, batch, clustered, replay, codes))
+            except GroupingError as reason:
+                self.choice = "split", f"not 'grouped': {reason}"
+            else:
+                self.choice = "grouped", f"in {len(codes)} probes no sample reaches the rows of another one"
+                self._uncompared = True
+        return "grouped" if self.choice is None else self.choice[0]
 
     def settle(self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> Chosen:
         """Return the route, which ``auto`` chooses from this batch if it has not chosen yet."""
@@ -157,6 +177,7 @@ class CheckedRoutes:
         try:
             sums = call.run(route)
         except Exception as error:
+            before.rewind()  # the next route is the first one that draws and writes
             if net.compiled is None or route != "grouped":
                 raise
             # The eager route has just passed the probe, so this is a failure of the compiler.
@@ -167,7 +188,11 @@ class CheckedRoutes:
             self.audit.due()
         elif before.drew():
             return sums, f"{why}; not compared with 'loop', since slices draw other random numbers"
-        self._compare(call, sums, before)
+        try:
+            self._compare(call, sums, before)
+        except Exception:
+            before.rewind()
+            raise
         why += ", and the row of one cluster agrees with a plain backward"
         return sums, why + ("" if net.compiled is None or route != "grouped" else ", and it compiled")
 
@@ -184,8 +209,17 @@ class CheckedRoutes:
             codes = code(clustered.B, len(self._structures) + self.audit.calls, clustered.cluster.device)
         else:
             codes = binary_codes(clustered.B, clustered.cluster.device)
-        with repeatable(net.model, call.loss_fn) as replay, uncompiled(net):
-            probe("grouped", net, call.loss_fn, call.batch, clustered, replay, codes)
+        try:
+            with repeatable(net.model, call.loss_fn) as replay, uncompiled(net):
+                probe("grouped", net, call.loss_fn, call.batch, clustered, replay, codes)
+        except (GroupingError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise GroupingError(
+                f"loss_fn must run on a batch in which some samples are NaN, with which the independence of samples is "
+                f"probed; got {type(error).__name__}: {error}. Remove its own check of finite values, or switch the "
+                "probe off with audit=None."
+            ) from error
         self._structures.add(structure)
 
     def _compare(self, call: _Call, sums: Tensor, before: Replay) -> None:

@@ -74,7 +74,7 @@ class LocalGradients:
         clustered, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         scale = loss_scale(scaler, cluster.device)
         self.latest.revoke()
-        route = "grouped" if clustered.B == 0 else self.checked.settle(loss_fn, batch, clustered)
+        route = "grouped" if clustered.B == 0 else self.checked.settle_deferred(loss_fn, batch, clustered)
         if route != "grouped" or self.network.compiled is not None:
             raise ValueError(
                 f"hold='gram' needs the grouped route in eager mode; use hold='jacobian'. {self.explain()}"

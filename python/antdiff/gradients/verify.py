@@ -7,7 +7,8 @@ from typing import Any
 
 from antdiff.gradients.audit import PrecisionObserver, compare
 from antdiff.gradients.batch import ClusteredBatch, GroupingError
-from antdiff.gradients.probe import binary_codes, probe, repeatable, uncompiled
+from antdiff.gradients.probe import binary_codes, probe, uncompiled
+from antdiff.gradients.replay import repeatable
 from antdiff.gradients.routes import Chosen, LossFn, Network, refuse_batch_norm, run
 from antdiff.gradients.sinks import GradientStore
 

@@ -20,6 +20,7 @@ own. At the end of the backward they are pulled back to the parameters through t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -35,11 +36,13 @@ from antdiff.gradients.grouped.broadcast import own_rows
 from antdiff.gradients.grouped.recorder import Write, detached_all
 from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
-from antdiff.gradients.grouped.tracking import MOVES_ROWS, loses_track, structure_of, writes_in_place
+from antdiff.gradients.grouped.tracking import DRAWING, MOVES_ROWS, loses_track, structure_of, writes_in_place
 from antdiff.gradients.sinks import Sink, Sinks
 
 # An extra input of every tap, so that the output gets a graph even if no other input has one. It receives no gradient.
 _ANCHOR = torch.zeros((), requires_grad=True)
+# One number per mode, so that what an earlier call has noted on a tensor that lives longer means nothing.
+_MARKS = itertools.count()
 
 
 class GroupedMode(TorchFunctionMode):
@@ -86,6 +89,7 @@ class GroupedMode(TorchFunctionMode):
         self._untracked: dict[int, tuple[Tensor, str]] = {}
         self._untracked_storages: dict[int, str] = {}
         self._samples = set(map(id, batch))
+        self._mark = next(_MARKS)
         self.structure = hash((clustered.B,))
 
     def __torch_function__(
@@ -100,7 +104,11 @@ class GroupedMode(TorchFunctionMode):
             elif x.requires_grad:
                 trainable.append(x)
         if not varies:
-            return self.share(func(*args, **kwargs), func, args)
+            out = self.share(func(*args, **kwargs), func, args)
+            if self._samples and (func in DRAWING or any(map(self._is_drawn, tensors_in(args, kwargs)))):
+                for x in tensors_in((out,), {}):
+                    x._antdiff_drawn = self._mark  # type: ignore[attr-defined]
+            return out
         check = CROSS_SAMPLE.get(func)
         if check is not None:
             check(*args, **kwargs)
@@ -130,7 +138,10 @@ class GroupedMode(TorchFunctionMode):
     ) -> Any:
         if all(x.dim() and x.shape[0] == 0 for x in tensors_in(args, kwargs) if self.varies(x)):
             out = func(*detached_all(args), **detached_all(kwargs))  # no rows, so no gradient (an empty history)
-            return self.tap(out, lambda *_: None, ()) if isinstance(out, Tensor) else out
+            if not isinstance(out, Tensor):
+                return out
+            if not out.numel():  # unlike cat([parameter, history])
+                return self.tap(out, lambda *_: None, ())
         rule = RULES.get(func)
         out = NotImplemented if rule is None else rule(self, func, *args, **kwargs)
         if out is NotImplemented and (
@@ -275,7 +286,7 @@ class GroupedMode(TorchFunctionMode):
         """Remember that a result without a graph was computed from samples, on the tensor itself: nothing is kept."""
         if any(map(self._has_rows, tensors_in(args, kwargs))):
             for x in tensors_in((out,), {}):
-                x._antdiff_rows = True  # type: ignore[attr-defined]
+                x._antdiff_rows = self._mark  # type: ignore[attr-defined]
 
     def _may_have_rows(self, x: Tensor) -> bool:
         """Return whether ``x`` may depend on the batch: all tensors may if the samples are not known.
@@ -283,18 +294,32 @@ class GroupedMode(TorchFunctionMode):
         Otherwise a tensor that was computed neither from the batch nor with a graph is a constant. Taking a constant
         for rows of samples would be wrong; taking rows for a constant only holds K gradients of them.
         """
-        return not self._samples or x.requires_grad or id(x) in self._samples or hasattr(x, "_antdiff_rows")
+        return not self._samples or x.requires_grad or self._is_marked(x)
 
     def _has_rows(self, x: Any) -> bool:
         """Return whether ``x`` was computed from the batch."""
         return isinstance(x, Tensor) and (
-            (x.requires_grad and id(x) not in self._shared) or id(x) in self._samples or hasattr(x, "_antdiff_rows")
+            (x.requires_grad and id(x) not in self._shared and not isinstance(x, nn.Parameter))
+            or self._is_marked(x)
         )
+
+    def _is_marked(self, x: Tensor) -> bool:
+        return id(x) in self._samples or getattr(x, "_antdiff_rows", None) == self._mark
+
+    def _is_drawn(self, x: Tensor) -> bool:
+        """Return whether ``x`` depends on no tensor of the batch, and still has other values in each step."""
+        return getattr(x, "_antdiff_drawn", None) == self._mark
+
+    def _differs(self, x: Any) -> bool:
+        """Return whether the values of ``x`` may differ from batch to batch."""
+        return self.varies(x) or (isinstance(x, Tensor) and self._is_drawn(x))
 
     def _follow(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the result of an op that loses track of the samples, or that is computed from such a result."""
         cause = (
-            (resolve_name(func) or str(func)) if loses_track(func, args, kwargs, self.varies, self._has_rows) else None
+            (resolve_name(func) or str(func))
+            if loses_track(func, args, kwargs, self._differs, self._has_rows)
+            else None
         )
         if cause is None and self._untracked:
             cause = next(filter(None, map(self._lost_by, tensors_in(args, kwargs))), None)
