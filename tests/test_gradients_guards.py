@@ -214,10 +214,11 @@ def test_gradients_inside_the_forward() -> None:
 
 def test_losses_that_cannot_be_repeated_are_not_trusted() -> None:
     model, _, batch = case(Net(torch.tanh))
-    hidden = [torch.Generator().manual_seed(0)]  # a generator in a list is not found, and so not rewound
+    seeds = iter(range(1000))  # an iterator is not rewound
 
     def noisy(x: Tensor) -> Tensor:
-        return (model(x) + torch.randn(x.shape, generator=hidden[0], dtype=x.dtype)).flatten(1).square().mean(1)
+        hidden = torch.Generator().manual_seed(next(seeds))
+        return (model(x) + torch.randn(x.shape, generator=hidden, dtype=x.dtype)).flatten(1).square().mean(1)
 
     cg = ClusterGradients(model, K)
     cg(noisy, batch, cluster_ids())
