@@ -101,7 +101,8 @@ class ClusterGradients:
             repeated. A batch of a new structure (size, rows per sample, shapes of joined or cut tensors) is probed
             before its rows are used. A difference raises GroupingError. These checks call ``loss_fn`` additional times
             with the same random numbers, and leave parameters, buffers, gradients and generators as they were
-            (``docs/gradients.md`` lists what is restored). An audited call holds the parameters twice more. None checks nothing after ``auto`` has chosen.
+            (``docs/gradients.md`` lists what is restored). An audited call holds the parameters twice more. None checks
+            nothing after ``auto`` has chosen.
 
     Attributes:
         model: the network, without its DistributedDataParallel wrapper.
