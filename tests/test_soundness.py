@@ -548,14 +548,14 @@ def test_a_history_of_losses_stays_a_table() -> None:
     [
         lambda x, t: x[torch.randperm(4)],
         lambda x, t: x[torch.tensor(t.argsort().tolist())],
-        lambda x, t: x[torch.from_numpy(t.numpy().argsort())],
+        lambda x, t: x[torch.from_numpy(t.numpy().argsort()).long() + 0],
         lambda x, t: nn.functional.embedding(t.argsort(), x.flatten(1)).view_as(x),
         lambda x, t: x.flatten(1)[..., t.argsort(), :].view_as(x),
     ],
 )
 def test_rows_placed_by_values_are_refused_though_they_happen_to_be_in_place(place: Callable[..., Tensor]) -> None:
     model = nn.Linear(4, 4)
-    x, t = torch.randn(4, 3, 4), torch.arange(4.0)
+    x, t = torch.randn(4, 3, 4), torch.arange(4)
     seed = next(s for s in range(1000) if torch.equal(_permutation(s), torch.arange(4)))
     cg = ClusterGradients(model, 2, "grouped")
 

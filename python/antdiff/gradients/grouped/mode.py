@@ -104,8 +104,9 @@ class GroupedMode(TorchFunctionMode):
             elif x.requires_grad:
                 trainable.append(x)
         if not varies:
+            drawn = self._samples and (func in DRAWING or any(map(self._differs, tensors_in(args, kwargs))))
             out = self.share(func(*args, **kwargs), func, args)
-            if self._samples and (func in DRAWING or any(map(self._is_drawn, tensors_in(args, kwargs)))):
+            if drawn:
                 for x in tensors_in((out,), {}):
                     x._antdiff_drawn = self._mark  # type: ignore[attr-defined]
             return out
@@ -299,20 +300,15 @@ class GroupedMode(TorchFunctionMode):
     def _has_rows(self, x: Any) -> bool:
         """Return whether ``x`` was computed from the batch."""
         return isinstance(x, Tensor) and (
-            (x.requires_grad and id(x) not in self._shared and not isinstance(x, nn.Parameter))
-            or self._is_marked(x)
+            (x.requires_grad and id(x) not in self._shared and not isinstance(x, nn.Parameter)) or self._is_marked(x)
         )
 
     def _is_marked(self, x: Tensor) -> bool:
         return id(x) in self._samples or getattr(x, "_antdiff_rows", None) == self._mark
 
-    def _is_drawn(self, x: Tensor) -> bool:
-        """Return whether ``x`` depends on no tensor of the batch, and still has other values in each step."""
-        return getattr(x, "_antdiff_drawn", None) == self._mark
-
     def _differs(self, x: Any) -> bool:
-        """Return whether the values of ``x`` may differ from batch to batch."""
-        return self.varies(x) or (isinstance(x, Tensor) and self._is_drawn(x))
+        """Return whether the values of ``x`` may differ from batch to batch, as random numbers do."""
+        return isinstance(x, Tensor) and (id(x) not in self._shared or getattr(x, "_antdiff_drawn", None) == self._mark)
 
     def _follow(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the result of an op that loses track of the samples, or that is computed from such a result."""
