@@ -463,18 +463,19 @@ def test_generators_are_found_wherever_the_loss_has_them() -> None:
     assert torch.equal(after, draw())
 
 
+class Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return grad @ w.t(), torch.einsum("bti,bto->io", x, grad)
+
+
 def test_a_route_that_auto_rejects_draws_and_writes_nothing() -> None:
-    class Opaque(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-            ctx.save_for_backward(x, w)
-            return x @ w
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Any:
-            x, w = ctx.saved_tensors
-            return grad @ w.t(), torch.einsum("bti,bto->io", x, grad)
-
     model, x, states = Reassigned(), torch.randn(4, 3, 4), []
     for route in ("auto", "split"):
         torch.manual_seed(0)
@@ -484,6 +485,27 @@ def test_a_route_that_auto_rejects_draws_and_writes_nothing() -> None:
         states.append((torch.get_rng_state(), model.calls))
     assert torch.equal(states[0][0], states[1][0])
     assert states[0][1] == states[1][1] == 2
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_parameters_beside_the_model_are_trained_once(opaque: bool) -> None:
+    """By an audited call, in a checkpoint whose backward no graph shows, and by a call whose first route fails."""
+    model, head, hooked, results = nn.Linear(4, 4), nn.Linear(4, 4), [], []
+    head.weight.register_post_accumulate_grad_hook(hooked.append)
+    x = torch.randn(4, 3, 4)
+
+    def loss_fn(x: Tensor) -> Tensor:
+        h = Opaque.apply(model(x), model.weight) if opaque else model(x)
+        out = checkpoint(head, h, use_reentrant=True)
+        return (out - x).square().flatten(1).mean(1)
+
+    for route, audit in (("auto", 5), ("split" if opaque else "grouped", None)):
+        head.weight.grad = torch.ones(4, 4)
+        hooked.clear()
+        ClusterGradients(model, 2, route, audit=audit)(loss_fn, (x,), CLUSTER)
+        results.append(head.weight.grad)
+        assert opaque or len(hooked) == 1
+    torch.testing.assert_close(*results)
 
 
 def test_auto_without_held_rows_allocates_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,10 +85,8 @@ def plain_gradient(
         The per-sample losses ``[B]``; ``factor`` times the gradient of the summed losses of cluster i, by the names of
         the parameters; and whether products may have been rounded to half precision or TF32.
     """
-    with repeatable(net.model, loss_fn), uncompiled(net):
+    with repeatable(net.model, loss_fn) as replay, uncompiled(net):
         before.rewind()
-        for p in net.model.parameters():
-            p.grad = None
         with PrecisionObserver() as precision:
             per_sample = loss_fn(*batch)
         check_losses(per_sample, clustered.B)
@@ -97,7 +95,7 @@ def plain_gradient(
         foreign = [(x, None if x.grad is None else x.grad.clone()) for x in _leaves(per_sample) if id(x) not in own]
         try:
             mask = clustered.one_hot(per_sample.dtype)[i]
-            with without_hooks(net.model.parameters()):
+            with without_hooks([*net.model.parameters(), *replay.foreign]):
                 torch.autograd.backward((per_sample,), (mask * factor,))
             grads = {n: p.grad.to_dense() for n, p in net.model.named_parameters() if p.grad is not None}
         finally:

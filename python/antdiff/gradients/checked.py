@@ -22,7 +22,7 @@ from antdiff.gradients.grouped.compiled import compiler_of
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.probe import binary_codes, probe, random_code, uncompiled
-from antdiff.gradients.replay import Replay, repeatable
+from antdiff.gradients.replay import Replay, repeatable, tentative
 from antdiff.gradients.routes import Chosen, LossFn, Network
 from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore
@@ -173,26 +173,22 @@ class CheckedRoutes:
         codes = binary_codes(B, call.clustered.cluster.device)
         with repeatable(net.model, call.loss_fn) as replay, uncompiled(net):
             structure = probe(route, net, call.loss_fn, call.batch, call.clustered, replay, codes)
-        before = Replay(net.model, call.loss_fn)
-        try:
-            sums = call.run(route)
-        except Exception as error:
-            before.rewind()  # the next route is the first one that draws and writes
-            if net.compiled is None or route != "grouped":
-                raise
-            # The eager route has just passed the probe, so this is a failure of the compiler.
-            raise CompilationError(f"'grouped' does not compile: {type(error).__name__}: {error}") from error
         why = f"in {len(codes)} probes of {B} samples no sample reaches the rows of another one"
-        if route == "grouped":
-            self._structures.add(structure if call.mode is None else call.mode.structure)
-            self.audit.due()
-        elif before.drew():
-            return sums, f"{why}; not compared with 'loop', since slices draw other random numbers"
-        try:
+        before = Replay(net.model, call.loss_fn)
+        with tentative(before):  # if the route fails, the next one is the first that draws and writes
+            try:
+                sums = call.run(route)
+            except Exception as error:
+                if net.compiled is None or route != "grouped":
+                    raise
+                # The eager route has just passed the probe, so this is a failure of the compiler.
+                raise CompilationError(f"'grouped' does not compile: {type(error).__name__}: {error}") from error
+            if route == "grouped":
+                self._structures.add(structure if call.mode is None else call.mode.structure)
+                self.audit.due()
+            elif before.drew():
+                return sums, f"{why}; not compared with 'loop', since slices draw other random numbers"
             self._compare(call, sums, before)
-        except Exception:
-            before.rewind()
-            raise
         why += ", and the row of one cluster agrees with a plain backward"
         return sums, why + ("" if net.compiled is None or route != "grouped" else ", and it compiled")
 

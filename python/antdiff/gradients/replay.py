@@ -50,6 +50,7 @@ class Replay:
         self._devices = sorted({x.device for x, *_ in self._tensors if x.device.type == "cuda"}, key=str)
         self._generators = [*found.generators.values()]
         self._states = self._random()
+        self.foreign = list(found.foreign.values())  # parameters that loss_fn trains besides those of the model
 
     def _random(self) -> list[Any]:
         devices = [torch.cuda.get_rng_state(d) for d in self._devices]
@@ -95,6 +96,7 @@ class _Found:
         self.arrays: dict[int, Any] = {}
         self.containers: dict[int, Any] = {}
         self.generators: dict[int, Any] = {}
+        self.foreign: dict[int, Tensor] = {}
         self._seen: set[int] = set()
         self._left = float("inf")  # bytes
         for p in model.parameters():  # a forward may write them (forced weight normalisation)
@@ -123,6 +125,8 @@ class _Found:
         if isinstance(x, _GENERATORS):
             self.generators[id(x)] = x
         elif isinstance(x, Tensor):
+            if x.requires_grad and x.is_leaf and id(x) not in self.tensors:
+                self.foreign[id(x)] = x
             if not isinstance(x, nn.Parameter) and x.layout is torch.strided and not x.is_inference():
                 self._left -= x.nbytes
                 if self._left >= 0:
@@ -206,12 +210,36 @@ def _same_state(a: Any, b: Any) -> bool:
 
 @contextmanager
 def repeatable(model: nn.Module, loss_fn: Any = None) -> Iterator[Replay]:
-    """Leave what a forward can change, and gradients, as they were."""
+    """Leave what a forward can change, and gradients, as they were. Inside, there are no gradients."""
     replay = Replay(model, loss_fn)
-    grads = [(p, p.grad) for p in model.parameters()]
+    grads = _taken([*model.parameters(), *replay.foreign])
     try:
         yield replay
     finally:
         replay.rewind()
         for p, grad in grads:
             p.grad = grad
+
+
+@contextmanager
+def tentative(replay: Replay) -> Iterator[None]:
+    """Undo what the block has changed, gradients of foreign parameters included, if it raises."""
+    grads = _taken(replay.foreign)
+    try:
+        yield
+    except BaseException:
+        replay.rewind()
+        for p, grad in grads:
+            p.grad = grad
+        raise
+    for p, grad in grads:
+        if grad is not None:
+            p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+
+def _taken(params: Iterable[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Take the gradients away, so that a backward does not add to them in place."""
+    grads = [(p, p.grad) for p in params]
+    for p, _ in grads:
+        p.grad = None
+    return grads
