@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from gradient_cases import (
     LAYERS,
     Attention,
@@ -92,6 +93,31 @@ def test_networks_of_diffusers(make: Callable[[], nn.Module]) -> None:
     loss_fn = denoising(lambda x, t, y: model(x, t, class_labels=y).sample)
     cg = ClusterGradients(model, K, "grouped", compile={"backend": "aot_eager"})
     assert worst(cg(loss_fn, batch, cluster).rows, by_hand(model, loss_fn(*batch), cluster)) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eager_random", [False, True])
+@torch._inductor.config.patch(fallback_random=False)
+def test_inductor_with_random_numbers_in_the_loss(eager_random: bool) -> None:
+    """Inductor has random numbers of its own, which no plain backward can repeat, unless it is told to use eager's."""
+    torch._inductor.config.fallback_random = eager_random
+    model = nn.Linear(8, 8)
+    batch = (torch.randn(B, 8, generator=torch.Generator().manual_seed(0)),)
+
+    def loss(x: Tensor) -> Tensor:
+        noise = torch.randn_like(x)
+        return (model(x + noise) - noise).square().mean(1)
+
+    auto = ClusterGradients(model, K, compile={"backend": "inductor"})
+    auto(loss, batch, cluster_ids())
+    if eager_random:
+        assert auto.explain().startswith("route 'grouped'")
+        return
+    assert "random numbers of eager PyTorch" in auto.explain()
+    assert auto.explain().startswith("route 'split'")
+    grouped = ClusterGradients(model, K, "grouped", compile={"backend": "inductor"})
+    with pytest.raises(GroupingError, match="Draw noise and timesteps before loss_fn"):
+        grouped(loss, batch, cluster_ids())
 
 
 @pytest.mark.slow

@@ -223,11 +223,18 @@ class CheckedRoutes:
         audit, clustered = self.audit, call.clustered
         i = audit.cluster(clustered)
         size = max(1, clustered.sizes[i]) if call.mean else 1
+        drew_compiled = call.is_compiled and before.drew()
         losses, want, low = plain_gradient(
             self.network, call.loss_fn, call.batch, clustered, i, call.scale / size, before
         )
         mine = clustered.one_hot(torch.bool)[i]
         plain_sum = losses[mine].sum(dtype=torch.float64)
+        if drew_compiled and not same_losses(sums[i], plain_sum, low):
+            raise UnrepeatableError(
+                "the compiled program must draw the random numbers of eager PyTorch, so that its rows can be compared "
+                "with a plain backward; its losses differ. Draw noise and timesteps before loss_fn, or set "
+                "torch._inductor.config.fallback_random = True."
+            )
         before_sum = sums[i] if call.plain_losses is None else call.plain_losses[mine].sum(dtype=torch.float64)
         if not same_losses(before_sum, plain_sum, low):
             raise UnrepeatableError(
@@ -266,10 +273,12 @@ class _Call:
         self.network, self.store, self.loss_fn, self.batch, self.clustered = network, store, loss_fn, batch, clustered
         self.scale, self.mean, self.fresh = scale, mean, fresh
         self.mode: GroupedMode | None = None
+        self.is_compiled = False  # whether the latest run used a compiled program of the grouped route
         self.plain_losses: Tensor | None = None  # [B], of a plain forward from the same random state
 
     def run(self, route: Chosen) -> Tensor:
         net, clustered = self.network, self.clustered
+        self.is_compiled = route == "grouped" and net.compiled is not None
         options: dict[str, Any] = {"mean": self.mean, "scale": self.scale}
         if self.store is None:
             mode: Any = self.mode
