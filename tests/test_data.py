@@ -92,7 +92,7 @@ def test_broken_idx_folders_are_refused_by_name(idx_folder: Path, monkeypatch: p
     labels = idx_folder / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
     labels.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte must be an IDX file .* cut short"):
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte must be an IDX file .* truncated"):
         load_data(str(idx_folder))
     labels.write_bytes(b"")
     with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte must be an IDX file"):

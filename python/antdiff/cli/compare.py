@@ -30,8 +30,8 @@ def compare(
     Args:
         config: settings of every run; method and seed are overwritten.
         methods: methods to compare, or all. vanilla (uniform t) and linear (stratified t) are always included.
-        companions: companions to compare, each combined with vanilla. patch (DiT only) adds a quarter of the steps to
-            the trained vanilla run; a run that takes as many extra steps without the patch is added for comparison.
+        companions: companions to compare, each combined with vanilla. patch (DiT only) trains a patch of the vanilla
+            run for a quarter of the steps; a run that takes as many extra steps without the patch is added.
         seeds: training seeds of each method.
         out: folder of the comparison. It holds one run folder per method and seed.
     """

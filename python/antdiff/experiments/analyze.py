@@ -96,10 +96,10 @@ def analyze_affinity(
     """Measure the task affinity of a run, averaged over its checkpoints (the trained weights, not the EMA weights).
 
     A call with the same settings resumes an interrupted one. The arguments are those of
-    :func:`antdiff.analysis.task_affinity`, and `images` is the number of train images to draw, with replacement.
+    :func:`antdiff.analysis.task_affinity`, and `images` is the number of train images drawn, with replacement.
 
     Args:
-        k: number of clusters to draw and to save; None means the run's.
+        k: number of clusters in the figures and in clusters.json; None means the run's.
         out: folder of the results; None means RUN/analysis/affinity.
 
     Returns:
@@ -233,7 +233,7 @@ def analyze_conflict(
             list(zip(loaded.steps, loaded.checkpoints, strict=True)), unit="checkpoint", disable=not progress
         ):
             loaded.model.load_state_dict(load_checkpoint(path)["model"])
-            # Images, noise and timesteps are the same at every checkpoint, so only the network changes.
+            # Images, noise and timesteps are the same at every checkpoint, so that only the network changes.
             generator = torch.Generator().manual_seed(seed)
             found[step] = cluster_conflict(
                 loaded.model, images, chosen, log_snr=loaded.log_snr, batch_size=B, batches=batches, repeats=repeats,
@@ -294,7 +294,7 @@ def affinity_table(summary: dict[str, Any]) -> str:
 def conflict_table(summary: dict[str, Any]) -> str:
     """Return the summary as text."""
     k = len(summary["starts"])
-    lines = [f"{'step':>8} {'conflicting pairs in a batch':>30} {'of expected gradients':>23}"]
+    lines = [f"{'step':>8} {'conflicting pairs in a batch':>30} {'in expectation':>23}"]
     for step, found in summary["checkpoints"].items():
         share = found["batch_share"]
         half = "" if share["low"] is None else f" ± {(share['high'] - share['low']) / 2:.1%}"

@@ -1,7 +1,7 @@
 """Comparison of several methods on the same data over several seeds, with their spread.
 
-Each cell (method, seed) is an ordinary run folder. Finished cells are read; an interrupted one resumes from its
-checkpoint.
+Each cell (method, seed) is an ordinary run folder. The results of finished cells are read; an interrupted cell resumes from
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from antdiff.train.run import start_patch, start_run
 
 # Always included, to separate the effect of stratified sampling from that of balancing.
 ANCHORS: tuple[Method, ...] = ("vanilla", "linear")
-REFERENCE = {"patch": "longer"}  # the row that a row is compared with, where it is not vanilla
+REFERENCE = {"patch": "longer"}  # the reference row of a row; vanilla for all others
 CONFIDENCE = 0.95
 
 
@@ -161,7 +161,7 @@ def difference(values: Sequence[float], reference: Sequence[float], comparisons:
 
 
 def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> str:
-    """Return the comparison as text: means and standard deviations over training seeds, and which differences count."""
+    """Return the comparison as text: means and standard deviations over training seeds, and which differences exceed the noise."""
     data, spans = results["vanilla"][0]["data"], results["vanilla"][0]["intervals"]
     shares = np.array([stop - start for start, stop in spans])
     spans_text = [f"t {start}..{stop - 1}" for start, stop in spans]
@@ -190,7 +190,7 @@ def _verdicts(fds: Mapping[str, Sequence[float]], losses: Mapping[str, Sequence[
         for values in (fds, losses):
             found = difference(values[name], values[reference], comparisons)
             if found is None:
-                return ["With one training seed the spread is unknown, so nothing is said about differences."]
+                return ["With one training seed the spread is unknown, so differences cannot be judged."]
             word = ("lower" if found.mean < 0 else "higher") if found.beyond_noise else "within noise"
             row += [f"{found.mean:+.3g}", f"{found.noise:.2g}", word]
         rows.append(row)

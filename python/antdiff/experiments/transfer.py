@@ -111,7 +111,7 @@ class _Trial:
         folders = {place: config} | {folder / f"cluster{i}-{b}": alone for (b, i), alone in specialists.items()}
         for taken, wanted in folders.items():  # check all folders before any training
             if (taken / "config.json").exists() and not self.fits(wanted, taken):
-                raise ValueError(f"{taken} holds a run with other settings. Give another --out, or delete that folder")
+                raise ValueError(f"{taken} holds a run with other settings. Pass another --out, or delete that folder")
         joint = self.model(config, place, progress)
         if joint is None:
             return None
@@ -143,7 +143,7 @@ class _Trial:
         return clusters == self.clusters and _decisive(saved) == _decisive(config)
 
     def model(self, config: TrainConfig, folder: Path, progress: bool) -> torch.nn.Module | None:
-        """Train a run as far as needed. Return its averaged network, or None if a signal stopped the training."""
+        """Train a run up to its number of steps. Return its averaged network, or None if a signal stopped the training."""
         if not (folder / "config.json").exists():
             start_run(config, folder)
         path = latest_checkpoint(folder / "checkpoints")

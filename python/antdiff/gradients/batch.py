@@ -200,7 +200,7 @@ def check_losses(per_sample: object, size: int) -> None:
         raise ValueError(
             f"loss_fn must return one loss for each sample, a tensor [{size}] for this slice; got "
             f"{list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__}. "
-            "Average over the other dimensions, not over the samples."
+            "Average over the other dimensions, not over the samples, and pass one cluster id per sample."
         )
     if not per_sample.requires_grad:
         raise ValueError(

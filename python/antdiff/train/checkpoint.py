@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file per checkpoint with everything that a run needs to be resumed.
 
-Nested state dicts become named tensors and a JSON tree in the metadata of the file. So reading a checkpoint never
-unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are written
+Nested state dicts become named tensors and a JSON tree in the metadata of the file. Reading a checkpoint therefore
+never unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are written
 atomically: a crash or a full disk leaves the previous checkpoint untouched.
 """
 
@@ -18,11 +18,11 @@ import torch
 from antdiff._files import digest, write_atomically
 
 FORMAT = "antdiff-2"
-KEPT = 2  # with one in reserve, a corrupt checkpoint costs checkpoint_every steps, not the run
+KEPT = 2  # with a second one, a corrupt checkpoint costs checkpoint_every steps, not the run
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read. The message says which one is still good."""
+    """A checkpoint cannot be written or read. The message names the last good one."""
 
 
 class DivergenceError(RuntimeError):
@@ -99,7 +99,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     except OSError as error:
         good = latest_checkpoint(folder)
         remedy = (
-            f"the last good one is {good}; free some space and resume from it" if good else "there is no earlier one"
+            f"the last good one is {good}; free some space and resume from it" if good else "no earlier one exists"
         )
         raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {remedy}") from error
     for old in checkpoints(folder)[:-keep]:
@@ -111,7 +111,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that `save_checkpoint` wrote. Its tensors are on the CPU.
 
     Raises:
-        CheckpointError: the file is unreadable, cut short, changed on the disk, or not an antdiff checkpoint.
+        CheckpointError: the file is unreadable, truncated, changed on the disk, or not an antdiff checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 

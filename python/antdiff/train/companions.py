@@ -125,7 +125,7 @@ class ExpertTurns(UniformTimesteps):
 def importance_of(sampler: Sampler, device: torch.device) -> Callable[[], torch.Tensor]:
     """Return a function that gives the importance weight of each cluster's samples at the current step, [K].
 
-    The losses of a step are divided by it before they are logged.
+    The losses of a step are divided by this weight before they are logged.
     """
     if isinstance(sampler, RestrictedTimesteps):
         return lambda: sampler.cluster_weights

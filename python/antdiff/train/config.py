@@ -33,7 +33,7 @@ class TrainConfig:
     # the metric.
     method: Method = "pcgrad"
     """How the K cluster losses become one update: vanilla (the mean over the batch), linear (the plain mean over
-    clusters), or any other method of antdiff.balancing. docs/balancing.md describes each."""
+    clusters), or any other method of antdiff.balancing; see docs/balancing.md."""
 
     timesteps: Timesteps = "auto"
     """How t is drawn: uniform; stratified (each cluster gets an equal share of the batch, which changes p(t) if the
@@ -62,16 +62,16 @@ class TrainConfig:
     for `patience` steps. Within the clusters that have joined, timesteps are drawn as `timesteps` says."""
 
     patience: int = 0
-    """Steps without improvement that end a stage of the curriculum. 0: the published share of the run, 200 per 400,000
-    steps, and at least 1."""
+    """Steps without improvement that end a stage of the curriculum. 0 means the published share of the run (200 per
+    400,000 steps), and at least 1."""
 
     routing: bool = False
     """Denoising task routing (DTR): each timestep reads its own window of channels in every residual block."""
 
     experts: int = 0
-    """Number of interval experts (MEME). Each is a network of its own; in a UNet, the noisier an expert's interval, the
-    more attention and the less convolution it has. Each step trains one expert, in turn, on timesteps of its own; the
-    method is vanilla. 0: one network."""
+    """Number of interval experts (MEME); 0 means one network. Each expert is a separate network. In a UNet, experts of
+    noisier intervals have more attention and less convolution. Each step trains one expert, in turn, on timesteps
+    drawn for it; the method is vanilla."""
 
     specialist: int | None = None
     """Train only on the timesteps of this cluster (0: least noise), drawn uniformly. antdiff analyze transfer compares
@@ -110,7 +110,7 @@ class TrainConfig:
 
     grid_every: int = 200
     """Steps between two grids of samples in samples/. All grids start from the same noise, and each costs about two
-    training steps. 0: no grids."""
+    training steps. 0 means no grids."""
 
     eval_samples: int = 1500
     """Images per sampling seed for the quality metrics."""
@@ -134,7 +134,7 @@ class TrainConfig:
             raise ValueError(f"grid_every must be at least 0; got {self.grid_every}")
         if self.eval_samples < 10:
             raise ValueError(
-                f"eval_samples must be at least 10, since statistics of fewer mean nothing; got {self.eval_samples}"
+                f"eval_samples must be at least 10, since FD of fewer images is meaningless; got {self.eval_samples}"
             )
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
@@ -148,7 +148,7 @@ class TrainConfig:
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
         if self.keep_checkpoints < 2:
             raise ValueError(
-                f"keep_checkpoints must be at least 2, so that one is in reserve; got {self.keep_checkpoints}"
+                f"keep_checkpoints must be at least 2, so that one remains if the newest is damaged; got {self.keep_checkpoints}"
             )
         if self.experts:
             self._check_experts()

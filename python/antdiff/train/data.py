@@ -42,7 +42,7 @@ class ImageData:
         return (self.train.shape[1], self.train.shape[2], self.train.shape[3])
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of the images and labels, the key of what is cached for exactly this data."""
+        """Return the SHA-256 (hex) of the images and labels, which is the cache key of results for this data."""
         tensors = (self.train, self.held_out, self.train_labels, self.held_out_labels)
         return digest(*(tensor for tensor in tensors if tensor is not None))
 
@@ -53,14 +53,14 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Convert floats in [-1, 1] (clipped) to uint8 0..255, so that metrics see the pixels that a file would hold."""
+    """Convert floats in [-1, 1] (clipped) to uint8 0..255, so that metrics see the pixels of a saved image."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class Batches:
     """Endless batches of images, float [B, C, H, W] in [-1, 1].
 
-    Each epoch is a fresh permutation, and a batch may cross the border between two epochs.
+    Each epoch is a fresh permutation, and a batch may span two epochs.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -179,7 +179,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     shape = tuple(int(size) for size in sizes[1:])
     if sizes[0] != 0x0800 + ndim or len(raw) - header != int(np.prod(shape)):
         raise ValueError(
-            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it is of another kind or cut short"
+            f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions; it has another type or is truncated"
         )
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 

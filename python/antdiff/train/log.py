@@ -1,4 +1,4 @@
-"""Loggers for the rows of a run: metrics.csv, TensorBoard, Weights & Biases, or an object of your own with ``log``."""
+"""Loggers for the rows of a run: metrics.csv, TensorBoard, Weights & Biases, or any object with ``log`` and ``close``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MetricLog:
 
     Args:
         folder: the run folder.
-        start: the step of the checkpoint that the run is resumed from, or 0. Later rows, of a run that died, are
+        start: the step of the checkpoint that the run is resumed from, or 0. Later rows, which an interrupted run wrote, are
             deleted.
         also: further loggers.
     """
@@ -146,11 +146,11 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Send rows to Weights & Biases, which has to be installed. A resumed run continues the same page.
+    """Send rows to Weights & Biases, which must be installed. A resumed run continues the same page.
 
     Args:
         project: the name of the project.
-        run: the run folder. It gives the page its name, and ``wandb-id`` in it holds the id of the page.
+        run: the run folder. The page has its name, and its file ``wandb-id`` holds the id of the page.
         config: the settings that the page shows.
 
     Raises:
@@ -203,9 +203,9 @@ def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a metrics.csv, without a last line that a crash has cut short."""
+    """Read the rows of a metrics.csv, without a last line that a crash has truncated."""
     with path.open(newline="") as file:
-        complete = [line for line in file if line.endswith("\n")]  # a number cut short would read as another number
+        complete = [line for line in file if line.endswith("\n")]  # a truncated number would parse as another number
     return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(complete)]
 
 

@@ -1,4 +1,4 @@
-"""The training loop: short, top to bottom, and meant to be copied. Steps 1 to 4 of the loop are what your own needs.
+"""The training loop: short, readable from top to bottom, and meant to be copied. Your own loop needs steps 1 to 4.
 
 Each random choice has its own generator, spawned from the run's seed. A checkpoint holds all generators together with
 the weights, their average, the optimizer and the balancing method. A resumed run therefore takes exactly the steps that
@@ -30,7 +30,8 @@ def train(
 ) -> bool:
     """Train in the folder `run` from its last checkpoint, or from the start. The folder already has a clusters.json.
 
-    It gets rows of metrics.csv, TensorBoard events, sample grids and checkpoints. `loggers` get the rows too. After
+    The folder receives rows of metrics.csv, TensorBoard events, sample grids and checkpoints. `loggers` receive the rows
+    too. After
     SIGINT (Ctrl-C) or SIGTERM the current step finishes and a checkpoint is written. A second signal acts at once.
 
     Returns:
@@ -57,7 +58,7 @@ def train(
             t, cluster, weight, noise = t[rows], cluster[rows], weight[rows], noise[rows]
             xt = parts.schedule.add_noise(x0, noise, t)
 
-            # 2. In place of loss.backward(): the cluster losses or gradients, balanced into every p.grad.
+            # 2. Instead of loss.backward(): balance the cluster losses or gradients, and write every p.grad.
             parts.optimizer.zero_grad()
             result = parts.backward(loss_fn, (xt, noise, t, weight), cluster, counts=ranks.counts(shares))
 
@@ -76,7 +77,7 @@ def train(
                 if parts.curriculum is not None:
                     row["stage"] = float(parts.curriculum.stage)
                 recorder.log(step, row)
-                # Check after the row is written, which then shows what is not finite. The first check names the ranks.
+                # Check after the row is written, so that the row shows which loss is not finite. The first check names the ranks.
                 parts.backward.gradients.check()
                 check_finite(row["loss"], step, run)
 

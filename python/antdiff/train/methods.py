@@ -38,11 +38,11 @@ def make_balancer(
 ) -> Any:
     """Build the balancing method `name`, and add its own parameters, if it has any, to the optimizer.
 
-    The constructor gets those of the following arguments that it has: the number of clusters `k`, the `generator` of
+    The constructor receives those of the following arguments that it accepts: the number of clusters `k`, the `generator` of
     its random draws, and the number of steps per `epoch`, which is the update period of some papers.
     """
     method = BatchMean if name == "vanilla" else balancing.get(name)
-    # With "poison", NaN weights reach the check at the next row, whose message is more helpful than that of the op.
+    # With "poison", NaN weights reach the check at the next row, which has a more helpful message than the op.
     options = {"k": k, "generator": generator, "epoch": epoch, "nonfinite": "poison"}
     accepted = inspect.signature(method).parameters
     balancer = method(**{name: value for name, value in options.items() if name in accepted})

@@ -1,4 +1,4 @@
-"""Networks, noise schedule and sampler. All are those of diffusers; this file chooses their sizes and calls them."""
+"""Networks, noise schedule and sampler. All come from diffusers; this file chooses their sizes and calls them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Denoiser(torch.nn.Module):
         self.class_conditional = class_conditional
 
     def save(self, folder: Path) -> None:
-        """Write the network in the format of diffusers' ``from_pretrained``, or only the patch of a patched network."""
+        """Write the network in the format of diffusers' ``from_pretrained``, or only the patch if the network is patched."""
         prompts = getattr(self.net, "mixture_of_prompts", None)
         if prompts is None:
             self.net.save_pretrained(folder)
@@ -33,7 +33,7 @@ class Denoiser(torch.nn.Module):
         save_file(prompts.state_dict(), folder / "patch.safetensors")
 
     def auxiliary_loss(self) -> torch.Tensor | float:
-        """Return what a patch adds to the loss of the latest forward, 0 without a patch."""
+        """Return the term that a patch adds to the loss of the latest forward; 0 without a patch."""
         prompts = getattr(self.net, "mixture_of_prompts", None)
         return 0.0 if prompts is None else prompts.balancing_loss()  # type: ignore[no-any-return]
 
@@ -49,7 +49,7 @@ def build_model(name: Model, channels: int, size: int, *, generator_seed: int) -
     """Build a network for square images of `size` pixels, with weights drawn from `generator_seed`.
 
     Raises:
-        ValueError: `size` cannot be halved as often as the UNet needs, or is no multiple of the DiT's patch size.
+        ValueError: `size` cannot be halved as often as the UNet needs, or is not a multiple of the DiT's patch size.
     """
     require_size(name, size)
     with torch.random.fork_rng(devices=[]):  # initialisers draw from the global generator
@@ -89,7 +89,7 @@ def _unet(channels: int, size: int) -> Denoiser:
         down_block_types=("DownBlock2D",) * len(widths),
         up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=8,
-        # At 8x8 the receptive field already covers the image. From 28x28 on, attention at the bottom level pays.
+        # At 8x8 the receptive field already covers the image. From 28x28 on, attention at the lowest resolution is worth its cost.
         add_attention=size > 16,
         attention_head_dim=32,
     )

@@ -1,4 +1,4 @@
-"""The set-up of a run: it consumes the configuration once and hands parts to the loop, which never sees it."""
+"""The set-up of a run: it reads the configuration once and returns the parts of the loop, which never sees the configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BASE = "base"  # folder of a patching run that holds the network it patches
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run consists of. B is the batch size of all ranks together, K the number of clusters."""
+    """The parts of a run. B is the batch size of all ranks together, K the number of clusters."""
 
     ranks: RunRanks  # the processes of the run
     rows: slice  # this rank's rows of a batch
@@ -77,7 +77,7 @@ def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
         CheckpointError: the last checkpoint cannot be read, or does not fit the settings.
     """
     # ---- the usual parts -----------------------------------------------------------------------------------------
-    ranks = RunRanks()  # each of them takes its rows of every batch
+    ranks = RunRanks()  # each rank takes its rows of every batch
     B, rows = config.batch_size, ranks.rows(config.batch_size)
     device = choose_device(config.device)
     rng = make_generators(config.seed, device)
@@ -89,7 +89,7 @@ def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
     optimizer = torch.optim.AdamW(parameter_groups(model, config.lr), lr=config.lr, weight_decay=0)
     batches = Batches(data.train, B, rng["data"], rows)
 
-    # ---- what antdiff adds: clusters of timesteps, a sampler of them, a balanced backward ------------------------
+    # ---- the additions of antdiff: clusters of timesteps, their sampler, a balanced backward -----------------------
     clusters = TimestepClusters.load(run / "clusters.json")
     timesteps = make_timesteps(config, clusters, model, device)
     epoch = math.ceil(len(data.train) / B)
@@ -101,7 +101,7 @@ def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
     )  # fmt: skip
     telemetry = Telemetry(clusters.k, window=config.log_every, share=clusters.sizes / clusters.T, device=device)
 
-    # ---- what has to survive an interruption ---------------------------------------------------------------------
+    # ---- the state of a checkpoint -------------------------------------------------------------------------------
     saved = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
              "balancer": balancer, "telemetry": telemetry}  # fmt: skip
     state = RunState(run, saved, rng, keep=config.keep_checkpoints)

@@ -1,8 +1,8 @@
 """A run on the processes that torchrun started, or on one process.
 
 Every rank draws the timesteps, the noise and the order of the data for the whole batch, from the run's own generators,
-and takes its rows of them. So the run is the same, up to rounding, on any number of ranks. All ranks hold the same
-state, so that rank 0's checkpoint serves all of them, and a run can be resumed on another number of ranks.
+and takes its rows of them. The run is therefore the same, up to rounding, on any number of ranks. All ranks hold the
+same state, so rank 0's checkpoint serves all of them, and a run can be resumed on another number of ranks.
 """
 
 from __future__ import annotations
@@ -67,18 +67,21 @@ class RunRanks(Ranks):
         return message[0]
 
     def any(self, flag: bool, device: torch.device, *, now: bool) -> bool:
-        """Return on every rank whether the flag is set on any of them. Several ranks communicate only if ``now`` is
-        true, which has to be the same on all of them, and return False otherwise."""
+        """Return on every rank whether the flag is set on any rank.
+
+        Several ranks communicate only if ``now`` is true, and return False otherwise. ``now`` must be the same on all
+        ranks.
+        """
         if self.size == 1:
             return flag
         if not now:
             return False
         flags = torch.tensor([float(flag)], device=device)
-        wait(self.all_reduce(flags), "the question whether to stop")
+        wait(self.all_reduce(flags), "the all-reduce of the stop flag")
         return bool(flags.item())
 
     def leave(self) -> None:
-        """Destroy the process group, so that rank 0 can work on alone for longer than the timeout."""
+        """Destroy the process group, so that rank 0 can continue alone for longer than the timeout."""
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 def stop_requests(*, ignore_repeats: bool = False) -> Iterator[threading.Event]:
     """Catch SIGINT and SIGTERM inside the block: the first one sets the event, the next one raises KeyboardInterrupt.
 
-    With `ignore_repeats` later signals do nothing. A rank needs that: one Ctrl-C reaches it twice, from the terminal
-    and from torchrun.
+    With `ignore_repeats` later signals do nothing. A rank needs this, because one Ctrl-C reaches it twice: from the
+    terminal and from torchrun.
     """
     requested = threading.Event()
 

@@ -113,7 +113,7 @@ def samples(run: Run) -> list[str]:
         pictures.append(figure(f"step {step:,}", image(found[place], f"Grid of samples after {step:,} steps")))
     note = (
         "Every grid starts from the same noise, so that each image can be followed. The grids use the averaged "
-        "weights, which lag behind early in a run. They do not show variety: sixteen images are too few."
+        "weights, which lag behind early in a run. They do not show variety, since sixteen images are too few."
     )
     return [f"<p>{note}</p>", grid(pictures)]
 
@@ -149,7 +149,7 @@ def losses_and_weights(run: Run) -> list[str]:
                 y_label="mean squared error, log scale",
                 log=True,
             ),
-            "Error of the noise estimate on the batches, per cluster and (plain, solid) for uniformly drawn t. Thin "
+            "Error of the noise estimate on the batches, per cluster and (plain, solid) averaged over uniformly drawn t. Thin "
             "lines are the logged values, thick lines a moving mean over 5 % of the run.",
             "image quality, or which cluster is learnt best: little noise is harder to estimate than much.",
         ),
@@ -297,8 +297,8 @@ def analysis(run: Run) -> list[str]:
             figure(title, image(path, caption or f"Figure of antdiff analyze: {title}"), caption, kind="wide")
         )
     if not figures:
-        what = "measures task affinity, transfer and conflict on the checkpoints of a run. Its figures appear here."
-        return [f"<p>None yet. <code>antdiff analyze</code> {what}</p>"]
+        note = "measures task affinity, transfer and conflict on the checkpoints of a run. Its figures appear here."
+        return [f"<p>No analysis yet. <code>antdiff analyze</code> {note}</p>"]
     return [grid(figures)]
 
 
