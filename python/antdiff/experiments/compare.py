@@ -1,7 +1,7 @@
 """Comparison of several methods on the same data over several seeds, with their spread.
 
-Each cell (method, seed) is an ordinary run folder. The results of finished cells are read; an interrupted cell resumes from
-its checkpoint.
+Each cell (method, seed) is an ordinary run folder. Results of finished cells are read; an interrupted cell resumes
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def compare(
         )
     if "patch" in companions and config.model != "dit":
         raise ValueError(
-            f"companion patch needs a DiT, since it adds prompts to tokens; got {config.model}. Give --model dit"
+            f"companion patch needs a DiT, since it adds prompts to tokens; got {config.model}. Pass --model dit"
         )
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
@@ -112,7 +112,7 @@ def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
         return None
     saved = TrainConfig.load(folder / "config.json")
     if replace(saved, device=config.device) != config:
-        raise ValueError(f"{folder} holds a run with settings other than this comparison's. Give another --out")
+        raise ValueError(f"{folder} holds a run with settings other than this comparison's. Pass another --out")
     results = folder / "results.json"
     if not results.exists():
         return None
@@ -161,7 +161,7 @@ def difference(values: Sequence[float], reference: Sequence[float], comparisons:
 
 
 def comparison_table(results: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> str:
-    """Return the comparison as text: means and standard deviations over training seeds, and which differences exceed the noise."""
+    """Return the comparison as text: means and SDs over training seeds, and which differences exceed the noise."""
     data, spans = results["vanilla"][0]["data"], results["vanilla"][0]["intervals"]
     shares = np.array([stop - start for start, stop in spans])
     spans_text = [f"t {start}..{stop - 1}" for start, stop in spans]

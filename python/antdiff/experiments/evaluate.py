@@ -132,7 +132,7 @@ def closing_table(results: dict[str, Any], eval_seeds: int) -> str:
     lines += ["", f"held-out loss  {losses}  mean over t: {mean:.4f}"]
     lines += [
         "FD (lower is better) is the Frechet distance to the train images in the features of a small CNN trained on",
-        "them. It is not an FID. It depends on the number of images (for the held-out images, their number), so compare",
-        "it only between runs. Precision and recall: higher is better. All use the averaged (EMA) weights.",
+        "them. It is not an FID. It depends on the number of images (for the held-out images, their number), so",
+        "compare it only between runs. Precision and recall: higher is better. All use the averaged (EMA) weights.",
     ]
     return "\n".join(lines)

@@ -143,7 +143,7 @@ class _Trial:
         return clusters == self.clusters and _decisive(saved) == _decisive(config)
 
     def model(self, config: TrainConfig, folder: Path, progress: bool) -> torch.nn.Module | None:
-        """Train a run up to its number of steps. Return its averaged network, or None if a signal stopped the training."""
+        """Train a run up to its last step. Return its averaged network, or None if a signal stopped the training."""
         if not (folder / "config.json").exists():
             start_run(config, folder)
         path = latest_checkpoint(folder / "checkpoints")

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file per checkpoint with everything that a run needs to be resumed.
 
 Nested state dicts become named tensors and a JSON tree in the metadata of the file. Reading a checkpoint therefore
-never unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are written
-atomically: a crash or a full disk leaves the previous checkpoint untouched.
+never unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are
+written atomically: a crash or a full disk leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         write_atomically(path, payload)
     except OSError as error:
         good = latest_checkpoint(folder)
-        remedy = (
-            f"the last good one is {good}; free some space and resume from it" if good else "no earlier one exists"
-        )
+        remedy = f"the last good one is {good}; free some space and resume from it" if good else "no earlier one exists"
         raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {remedy}") from error
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)

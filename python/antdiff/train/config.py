@@ -148,7 +148,8 @@ class TrainConfig:
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
         if self.keep_checkpoints < 2:
             raise ValueError(
-                f"keep_checkpoints must be at least 2, so that one remains if the newest is damaged; got {self.keep_checkpoints}"
+                "keep_checkpoints must be at least 2, so that one remains if the newest is damaged; got "
+                f"{self.keep_checkpoints}"
             )
         if self.experts:
             self._check_experts()

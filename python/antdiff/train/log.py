@@ -1,4 +1,4 @@
-"""Loggers for the rows of a run: metrics.csv, TensorBoard, Weights & Biases, or any object with ``log`` and ``close``."""
+"""Loggers for the rows of a run: metrics.csv, TensorBoard, Weights & Biases, any object with ``log`` and ``close``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class MetricLog:
 
     Args:
         folder: the run folder.
-        start: the step of the checkpoint that the run is resumed from, or 0. Later rows, which an interrupted run wrote, are
-            deleted.
+        start: the step of the checkpoint that the run is resumed from, or 0. Later rows, which an interrupted run
+            wrote, are deleted.
         also: further loggers.
     """
 

@@ -30,9 +30,9 @@ def train(
 ) -> bool:
     """Train in the folder `run` from its last checkpoint, or from the start. The folder already has a clusters.json.
 
-    The folder receives rows of metrics.csv, TensorBoard events, sample grids and checkpoints. `loggers` receive the rows
-    too. After
-    SIGINT (Ctrl-C) or SIGTERM the current step finishes and a checkpoint is written. A second signal acts at once.
+    The folder receives rows of metrics.csv, TensorBoard events, sample grids and checkpoints. `loggers` receive the
+    rows too. After SIGINT (Ctrl-C) or SIGTERM the current step finishes and a checkpoint is written. A second signal
+    acts at once.
 
     Returns:
         True when all of config.steps are done, False when a signal stopped the run.
@@ -77,7 +77,8 @@ def train(
                 if parts.curriculum is not None:
                     row["stage"] = float(parts.curriculum.stage)
                 recorder.log(step, row)
-                # Check after the row is written, so that the row shows which loss is not finite. The first check names the ranks.
+                # Check after the row is written, so that it shows which loss is not finite. The first check names the
+                # ranks.
                 parts.backward.gradients.check()
                 check_finite(row["loss"], step, run)
 

@@ -38,8 +38,8 @@ def make_balancer(
 ) -> Any:
     """Build the balancing method `name`, and add its own parameters, if it has any, to the optimizer.
 
-    The constructor receives those of the following arguments that it accepts: the number of clusters `k`, the `generator` of
-    its random draws, and the number of steps per `epoch`, which is the update period of some papers.
+    The constructor receives those of the following arguments that it accepts: the number of clusters `k`, the
+    `generator` of its random draws, and the number of steps per `epoch`, which is the update period of some papers.
     """
     method = BatchMean if name == "vanilla" else balancing.get(name)
     # With "poison", NaN weights reach the check at the next row, which has a more helpful message than the op.

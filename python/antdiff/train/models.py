@@ -22,7 +22,7 @@ class Denoiser(torch.nn.Module):
         self.class_conditional = class_conditional
 
     def save(self, folder: Path) -> None:
-        """Write the network in the format of diffusers' ``from_pretrained``, or only the patch if the network is patched."""
+        """Write the network in the format of diffusers' ``from_pretrained``; of a patched network, only the patch."""
         prompts = getattr(self.net, "mixture_of_prompts", None)
         if prompts is None:
             self.net.save_pretrained(folder)
@@ -89,7 +89,7 @@ def _unet(channels: int, size: int) -> Denoiser:
         down_block_types=("DownBlock2D",) * len(widths),
         up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=8,
-        # At 8x8 the receptive field already covers the image. From 28x28 on, attention at the lowest resolution is worth its cost.
+        # At 8x8 the receptive field already covers the image. From 28x28 on, attention at the lowest level is worth it.
         add_attention=size > 16,
         attention_head_dim=32,
     )

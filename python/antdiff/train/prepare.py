@@ -1,4 +1,4 @@
-"""The set-up of a run: it reads the configuration once and returns the parts of the loop, which never sees the configuration."""
+"""The set-up of a run. It reads the settings once and returns the parts of the loop, which never sees the settings."""
 
 from __future__ import annotations
 

@@ -149,8 +149,8 @@ def losses_and_weights(run: Run) -> list[str]:
                 y_label="mean squared error, log scale",
                 log=True,
             ),
-            "Error of the noise estimate on the batches, per cluster and (plain, solid) averaged over uniformly drawn t. Thin "
-            "lines are the logged values, thick lines a moving mean over 5 % of the run.",
+            "Error of the noise estimate on the batches, per cluster and (plain, solid) averaged over uniformly drawn "
+            "t. Thin lines are the logged values, thick lines a moving mean over 5 % of the run.",
             "image quality, or which cluster is learnt best: little noise is harder to estimate than much.",
         ),
         figure(
