@@ -550,6 +550,16 @@ def test_grouped_serves_common_losses(name: str) -> None:
     assert "'grouped'" in cg.explain()
 
 
+def test_complex_samples_that_meet_are_found() -> None:
+    model, z = nn.Linear(4, 4), torch.randn(4, 4, dtype=torch.complex64)
+    cg = ClusterGradients(model, 2)
+    cg(lambda z: (model(z.real + 1e-4 * z.imag.roll(1, 0)) - z.real).square().mean(1), (z,), CLUSTER)
+    assert "'loop'" in cg.explain()
+    cg = ClusterGradients(model, 2)
+    cg(lambda z: (model(z.real + z.imag) - z.real).square().mean(1), (z,), CLUSTER)
+    assert "'grouped'" in cg.explain()
+
+
 def test_a_history_of_losses_stays_a_table() -> None:
     torch.manual_seed(0)
     model, history = nn.Linear(4, 4), torch.ones(10)

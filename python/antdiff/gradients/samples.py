@@ -154,10 +154,10 @@ class Samples(Sequence[Any]):
         chosen = poisoned.tolist()
 
         def fill(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
+            if not (x.is_floating_point() or x.is_complex()):
                 return x
             values = x.detach().nan_to_num()
-            values[poisoned.to(x.device)] = torch.nan
+            values[poisoned.to(x.device)] = _nan(x)
             return values.requires_grad_(x.requires_grad)
 
         leaves = [
@@ -287,10 +287,14 @@ def _filled(x: Any, entries: list[Any]) -> Any:
     return np.fromiter(entries, dtype=object) if isinstance(x, np.ndarray) else rebuild_list(x, entries)
 
 
+def _nan(x: Tensor) -> Any:
+    return complex(torch.nan, torch.nan) if x.is_complex() else torch.nan
+
+
 def _all_nan(x: Any) -> Any:
     """Return a sample of a list with NaN for every floating-point number in it."""
     if isinstance(x, Tensor):
-        return torch.full_like(x, torch.nan) if x.is_floating_point() else x
+        return torch.full_like(x, _nan(x)) if x.is_floating_point() or x.is_complex() else x
     if isinstance(x, np.ndarray):
         return np.full_like(x, np.nan) if x.dtype.kind == "f" else x
     if isinstance(x, float):

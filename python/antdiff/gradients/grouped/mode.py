@@ -190,7 +190,7 @@ class GroupedMode(TorchFunctionMode):
             )
         m = self.clustered.repeats(x)
         self.structure = hash((self.structure, m))
-        if self.probe is not None and x.is_floating_point():
+        if self.probe is not None and (x.is_floating_point() or x.is_complex()):
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
 
