@@ -286,6 +286,8 @@ class ClusterGradients:
 
         Samples may be in any order. If they are sorted by cluster, the grouped route copies nothing. ``auto`` takes
         ``grouped`` here unless an earlier call has chosen another route, since it cannot run the network to check it.
+        For the same reason there is no probe and no audit, and samples that are sorted or packed by their values before
+        they meet a parameter give wrong rows. Call :meth:`verify` before training.
         Another call of the same object inside the block ends the recording.
         """
         if self.several or self.hold == "gram":
