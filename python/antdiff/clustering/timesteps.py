@@ -160,6 +160,8 @@ class StratifiedTimesteps:
             self._generator(torch.device(device)).set_state(generator_state)
 
     def _generator(self, device: torch.device) -> torch.Generator:
+        if device.type == "cuda" and device.index is None:  # "cuda" and "cuda:0" share one generator
+            device = torch.device("cuda", torch.cuda.current_device())
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed or 0)
         return self._generators[device]
