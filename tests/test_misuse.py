@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from antdiff import ops
 
 PROGRAM = """
@@ -74,6 +77,7 @@ def valid(name):
         "nash_weights": dict(gram=gram),
         "gram_weights": dict(gram=gram, method=rng.choice(["upgrad", "mgda", "cagrad", "config", "fairgrad"])),
         "gradvac_weights": dict(gram=gram, targets=torch.zeros_like(gram), beta=0.1),
+        "precision_of": dict(gram=gram),
         "pcgrad": dict(J=J),
         "nash": dict(J=J),
         "nash_residual": dict(gram=gram, weights=torch.rand(k, dtype=torch.float64)),
@@ -109,7 +113,18 @@ for name in names:
     print(name, good, bad, flush=True)
 """
 
-OPS = [name for name in ops.__all__ if name not in ("check_errors", "reference")]
+OPS = [name for name in ops.__all__ if name not in ("check_errors", "reference", "with_precision")]
+
+
+def test_the_precision_of_a_gram_matrix_is_that_of_gradients() -> None:  # its dtypes are positional
+    gram = torch.eye(2, dtype=torch.float64)
+    assert ops.precision_of(ops.with_precision(gram, torch.float32, torch.bfloat16)) == torch.bfloat16
+    with pytest.raises(TypeError, match="gram must be a tensor; got list"):
+        ops.with_precision([gram], torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one dtype"):
+        ops.with_precision(gram)
+    with pytest.raises(ValueError, match=r"precision must be one of .*got torch\.int64"):
+        ops.with_precision(gram, torch.int64)
 
 
 def test_random_calls_end_in_a_result_or_a_clear_error() -> None:

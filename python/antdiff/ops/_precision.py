@@ -23,8 +23,11 @@ def with_precision(gram: Tensor, *dtypes: torch.dtype) -> Tensor:
     :func:`antdiff.ops.gram`. Of several dtypes, the least precise one counts.
 
     Raises:
-        ValueError: a dtype is not one of float64, float32, float16 and bfloat16.
+        TypeError: ``gram`` is not a tensor.
+        ValueError: no dtype is given, or one is not one of float64, float32, float16 and bfloat16.
     """
+    if not dtypes:
+        raise ValueError("dtypes must name at least one dtype; got none. Pass the dtype of the gradients.")
     least = max(map(_checked, dtypes), key=_DTYPES.index)
     if least != precision_of(gram):
         setattr(gram, _ATTRIBUTE, least)
@@ -32,7 +35,13 @@ def with_precision(gram: Tensor, *dtypes: torch.dtype) -> Tensor:
 
 
 def precision_of(gram: Tensor) -> torch.dtype:
-    """Return the dtype that :func:`antdiff.ops.gram` or :func:`with_precision` has recorded, else float64."""
+    """Return the dtype that :func:`antdiff.ops.gram` or :func:`with_precision` has recorded, else float64.
+
+    Raises:
+        TypeError: ``gram`` is not a tensor.
+    """
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"gram must be a tensor; got {type(gram).__name__}. Pass the result of ops.gram.")
     dtype: torch.dtype = getattr(gram, _ATTRIBUTE, torch.float64)
     return dtype
 
