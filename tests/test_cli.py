@@ -51,6 +51,8 @@ def test_train_resume_sample_and_cluster(
     assert "runs/digits-pcgrad-0/samples.png" in out
     run = Path("runs/digits-pcgrad-0")
 
+    assert main(["report", str(run), "--out", "."]) == 1
+    assert "out must be the path of a file; . is a folder" in capsys.readouterr().err
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"wrote {run}/report.html\n"
     assert "digits, pcgrad" in (run / "report.html").read_text()
@@ -61,6 +63,8 @@ def test_train_resume_sample_and_cluster(
     assert main(["train", "--resume", str(run), "--steps", "3"]) == 1
     assert "steps must be at least 4" in capsys.readouterr().err
 
+    assert main(["sample", str(run), "--steps", "1001"]) == 1
+    assert "steps must be in [1, 1000]" in capsys.readouterr().err
     assert main(["sample", str(run), "-n", "13", "--steps", "1", "--out", "here/pictures.v1"]) == 0
     with np.load("here/pictures.v1.npz") as archive:
         images = archive["arr_0"]
@@ -70,9 +74,9 @@ def test_train_resume_sample_and_cluster(
     assert np.array_equal(pixels[4:68:8, 4:68:8], images[0, :, :, 0])
 
     capsys.readouterr()
-    assert main(["cluster", str(run), "--save", "c.json", "--plot", "c.png"]) == 0
+    assert main(["cluster", str(run), "--save", "new/c.json", "--plot", "c.png"]) == 0
     assert "4 clusters of 1000 timesteps" in capsys.readouterr().out
-    assert main(["cluster", "--by", "c.json", "-k", "4"]) == 0
+    assert main(["cluster", "--by", "new/c.json", "-k", "4"]) == 0
     assert Path("c.png").stat().st_size > 1000
 
 
@@ -97,6 +101,7 @@ def test_cluster_prints_the_published_optimum(capsys: pytest.CaptureFixture[str]
         (["sample", "nowhere"], "nowhere must be the folder of a run"),
         (["compare", "--seeds", "1", "1"], "seeds must be distinct"),
         (["cluster", "-k", "2000"], "k must be at most T"),
+        (["train", "--sample-steps", "1001"], "sample_steps must be in [1, 1000], since each DDIM step"),
         (["train", "--steps", "0"], "error: steps must be at least 1; got 0"),
         (["compare", "-k", "9", "--batch-size", "3"], "error: k must be at most batch_size"),
     ],

@@ -45,6 +45,9 @@ def cluster(
     for i, (start, stop) in enumerate(itertools.pairwise(clusters.bounds)):
         span = f"{float(log_snr[start]):.2f} .. {float(log_snr[stop - 1]):.2f}"
         print(f"{i:>7} {f'{start}..{stop - 1}':>12} {stop - start:>6} {span:>18}")
+    for path in (save, plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     if save is not None:
         clusters.save(save)
         print(f"wrote {save}")

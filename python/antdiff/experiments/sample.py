@@ -8,7 +8,7 @@ import torch
 
 from antdiff._files import write_npz
 from antdiff.plotting.images import save_grid
-from antdiff.train.config import TrainConfig
+from antdiff.train.config import TrainConfig, require_sample_steps
 from antdiff.train.data import load_data, to_uint8
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
@@ -31,13 +31,13 @@ def sample(
         The paths of the grid and of the archive.
 
     Raises:
-        ValueError: `run` is not a run folder, has no checkpoint, or n or steps is below 1.
+        ValueError: `run` is not a run folder, has no checkpoint, n is below 1, or steps is not in [1, 1000].
     """
     config = TrainConfig.load(run / "config.json")
     steps = config.sample_steps if steps is None else steps
-    for name, value in (("n", n), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}")
+    require_sample_steps("steps", steps)
     shape = load_data(config.data, image_size=config.image_size).shape
     where = choose_device(device)
     model, _ = load_model(run, config, shape, where)

@@ -19,6 +19,7 @@ else:
     Method = Literal[METHODS]
 Timesteps = Literal["auto", "uniform", "stratified", "stratified-weighted"]
 Model = Literal["unet", "dit"]
+T = 1000  # timesteps of the noise schedule
 PATCH_LR = 1e-4  # the published learning rate of the prompts; that of their gate is ten times as high
 Companion = Literal["curriculum", "routing", "experts", "patch"]
 
@@ -125,11 +126,12 @@ class TrainConfig:
         for name, allowed in (("method", Method), ("timesteps", Timesteps), ("model", Model)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        positive = "steps k image_size batch_size log_every checkpoint_every eval_seeds sample_steps"
+        positive = "steps k image_size batch_size log_every checkpoint_every eval_seeds"
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         require_rows(self.k, self.batch_size)
+        require_sample_steps("sample_steps", self.sample_steps)
         if self.grid_every < 0:
             raise ValueError(f"grid_every must be at least 0; got {self.grid_every}")
         if self.eval_samples < 10:
@@ -219,6 +221,12 @@ def require_rows(k: int, batch_size: int) -> None:
             f"k must be at most batch_size, so that each step has a sample of every cluster; got k={k} with "
             f"batch_size={batch_size}. Take fewer clusters or a larger batch"
         )
+
+
+def require_sample_steps(name: str, steps: int) -> None:
+    """Raise ValueError if `steps` is not a number of DDIM steps, each of which needs a timestep of its own."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"{name} must be in [1, {T}], since each DDIM step takes another timestep; got {steps}")
 
 
 def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:

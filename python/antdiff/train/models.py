@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from antdiff.train.config import Model
+from antdiff.train.config import Model, T
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, ModelMixin
@@ -119,7 +119,7 @@ def noise_schedule() -> DDPMScheduler:
     """Return the cosine schedule (Nichol and Dhariwal, 2021) over T = 1000 timesteps, with noise prediction."""
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
+    return DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
 
 
 @torch.no_grad()

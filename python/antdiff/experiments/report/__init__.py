@@ -24,7 +24,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         out: file to write; None means ``<folder>/report.html``.
 
     Raises:
-        ValueError: the folder holds neither a run nor a comparison.
+        ValueError: the folder holds neither a run nor a comparison, or `out` is a folder.
     """
     if (folder / "config.json").exists():
         page = run_page(Run.load(folder))
@@ -36,6 +36,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
             "config.json, and neither has a folder inside it"
         )
     out = out or folder / "report.html"
+    if out.is_dir():
+        raise ValueError(f"out must be the path of a file; {out} is a folder. Pass --out {out / 'report.html'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode())
     return out
