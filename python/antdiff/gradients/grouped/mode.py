@@ -448,4 +448,8 @@ def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
     for module in model.modules():
-        yield from tensors_in((vars(module),), {})
+        for x in vars(module).values():
+            if isinstance(x, Tensor):
+                yield x
+            elif isinstance(x, (tuple, list, dict)) and x:  # most of the dicts of a module hold hooks, and are empty
+                yield from tensors_in((x,), {})
