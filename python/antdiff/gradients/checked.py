@@ -208,7 +208,7 @@ class CheckedRoutes:
         try:
             with repeatable(net.model, call.loss_fn) as replay, uncompiled(net):
                 probe("grouped", net, call.loss_fn, call.batch, clustered, replay, codes)
-        except (GroupingError, torch.OutOfMemoryError):
+        except (GroupingError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             raise GroupingError(

@@ -190,7 +190,7 @@ class Samples(Sequence[Any]):
             if is_list(x):
                 return _detached(rebuild_list(x, [x[i] for i in index.ints]))
             return _detached(x[index.on(getattr(x, "device", None) or index.order.device)])
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError) as error:
             layout = f" with layout {x.layout}" if isinstance(x, Tensor) else ""
