@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -13,12 +10,6 @@ import torch
 
 # The tensors of the tests are small. On a busy machine a barrier between OpenMP threads takes longer than the work.
 torch.set_num_threads(1)
-
-# Inductor imports setuptools, which replaces the distutils of the standard library. If that happens late, or while
-# warnings are errors, it fails, and every later import of setuptools fails too.
-with warnings.catch_warnings(), suppress(ImportError):
-    warnings.simplefilter("ignore")
-    importlib.import_module("setuptools")
 
 
 @pytest.fixture(scope="session", autouse=True)

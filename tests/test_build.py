@@ -7,12 +7,12 @@ nvcc and one without give the same result.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,11 @@ from antdiff import info
 ROOT = Path(__file__).resolve().parent.parent
 CMAKE = shutil.which("cmake")
 
+# Read from the metadata: to look for the module pip makes setuptools hand back the distutils of the standard library.
+INSTALLED = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in metadata.distributions()}
+
 pytestmark = pytest.mark.skipif(
-    CMAKE is None or any(importlib.util.find_spec(name) is None for name in ("pip", "scikit_build_core", "pybind11")),
+    CMAKE is None or not {"pip", "scikit-build-core", "pybind11"} <= INSTALLED,
     reason="needs cmake, pip, scikit-build-core and pybind11",
 )
 
