@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from antdiff import ClusterGradients, StratifiedTimesteps, TimestepClusters, balancing, diffusion
 from antdiff.analysis import Telemetry
-from antdiff.train.data import load_data, to_unit
+from antdiff.data import load_data, to_unit
 from antdiff.train.loop import sample_losses
 from antdiff.train.models import build_model, noise_schedule
 from antdiff.train.progress import save_progress_grid

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 import antdiff
 from antdiff import balancing, diffusion
+from antdiff.data import load_data, to_unit
 from antdiff.plotting import plot_clusters
 from antdiff.plotting.palette import CATEGORICAL, SEQUENTIAL
-from antdiff.train.data import load_data, to_unit
 from antdiff.train.models import build_model, noise_schedule
 
 K = 5

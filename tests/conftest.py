@@ -23,9 +23,9 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut ``digits`` to a few hundred images, since the evaluation of a run on all of them takes seconds."""
-    from antdiff.train import data
+    from antdiff.data import sources
 
-    digits = data._digits()
+    digits = sources._digits()
     assert digits.train_labels is not None
     assert digits.held_out_labels is not None
     few = replace(
@@ -35,4 +35,4 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
         held_out=digits.held_out[:40],
         held_out_labels=digits.held_out_labels[:40],
     )
-    monkeypatch.setattr(data, "_digits", lambda: few)
+    monkeypatch.setattr(sources, "_digits", lambda: few)

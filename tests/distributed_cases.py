@@ -862,7 +862,7 @@ def loop_settings() -> dict[str, Any]:
 
 
 def train_into(folder: Path) -> None:
-    from antdiff.train.data import load_data
+    from antdiff.data import load_data
     from antdiff.train.loop import train
     from antdiff.train.run import start_run
 

@@ -17,12 +17,12 @@ from antdiff import TimestepClusters
 from antdiff.analysis import TaskAffinity
 from antdiff.analysis import affinity as streaming
 from antdiff.cli import main
+from antdiff.data import ImageData, load_data, to_uint8
 from antdiff.diffusion import log_snr
 from antdiff.experiments import transfer
 from antdiff.experiments.quality import Quality
 from antdiff.train import prepare, run
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
 from antdiff.train.models import noise_schedule

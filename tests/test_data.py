@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from antdiff.train import data as sources
-from antdiff.train.data import load_data, to_uint8, to_unit
+from antdiff.data import ImageData, load_data, sources, to_uint8, to_unit
 
 
 def test_digits_are_scikit_learns_with_a_fixed_stratified_split() -> None:
@@ -54,7 +53,7 @@ def test_digest_tells_data_apart() -> None:
     digits = load_data("digits")
     changed = digits.train.clone()
     changed[0, 0, 0, 0] ^= 1
-    other = sources.ImageData("digits", changed, digits.held_out, digits.train_labels, digits.held_out_labels)
+    other = ImageData("digits", changed, digits.held_out, digits.train_labels, digits.held_out_labels)
     assert digits.digest() == load_data("digits").digest()
     assert digits.digest() != other.digest()
 

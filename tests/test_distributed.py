@@ -236,7 +236,7 @@ def test_the_training_loop_is_that_of_one_process(two: Results, checkpoints: Pat
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(two: Results, checkpoints: Path, tmp_path: Path) -> None:
-    from antdiff.train.data import load_data
+    from antdiff.data import load_data
     from antdiff.train.log import read_csv
     from antdiff.train.loop import train
 

@@ -20,8 +20,8 @@ CSRC = ROOT / "csrc"
 
 # A package may import from packages of a lower rank, and from itself.
 RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "info": 1, "distributed": 2, "clustering": 3,
-        "gradients": 3, "balancing": 3, "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "train": 6,
-        "experiments": 7, "cli": 8, "__main__": 9}  # fmt: skip
+        "gradients": 3, "balancing": 3, "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "data": 6,
+        "train": 7, "experiments": 8, "cli": 9, "__main__": 10}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 

@@ -10,9 +10,9 @@ import scipy.linalg
 import torch
 from tolerances import UNIT_ROUNDOFF
 
+from antdiff.data import ImageData, load_data
 from antdiff.experiments import quality as metrics
 from antdiff.experiments.quality import Judge, accuracy, coverage, feature_net, held_out_losses, neighbour_distance
-from antdiff.train.data import ImageData, load_data
 from antdiff.train.models import draw_samples, noise_schedule
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from antdiff import BalancedBackward
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
+from antdiff.data import ImageData, load_data, to_uint8, to_unit
 from antdiff.diffusion import log_snr
 from antdiff.experiments import evaluate as run_module
 from antdiff.experiments.evaluate import closing_table, execute
@@ -30,7 +31,7 @@ from antdiff.train.checkpoint import (
     save_checkpoint,
 )
 from antdiff.train.config import METHODS, TrainConfig, resumed
-from antdiff.train.data import Batches, ImageData, load_data, to_uint8, to_unit
+from antdiff.train.data import Batches
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators

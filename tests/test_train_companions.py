@@ -14,13 +14,13 @@ import torch
 from antdiff import TimestepClusters
 from antdiff.cli import main
 from antdiff.companions import ExpertBank, MixtureOfPrompts
+from antdiff.data import ImageData, load_data
 from antdiff.experiments.compare import compare
 from antdiff.experiments.evaluate import execute
 from antdiff.experiments.quality import FeatureNet, held_out_losses
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.companions import ExpertTurns
 from antdiff.train.config import TrainConfig, resumed
-from antdiff.train.data import ImageData, load_data
 from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
@@ -206,7 +206,7 @@ def few_of(whole: ImageData) -> ImageData:
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same evaluation on fewer images, with an untrained feature network."""
     few = few_of(load_data("digits"))
-    for module in ("train.data", "experiments.compare", "experiments.sample"):
+    for module in ("data", "experiments.compare", "experiments.sample"):
         monkeypatch.setattr(f"antdiff.{module}.load_data", lambda *_, **__: few)
     monkeypatch.setattr("antdiff.experiments.evaluate.feature_net", lambda data: FeatureNet(1, 10).eval())
     monkeypatch.setattr("antdiff.experiments.evaluate.held_out_losses", partial(held_out_losses, timesteps=1, images=4))

@@ -83,8 +83,8 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     saved = TrainConfig.load(resume / "config.json") if resume is not None else None
     if saved is not None:
         resumed(config, saved)  # refuse forbidden changes before the slow imports
+    from antdiff.data import ImageData, load_data
     from antdiff.experiments.evaluate import closing_table, execute
-    from antdiff.train.data import ImageData, load_data
     from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.models import require_size
     from antdiff.train.ranks import is_restart, run_ranks

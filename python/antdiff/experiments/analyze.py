@@ -20,13 +20,13 @@ from antdiff._command import command
 from antdiff._files import write_json, write_npz
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.analysis.affinity import mean_within
+from antdiff.data import ImageData, load_data, to_unit
 from antdiff.diffusion import log_snr
 from antdiff.experiments._json import finite_or_none
 from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData, load_data, to_unit
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import make_model

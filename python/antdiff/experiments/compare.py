@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from antdiff._files import write_atomically
+from antdiff.data import load_data
 from antdiff.experiments.evaluate import execute
 from antdiff.plotting.curves import save_comparison
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
-from antdiff.train.data import load_data
 from antdiff.train.run import start_patch, start_run
 
 # Always included, to separate the effect of stratified sampling from that of balancing.

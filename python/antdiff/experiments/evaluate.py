@@ -16,12 +16,12 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._files import write_json
+from antdiff.data import ImageData, load_data, to_uint8
 from antdiff.experiments.quality import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.info import collect
 from antdiff.plotting.curves import save_curves
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import train

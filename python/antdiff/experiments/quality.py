@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from antdiff._files import write_atomically
-from antdiff.train.data import ImageData, to_uint8, to_unit
+from antdiff.data import ImageData, to_uint8, to_unit
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler

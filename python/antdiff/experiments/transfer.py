@@ -21,12 +21,12 @@ from antdiff import TimestepClusters
 from antdiff._files import write_json, write_npz
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
+from antdiff.data import ImageData, load_data, to_uint8
 from antdiff.experiments._json import finite_or_none
 from antdiff.experiments.quality import Judge, feature_net, held_out_losses
 from antdiff.plotting.analysis import save_transfer
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData, load_data, to_uint8
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule

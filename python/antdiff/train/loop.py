@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from antdiff import StratifiedTimesteps
+from antdiff.data import ImageData
 from antdiff.train.checkpoint import check_finite
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import ImageData
 from antdiff.train.log import Logger, Recorder
 from antdiff.train.models import Denoiser
 from antdiff.train.prepare import prepare

@@ -13,6 +13,7 @@ import torch
 from antdiff import BalancedBackward, StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.analysis import Telemetry
 from antdiff.companions import ChannelRouting, Curriculum, ExpertBank, RestrictedTimesteps
+from antdiff.data import ImageData
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import CheckpointError, RunState, latest_checkpoint, load_checkpoint
 from antdiff.train.companions import (
@@ -27,7 +28,7 @@ from antdiff.train.companions import (
     prompts_of,
 )
 from antdiff.train.config import TrainConfig
-from antdiff.train.data import Batches, ImageData
+from antdiff.train.data import Batches
 from antdiff.train.devices import choose_device
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from antdiff.data import to_uint8
 from antdiff.plotting.images import save_grid
-from antdiff.train.data import to_uint8
 from antdiff.train.models import draw_samples
 
 if TYPE_CHECKING:
