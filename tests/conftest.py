@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-# The tensors of the tests are small. On a busy machine a barrier between OpenMP threads takes longer than the work.
-torch.set_num_threads(1)
+# The default is one thread, since the tensors of the tests are small, and on a busy machine a barrier between OpenMP
+# threads takes longer than the work. CI runs the tests whose results depend on the number of threads with two as well.
+torch.set_num_threads(int(os.environ.get("ANTDIFF_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

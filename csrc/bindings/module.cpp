@@ -15,12 +15,13 @@ void bind_interval(py::module_& m);
 
 namespace {
 
-// Describe how this binary was built, and the instruction set that it uses on this processor.
+// Describe how this binary was built, the instruction set that it uses, and the best one of this processor.
 py::dict build_info() {
   py::dict d;
   d["version"] = ANTDIFF_VERSION;
   d["compiler"] = ANTDIFF_COMPILER;
-  d["isa"] = isa_name();
+  d["isa"] = isa_name(isa());
+  d["supported_isa"] = isa_name(supported_isa());
 #if defined(ANTDIFF_WITH_OPENMP)
   d["openmp"] = true;
 #else
@@ -58,6 +59,7 @@ uint32_t take_errors(int device) {
 }  // namespace antdiff
 
 PYBIND11_MODULE(_C, m) {
+  antdiff::isa();  // an unknown ANTDIFF_CPU_CAPABILITY throws here, and the import raises ImportError
   m.def("build_info", &antdiff::build_info);
   m.def("take_errors", &antdiff::take_errors, pybind11::arg("device"));
   antdiff::bind_tensor(m);

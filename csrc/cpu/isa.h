@@ -1,5 +1,6 @@
 // One binary for every x86-64 processor: each loop body is compiled three times, and the best version that the
-// processor supports is called.
+// processor supports is called. ANTDIFF_CPU_CAPABILITY=generic, avx2 or avx512 in the environment lowers the choice, for
+// tests and bug reports.
 //
 // A body is a struct with `ANTDIFF_INLINE static R run(Args...)`, and `multiversion<Body>(args...)` runs it. The body
 // must be inlined completely into each version, so it may call only ANTDIFF_INLINE functions (no lambdas, no std::).
@@ -7,6 +8,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #define ANTDIFF_INLINE [[gnu::always_inline]] inline
@@ -15,27 +18,38 @@ namespace antdiff {
 
 enum class Isa { generic, avx2, avx512 };
 
-// Return the best instruction set of the processor. ANTDIFF_ISA=generic or avx2 in the environment lowers it, for tests
-// and bug reports.
-inline Isa isa() {
-  static const Isa found = [] {
-    Isa best = Isa::generic;
+constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512"};
+inline const char* isa_name(Isa level) { return kIsaNames[int(level)]; }
+
+// Return the best instruction set of this processor.
+inline Isa supported_isa() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best = Isa::avx512;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::generic;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : Isa::avx2;
+#else
+  return Isa::generic;
 #endif
-    const char* cap = std::getenv("ANTDIFF_ISA");
-    if (cap && !std::strcmp(cap, "generic")) best = Isa::generic;
-    if (cap && !std::strcmp(cap, "avx2") && best == Isa::avx512) best = Isa::avx2;
-    return best;
-  }();
-  return found;
 }
 
-inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic"; }
+// Return the level to use if ANTDIFF_CPU_CAPABILITY is `wanted`. Null and "" mean that it is unset. The variable can
+// only lower the level, since code for a higher one would crash. An unknown name throws std::invalid_argument.
+inline Isa lowered_isa(Isa supported, const char* wanted) {
+  if (!wanted || !*wanted) return supported;
+  for (Isa level : {Isa::generic, Isa::avx2, Isa::avx512})
+    if (!std::strcmp(wanted, isa_name(level))) return level < supported ? level : supported;
+  throw std::invalid_argument("ANTDIFF_CPU_CAPABILITY must be generic, avx2 or avx512; got '" + std::string(wanted) +
+                              "'. Set one of these, or unset it to use the best instruction set of the processor.");
+}
+
+// Return the level of this process. The environment is read once. The module calls this function first when it is
+// imported, so that an unknown name is an error of the import and never of a kernel.
+inline Isa isa() {
+  static const Isa level = lowered_isa(supported_isa(), std::getenv("ANTDIFF_CPU_CAPABILITY"));
+  return level;
+}
 
 #if defined(__x86_64__)
 template <class Body, class... Args>

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
+#include <vector>
 
 namespace antdiff::test {
 
@@ -29,6 +31,12 @@ inline bool close(double a, double b, double relative) {
 inline int summary() {
   std::printf("%d checks, %d failed\n", checks(), failures());
   return failures() ? 1 : 0;
+}
+
+// Return the sides to test: the CPU loops (false) and the emulated CUDA kernels (true). The emulator is slow and does not
+// depend on the level of the CPU code, so runs at a fixed level leave it out.
+inline std::vector<bool> sides() {
+  return std::getenv("ANTDIFF_CPU_CAPABILITY") ? std::vector<bool>{false} : std::vector<bool>{false, true};
 }
 
 // A small reproducible generator (splitmix64). The output of <random> differs between standard libraries.

@@ -118,7 +118,7 @@ void all_paths(DType dtype, int64_t B, int64_t N, int64_t K) {
     for (bool weighted : {false, true}) {
       if (weighted && kind == LossKind::l1) continue;  // the emulator is slow, and weight and kind do not interact
       Case<T> c(B, N, K, kind, dtype, weighted, uint64_t(B * 1000 + N * 10 + K));
-      for (bool cuda : {false, true}) {
+      for (bool cuda : test::sides()) {
         c.reset();
         CHECK((cuda ? cuda_cluster_loss_forward(c.p, {}) : cpu_cluster_loss_forward(c.p)).ok());
         c.check_values();

@@ -54,7 +54,7 @@ struct Case {
     GramParams g;
     g.dtype = dtype, g.K = K, g.pieces = pieces.data(), g.count = int64_t(pieces.size());
     g.gram = got.data(), g.scratch = scratch.data();
-    for (bool cuda : {false, true})
+    for (bool cuda : test::sides())
       for (int pass = 1; pass <= 2; ++pass) {
         if (cuda && !with_cuda) continue;
         g.accumulate = pass == 2;
@@ -85,7 +85,7 @@ struct Case {
     c.dtype = dtype, c.out_dtype = out_dtype, c.K = K, c.pieces = pieces.data(), c.count = int64_t(pieces.size());
     c.weights = weights.data();
     const double rounding = sizeof(O) == 2 ? (out_dtype == DType::f16 ? 0x1p-11 : 0x1p-8) : unit<O>();
-    for (bool cuda : {false, true}) {
+    for (bool cuda : test::sides()) {
       CHECK((cuda ? cuda_combine(c, {}) : cpu_combine(c)).ok());
       int64_t wrong = 0;
       for (size_t s = 0; s < sizes.size(); ++s)

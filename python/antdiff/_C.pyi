@@ -11,6 +11,7 @@ class BuildInfo(TypedDict):
     version: str
     compiler: str
     isa: Literal["generic", "avx2", "avx512"]
+    supported_isa: Literal["generic", "avx2", "avx512"]
     openmp: bool
     cuda: bool
     cuda_compiler: str

@@ -43,7 +43,9 @@ def collect() -> tuple[dict[str, str], list[str]]:
     if build is None:
         facts["will be used"] = "nothing: the extension does not load"
     else:
-        isa, threads = build.get("isa", "?"), facts.get("threads", "?")
+        isa, best, threads = build.get("isa", "?"), build.get("supported_isa"), facts.get("threads", "?")
+        if best not in (None, isa):
+            isa += f", lowered from {best} by ANTDIFF_CPU_CAPABILITY"
         cpu = f"CPU kernels ({isa}, {'OpenMP' if build.get('openmp') else 'no OpenMP'}, {threads} threads)"
         facts["will be used"] = f"CUDA kernels for tensors on {gpu}, {cpu} for the rest" if gpu else cpu
     return facts, remedies
@@ -63,7 +65,10 @@ def _extension(facts: dict[str, str], remedies: list[str]) -> dict[str, Any] | N
     except ImportError as error:
         facts["extension"] = f"does not load: {error}"
         remedies.append(
-            f"The extension does not load. Build it in the source tree, with a C++17 compiler: {COMMANDS['extension']}"
+            str(error)
+            if "ANTDIFF_CPU_CAPABILITY" in str(error)
+            else "The extension does not load. Build it in the source tree, with a C++17 compiler: "
+            + COMMANDS["extension"]
         )
         return None
     build: dict[str, Any] = dict(_C.build_info())

@@ -18,7 +18,9 @@ from torch import Tensor
 
 try:
     from antdiff import _C
-except ImportError as error:  # pragma: no cover - needs a broken installation
+except ImportError as error:
+    if "ANTDIFF_CPU_CAPABILITY" in str(error):  # a value that does not exist; the extension names the choices
+        raise
     raise ImportError(
         f"antdiff's compiled extension could not be loaded ({error}). Run `pip install .` in the source tree to build "
         "it. `python -m antdiff.info` reports what is installed."
