@@ -191,3 +191,15 @@ ADAM_AT_REST = 16 * UNIT_ROUNDOFF[torch.float32]
 
 # Clarabel's tolerances of 1e-8 for gap and feasibility move a minimiser by a few times their square root.
 CONIC_SOLVER = 5e-4
+
+# A pixel in levels of grey, 0..255, that is computed in float32 and rounded once: half a level, and the roundings of
+# two products of at most 255.
+GREY_LEVEL = 0.5 + 4 * 255 * UNIT_ROUNDOFF[torch.float32]
+
+# The same for what Pillow computes with integers of 8 bits: it keeps the upper byte of 16 bits, which is at most
+# 255 / 257 of a level too low, and it composites in fixed point, which is less than a level off.
+INTEGER_LEVEL = 1.0
+
+# Pixels of a constant block of a JPEG, in levels: the conversions to YCbCr and back round three channels to half a
+# level each, and the largest coefficient of the way back is 1.772.
+JPEG_LEVEL = 2.0

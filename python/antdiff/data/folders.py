@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from antdiff.data.images import read_image
+from antdiff.data.images import SUFFIXES, read_image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FEWEST_IMAGES = 20  # a tenth is held out, and a covariance needs at least two images
 
 
@@ -24,11 +23,10 @@ def read_folder(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray | None]
         OSError: the folder or a file cannot be read.
     """
     next(folder.iterdir(), None)  # raises PermissionError, where rglob would silently find nothing
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < FEWEST_IMAGES:
         raise ValueError(
-            f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(sorted(IMAGE_SUFFIXES))}); "
-            f"found {len(paths)}"
+            f"{folder} must hold at least {FEWEST_IMAGES} images ({' '.join(SUFFIXES)}); found {len(paths)}"
         )
     grey = True
     rgb = np.empty((len(paths), size, size, 3), np.uint8)
