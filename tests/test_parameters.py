@@ -441,20 +441,25 @@ def test_losses_that_turn_negative_by_nature_end_in_an_error_or_in_a_sound_netwo
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sort", [True, False], ids=["sorted", "shuffled"])
+@pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [3, 3, 3]], ids=["empty", "equal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_sums_over_clusters(dtype: torch.dtype, sort: bool, device: str) -> None:
-    ids = torch.tensor([0] * 3 + [2] * 5 + [3])  # cluster 1 is empty
+def test_sums_over_clusters(dtype: torch.dtype, sizes: list[int], sort: bool, device: str) -> None:
+    k = len(sizes)
+    ids = torch.arange(k).repeat_interleave(torch.tensor(sizes))
     if not sort:
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    clustered = ClusteredBatch.of(ids.to(device), 4)
+    clustered = ClusteredBatch.of(ids.to(device), k)
+    assert clustered.counts.tolist() == sizes
     x = torch.randn(18, 7, generator=torch.Generator().manual_seed(0)).to(dtype)  # two rows per sample
     got = clustered.sums(x.to(device)).cpu()
-    want = torch.stack([x.double()[ids.repeat_interleave(2) == i].sum(0) for i in range(4)])
+    want = torch.stack([x.double()[ids.repeat_interleave(2) == i].sum(0) for i in range(k)])
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.allclose(got.double(), want, rtol=1e-6, atol=1e-6)
+    out = torch.full((k, 7), math.nan, dtype=got.dtype, device=device)
+    assert torch.equal(clustered.sums(x.to(device), out).cpu(), got)
     x[0] = math.nan
     sums = clustered.sums(x.to(device)).cpu()
-    assert sums.isnan().any(1).tolist() == [i == int(ids[0]) for i in range(4)]
+    assert sums.isnan().any(1).tolist() == [i == int(ids[0]) for i in range(k)]
     ordered = x.unflatten(0, (9, 2)).sum(1, dtype=torch.float64)[ids.argsort(stable=True)]
     offsets = clustered._offsets().cpu()  # what CUDA sums by, whose op runs on the CPU as well
     by_offsets = torch.segment_reduce(ordered, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)

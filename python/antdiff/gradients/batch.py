@@ -36,6 +36,9 @@ class ClusteredBatch:
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._orders: dict[int, Tensor] = {}
         self._starts: Tensor | None = None
+        self._counts: Tensor | None = None
+        equal = order is None and bool(sizes) and sizes.count(sizes[0]) == self.k and sizes[0] * self.k == len(cluster)
+        self._equal_size = sizes[0] if equal else 0  # of all clusters of a sorted batch; 0 if they differ
 
     @classmethod
     def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> ClusteredBatch:
@@ -47,8 +50,9 @@ class ClusteredBatch:
             sizes = [int(n) for n in counts]
             if len(sizes) != k or min(sizes) < 0 or sum(sizes) != B:
                 raise ValueError(f"counts must be k={k} sizes >= 0 that add up to B={B}; got {sizes}.")
-            if cluster.device.type == "cpu":  # on CUDA a check would wait for the device
-                want = torch.arange(k).repeat_interleave(torch.tensor(sizes))
+            if cluster.is_cpu:  # on CUDA a check would wait for the device
+                repeats = torch.tensor(sizes, device="cpu")
+                want = torch.arange(k, device="cpu").repeat_interleave(repeats, output_size=B)
                 if not torch.equal(cluster, want):
                     row = int(torch.nonzero(cluster != want)[0])
                     raise ValueError(
@@ -78,7 +82,10 @@ class ClusteredBatch:
     @property
     def counts(self) -> Tensor:
         """``sizes`` as int64 ``[k]`` on the device. Computed there, since a CUDA graph cannot copy it from the host."""
-        return self.one_hot(torch.bool).sum(1)
+        if self._counts is None:
+            on_cpu = self.cluster.is_cpu
+            self._counts = torch.tensor(self.sizes, device="cpu") if on_cpu else self.one_hot(torch.bool).sum(1)
+        return self._counts
 
     def slices(self) -> list[tuple[int, int]]:
         """Return ``[start, stop)`` of every cluster in a sorted batch."""
@@ -117,7 +124,7 @@ class ClusteredBatch:
         """Return the sum of each cluster's rows of ``x [R, ...]``, ``[k, numel / R]``, in at least float32.
 
         On the CPU they are written to ``out``, contiguous with k rows of as many elements, if it has their dtype. The
-        result then shares its memory.
+        result then shares its memory. Sorted clusters of equal size need a single launch.
 
         Each row is added only to the sum of its own cluster, so that a NaN stays there. A product with a one-hot matrix
         would spread it (0 * NaN). The order of the additions is fixed. On the CPU and on CUDA the number of kernel
@@ -126,6 +133,9 @@ class ClusteredBatch:
         m = self.repeats(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         n = x.numel() // x.shape[0]  # not -1, which is ambiguous for tensors without elements
+        if self._equal_size and type(x) is Tensor:  # not a tensor of a compiler
+            target = None if out is None or out.dtype != dtype else out.view(self.k, n)
+            return torch.sum(x.reshape(self.k, m * self._equal_size, n), 1, dtype=dtype, out=target)
         per_sample = x.reshape(self.B, n).to(dtype) if m == 1 else x.reshape(self.B, m, n).sum(1, dtype=dtype)
         if type(per_sample) is Tensor and per_sample.is_cpu:  # not a tensor of a compiler, which needs the order
             if out is None or out.dtype != dtype:

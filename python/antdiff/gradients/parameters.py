@@ -21,8 +21,11 @@ def without_hooks(params: Iterable[Tensor]) -> Iterator[None]:
     """
     dicts, refused = [], False
     for p in params:
-        refused = refused or hasattr(p, "_in_backward_optimizers")
-        dicts += [d for d in (p._backward_hooks, p._post_accumulate_grad_hooks) if d]  # type: ignore[attr-defined]
+        if hasattr(p, "_in_backward_optimizers"):
+            refused = True
+        for d in (p._backward_hooks, p._post_accumulate_grad_hooks):  # type: ignore[attr-defined]
+            if d:
+                dicts.append(d)
     if refused:
         raise ValueError(
             "model must not have hooks on the AccumulateGrad nodes of its parameters, which would see the gradient of "
@@ -99,11 +102,16 @@ def run_hooks(params: Iterable[Tensor]) -> None:
         torch.autograd.backward(hooked, grads)  # type: ignore[arg-type]
 
 
+def dense(grad: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor; embeddings make sparse ones with ``sparse=True``."""
+    return grad if grad.layout is torch.strided else grad.to_dense()
+
+
 def dense_grads(params: Iterable[Tensor]) -> None:
-    """Replace sparse gradients, which embeddings make with ``sparse=True``, by dense ones."""
+    """Replace the sparse gradients of parameters by dense ones."""
     for p in params:
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            p.grad = p.grad.to_dense()
+        if p.grad is not None:
+            p.grad = dense(p.grad)
 
 
 def limit_norm(params: Iterable[Tensor], limit: Tensor | float) -> Tensor:

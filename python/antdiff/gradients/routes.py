@@ -135,15 +135,17 @@ def _compiled(
 
 def _sums(values: Tensor, clustered: ClusteredBatch) -> Tensor:
     """Return the sums ``[k]`` of the losses ``[B]``, in at least float32. A NaN stays in its cluster."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.where(clustered.one_hot(torch.bool), values, 0).sum(1)
+    return clustered.sums(values).view(clustered.k)
 
 
 def _each_factor(per_sample: Tensor, clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> Tensor:
     """Return the factor of each sample's loss ``[B]``, computed on the device so that nothing is copied there."""
     dtype = torch.promote_types(per_sample.dtype, torch.float32)
-    counts = clustered.one_hot(dtype).sum(1).clamp(min=1) if mean else per_sample.new_ones(clustered.k, dtype=dtype)
-    return (counts.reciprocal()[clustered.cluster] * scale).to(per_sample.dtype)
+    if mean:
+        factors = clustered.counts.clamp(min=1).to(dtype).reciprocal()[clustered.cluster]
+    else:
+        factors = per_sample.new_ones(clustered.B, dtype=dtype)
+    return (factors if type(scale) is float and scale == 1.0 else factors * scale).to(per_sample.dtype)
 
 
 def _factors(clustered: ClusteredBatch, scale: Tensor | float, mean: bool) -> list[Tensor | float]:

@@ -172,16 +172,13 @@ class GradientStore:
             ValueError: the buffers would have to be reallocated, and ``fresh`` is False.
         """
         named = list(self.model.named_parameters())  # again: a head may have been replaced or an adapter added
-        replaced = len(named) != len(self.named) or any(
-            a is not b for (_, a), (_, b) in zip(named, self.named, strict=True)
-        )
-        if replaced and not fresh:
+        if not fresh and [id(p) for _, p in named] != [id(p) for _, p in self.named]:
             raise ValueError(
                 "model must keep its parameters from the first to the last micro-batch; some were replaced between two "
                 "micro-batches. Replace them between steps."
             )
         self.named = named
-        reached = {id(s.tensor): s.reached and not fresh for s in self._sinks}
+        reached = set() if fresh else self.reached()
         self._sinks = []  # they hold the rows
         if fresh and not self.reuse:
             self.tensors[:] = []
@@ -191,12 +188,7 @@ class GradientStore:
                 if p.requires_grad
             ]
             return self._sinks
-        stale = len(self.tensors) != len(self.named) or any(
-            (J is None) == p.requires_grad
-            or (J is not None and (J.shape[1:] != p.shape or J.device != p.device or J.dtype != self._dtype(p)))
-            for J, (_, p) in zip(self.tensors, self.named, strict=True)
-        )
-        if stale:
+        if not self._fit():
             if not fresh:
                 raise ValueError(
                     "model must keep its parameters from the first to the last micro-batch; some were frozen, moved or "
@@ -204,7 +196,7 @@ class GradientStore:
                 )
             self.tensors[:] = [self._empty(p) if p.requires_grad else None for _, p in self.named]
         self._sinks = [
-            Sink(name, p, self.k, J, fresh=fresh, reached=reached.get(id(p), False))
+            Sink(name, p, self.k, J, fresh=fresh, reached=id(p) in reached)
             for J, (name, p) in zip(self.tensors, self.named, strict=True)
             if J is not None
         ]
@@ -235,6 +227,18 @@ class GradientStore:
                 p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
             out.append(p.grad if p.requires_grad else None)
         return out
+
+    def _fit(self) -> bool:
+        """Return whether the buffers have the shapes, devices and dtypes of the rows of the parameters."""
+        if len(self.tensors) != len(self.named):
+            return False
+        for J, (_, p) in zip(self.tensors, self.named, strict=True):
+            if J is None or not p.requires_grad:
+                if J is not None or p.requires_grad:
+                    return False
+            elif J.shape[1:] != p.shape or J.device != p.device or J.dtype != (self.dtype or p.dtype):
+                return False
+        return True
 
     def _empty(self, p: Tensor) -> Tensor:
         return torch.empty((self.k, *p.shape), dtype=self._dtype(p), device=p.device)

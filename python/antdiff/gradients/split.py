@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
-from antdiff.gradients.parameters import dense_grads
+from antdiff.gradients.parameters import dense
 from antdiff.gradients.sinks import Sink
 
 
@@ -55,15 +55,20 @@ def split(
 
 def write_row(sinks: list[Sink], i: int, *, empty: bool = False) -> None:
     """Write or add the parameters' ``.grad`` to row i, with one fused launch per kind of write."""
-    reached = [s for s in sinks if not empty and s.tensor.grad is not None]
-    dense_grads(s.tensor for s in reached)
-    for s in reached:
-        s.reached = True
-    missed = [s.rows[i] for s in sinks if s.fresh and (empty or s.tensor.grad is None)]
-    grads = [s.tensor.grad for s in reached if s.tensor.grad is not None]
+    missed: list[Tensor] = []
+    written: dict[bool, tuple[list[Tensor], list[Tensor]]] = {True: ([], []), False: ([], [])}  # by `fresh`
+    for sink in sinks:  # one pass, since it runs K times per step
+        grad = None if empty else sink.tensor.grad
+        if grad is not None:
+            targets, grads = written[sink.fresh]
+            targets.append(sink.rows.select(0, i))
+            grads.append(dense(grad))
+            sink.reached = True
+        elif sink.fresh:
+            missed.append(sink.rows.select(0, i))
     for fresh, write in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):
-        targets = [s.rows[i] for s in reached if s.fresh is fresh]
+        targets, grads = written[fresh]
         if targets:
-            write(targets, [g for s, g in zip(reached, grads, strict=True) if s.fresh is fresh])
+            write(targets, grads)
     if missed:
         torch._foreach_zero_(missed)

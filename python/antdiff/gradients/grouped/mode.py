@@ -21,7 +21,8 @@ own. At the end of the backward they are pulled back to the parameters through t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -96,15 +97,17 @@ class GroupedMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        shared = self._shared
+        shared, samples = self._shared, self._samples
+        tensors = tensors_in(args, kwargs)
         varies, trainable = False, []
-        for x in tensors_in(args, kwargs):
-            if id(x) not in shared:
-                varies = varies or self._may_have_rows(x)
-            elif x.requires_grad:
-                trainable.append(x)
+        for x in tensors:
+            if id(x) in shared:
+                if x.requires_grad:
+                    trainable.append(x)
+            elif not varies:
+                varies = self._may_have_rows(x)
         if not varies:
-            drawn = self._samples and (func in DRAWING or any(map(self._differs, tensors_in(args, kwargs))))
+            drawn = samples and (func in DRAWING or any(map(self._differs, tensors)))
             out = self.share(func(*args, **kwargs), func, args)
             if drawn:
                 for x in tensors_in((out,), {}):
@@ -122,13 +125,19 @@ class GroupedMode(TorchFunctionMode):
             out = self._apply(func, args, kwargs, trainable)
         else:
             out = func(*args, **kwargs)
+            if type(out) in _NO_TENSORS:  # x.shape, x.dim(), x.device, ...: nothing to follow
+                return out
             if self.probe is not None:
                 self._poison_conversion(out, func, args, kwargs)
         if moves or self._untracked:
             self._follow(out, func, args, kwargs)
-        if self._samples and not (isinstance(out, Tensor) and out.requires_grad):
-            self._mark_rows(out, args, kwargs)
-        if writes_in_place(func) or "out" in kwargs:
+        if samples and not (isinstance(out, Tensor) and out.requires_grad) and any(map(self._has_rows, tensors)):
+            # On the tensor itself, so that nothing is kept alive. A result with a graph needs no mark.
+            for x in tensors_in((out,), {}):
+                x._antdiff_rows = self._mark  # type: ignore[attr-defined]
+        # Only a shared tensor that was written into matters, and that is the result of every such op but x[i] = y.
+        written = id(out) in shared or not isinstance(out, Tensor) or func is Tensor.__setitem__
+        if written and (writes_in_place(func) or "out" in kwargs):
             for x in tensors_in((out,), {}) if func is not Tensor.__setitem__ else args[:1]:
                 if id(x) in shared and (x.requires_grad or all(x is not y for y in own_tensors(self._model))):
                     self._unshare(x)
@@ -254,8 +263,12 @@ class GroupedMode(TorchFunctionMode):
     def _write(self, write: Write, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
         if not self._in_backward:
             raise GroupingError(SECOND_ORDER)
-        with torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast(grad.device.type):
-            self._fill(write, sinks, grad, saved)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(grad.device.type):
+            with torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast(grad.device.type):
+                self._fill(write, sinks, grad, saved)
+        else:  # as in most backwards; every context costs some 0.5 us per op with parameters
+            with torch._C.DisableTorchFunction():
+                self._fill(write, sinks, grad, saved)
 
     # GramMode overrides this method.
     def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
@@ -282,12 +295,6 @@ class GroupedMode(TorchFunctionMode):
         for key, y in list(self._shared.items()):
             if key not in roots and y.untyped_storage()._cdata == storage:
                 del self._shared[key]
-
-    def _mark_rows(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember that a result without a graph was computed from samples, on the tensor itself: nothing is kept."""
-        if any(map(self._has_rows, tensors_in(args, kwargs))):
-            for x in tensors_in((out,), {}):
-                x._antdiff_rows = self._mark  # type: ignore[attr-defined]
 
     def _may_have_rows(self, x: Tensor) -> bool:
         """Return whether ``x`` may depend on the batch: all tensors may if the samples are not known.
@@ -435,21 +442,42 @@ SECOND_ORDER = (
 _EXPANDS = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
 
 
-def tensors_in(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for x in (*args, *kwargs.values()):
+# What a torch function returns that neither is a tensor nor holds one. None is not here: x[i] = y returns it.
+_NO_TENSORS = frozenset((bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout))
+
+
+def tensors_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a call, also those in tuples, lists and dicts."""
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
+    return found
+
+
+def _collect(values: Iterable[Any], found: list[Tensor]) -> None:
+    # A loop and not a generator: it runs for every torch function that the network calls.
+    for x in values:
         if isinstance(x, Tensor):
-            yield x
+            found.append(x)
         elif isinstance(x, (tuple, list)):
-            yield from tensors_in(x, {})
+            _collect(x, found)
         elif isinstance(x, dict):
-            yield from tensors_in((), x)
+            _collect(x.values(), found)
 
 
-def own_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
+def own_tensors(model: nn.Module) -> list[Tensor]:
+    """Return parameters, buffers, and tensors that are plain attributes of modules, in dicts, lists and tuples too."""
+    values: list[Any] = []
     for module in model.modules():
-        for x in vars(module).values():
-            if isinstance(x, Tensor):
-                yield x
-            elif isinstance(x, (tuple, list, dict)) and x:  # most of the dicts of a module hold hooks, and are empty
-                yield from tensors_in((x,), {})
+        for x in vars(module).values():  # about 20 per module, at every call: no function is called here
+            kind = type(x)
+            if kind is OrderedDict or kind is dict:
+                if x and x is not module._modules:  # most of them hold hooks, and are empty
+                    values.extend(x.values())
+            elif kind not in _PLAIN:
+                values.append(x)
+    return tensors_in(values, {})
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None), set))

@@ -81,7 +81,7 @@ def _layer_norm_grads(
     if bias is not None:
         bias.add_sums(clustered, grad.reshape(-1, size))
     if weight is not None:
-        weight.add_sums(clustered, (grad * ((_float(x) - mean) * rstd)).reshape(-1, size))
+        weight.add_sums(clustered, (_float(x) - mean).mul_(rstd).mul_(grad).reshape(-1, size))
 
 
 def rms_norm(
