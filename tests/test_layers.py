@@ -19,7 +19,7 @@ PACKAGE = ROOT / "python" / "antdiff"
 CSRC = ROOT / "csrc"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"_checks": 0, "_command": 0, "_files": 0, "ops": 1, "info": 1, "distributed": 2, "clustering": 3,
+RANK = {"_checks": 0, "_command": 0, "_files": 0, "_folders": 0, "ops": 1, "info": 1, "distributed": 2, "clustering": 3,
         "gradients": 3, "balancing": 3, "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "data": 6,
         "train": 7, "experiments": 8, "cli": 9, "__main__": 10}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}

@@ -17,6 +17,7 @@ from antdiff.companions import ExpertBank, MixtureOfPrompts
 from antdiff.data import ImageData, load_data
 from antdiff.experiments.compare import compare
 from antdiff.experiments.evaluate import execute
+from antdiff.experiments.patch import start_patch
 from antdiff.experiments.quality import FeatureNet, held_out_losses
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.companions import ExpertTurns
@@ -25,7 +26,7 @@ from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv
 from antdiff.train.loop import train
 from antdiff.train.prepare import make_model
-from antdiff.train.run import load_model, start_patch, start_run
+from antdiff.train.run import load_model, start_run
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=1, sample_steps=2
@@ -156,7 +157,7 @@ def test_patching_trains_the_patch_alone_and_resumes(
     base = TrainConfig.load(dit_run / "config.json")
     (dit_run / "config.json").write_text(replace(base, method=method).to_json())
     for name in ("whole", "halves"):
-        config = start_patch(dit_run, tmp_path / name, steps=6, lr=1e-3, device="cpu")
+        config, _ = start_patch(dit_run, tmp_path / name, steps=6, lr=1e-3, device="cpu")
     assert config.companions == ["routing", "patch"]
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == config
     resumes(config, tmp_path / "whole", tmp_path / "halves", digits)
@@ -171,7 +172,7 @@ def test_patching_trains_the_patch_alone_and_resumes(
 def test_a_patched_run_leaves_its_patch(dit_run: Path, tmp_path: Path, digits: ImageData) -> None:
     from safetensors.torch import load_file
 
-    config = start_patch(dit_run, tmp_path / "run", steps=2, lr=1e-3, device="cpu")
+    config, _ = start_patch(dit_run, tmp_path / "run", steps=2, lr=1e-3, device="cpu")
     assert execute(config, tmp_path / "run", data=digits, progress=False) is not None
     patch = load_file(tmp_path / "run" / "model" / "patch.safetensors")
     MixtureOfPrompts(4, 16, 64).load_state_dict(patch)

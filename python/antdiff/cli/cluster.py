@@ -53,9 +53,10 @@ def cluster(
         print(f"wrote {save}")
     if plot is not None:
         from antdiff.plotting import new_figure, plot_clusters
+        from antdiff.plotting._figure import save_figure
 
         figure, (ax,) = new_figure(7, 3.2)
         plot_clusters(clusters, log_snr, ax=ax)
-        figure.savefig(plot)
+        save_figure(figure, plot)
         print(f"wrote {plot}")
     return 0

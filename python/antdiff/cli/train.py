@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import glob
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import tyro
 
 from antdiff._command import command
+from antdiff._folders import new_folder, owner
 from antdiff.cli.options import OptionalPath, Settings
 from antdiff.train.config import PATCH_LR, TrainConfig, resumed
 
@@ -56,10 +59,12 @@ def patch(
         device: auto, cpu, cuda, cuda:1, ...
         out: run folder to create for the patch; the default is the first unused RUN-patch-<number>.
     """
-    from antdiff.train.run import start_patch
+    from antdiff.experiments.patch import start_patch
 
-    folder = out or _first_free(run.with_name(f"{run.name}-patch"))
-    return _train(start_patch(run, folder, steps=steps, lr=lr, device=device), None, folder)
+    named = run if run.name else run.resolve()  # "." has no name
+    folder = out or partial(new_folder, named.with_name(f"{named.name}-patch"))
+    config, made = start_patch(run, folder, steps=steps, lr=lr, device=device)
+    return _train(config, None, made)
 
 
 def _defaults(argv: Sequence[str]) -> Settings:
@@ -85,35 +90,37 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         resumed(config, saved)  # refuse forbidden changes before the slow imports
     from antdiff.data import ImageData, load_data
     from antdiff.experiments.evaluate import closing_table, execute
+    from antdiff.train.checkpoint import latest_checkpoint
     from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.models import require_size
     from antdiff.train.ranks import is_restart, run_ranks
-    from antdiff.train.run import extend_run, start_run
+    from antdiff.train.run import extend_run, locked_run, start_run
 
     data: ImageData | None = None
 
     def folder() -> tuple[TrainConfig, Path]:
-        """Return the settings and the folder of the run. Create the folder if the run is new."""
+        """Return the settings and the folder of the run, and lock it. Create the folder if the run is new."""
         nonlocal data
-        again = resume
-        if is_restart() and again is None:  # torchrun repeats the command: resume what the first start created
-            again = out if out is not None else _last_folder(config)
-            again = again if again is not None and (again / "config.json").exists() else None
+        # torchrun repeats the command after a failure: resume the run that its first start created.
+        again = _run_of_this_launch(config, out) if is_restart() and resume is None else resume
+        if again is not None:
+            lock.enter_context(locked_run(again))
         saved = None if again is None else TrainConfig.load(again / "config.json")
         settings = config if saved is None else resumed(config, saved)
         # Load the data first, so that a mistyped name, a missing package or a wrong size leaves no folder behind.
         data = load_data(settings.data, image_size=settings.image_size)
         require_size(settings.model, data.shape[1])
+        ranks.rows(settings.batch_size)
         if wandb is not None:
             import_wandb()
         if again is None or saved is None:
-            run = out or _free_folder(config)
-            start_run(config, run)
+            run = start_run(config, out or partial(new_folder, _stem(config)))
+            lock.enter_context(locked_run(run))
             return config, run
         extend_run(again, saved, settings.steps)
         return settings, again
 
-    with run_ranks() as ranks:
+    with run_ranks() as ranks, ExitStack() as lock:
         config, run = ranks.from_first(folder)
         if ranks.is_first:
             print(f"run folder {run}", flush=True)
@@ -124,10 +131,9 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
             results = None
     if results is None:
         if ranks.is_first:
-            print(
-                f"\nstopped; the last checkpoint is complete. Resume with: {command('train', '--resume', run)}",
-                file=sys.stderr,
-            )
+            complete = latest_checkpoint(run / "checkpoints") is not None
+            state = "the last checkpoint is complete" if complete else "there is no checkpoint yet, so it starts again"
+            print(f"\nstopped; {state}. Resume with: {command('train', '--resume', run)}", file=sys.stderr)
         return 130
     if results:  # empty on ranks other than 0
         print(
@@ -137,15 +143,15 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     return 0
 
 
-def _free_folder(config: TrainConfig) -> Path:
-    return _first_free(Path("runs") / "-".join([Path(config.data).name, config.method, *config.companions]))
+def _stem(config: TrainConfig) -> Path:
+    return Path("runs") / "-".join([config.data_name, config.method, *config.companions])
 
 
-def _last_folder(config: TrainConfig) -> Path | None:
-    free = _free_folder(config)
-    stem, _, number = free.name.rpartition("-")
-    return free.with_name(f"{stem}-{int(number) - 1}") if int(number) else None
+def _run_of_this_launch(config: TrainConfig, out: Path | None) -> Path | None:
+    """Return the run that an earlier start by the same torchrun created, or None if it failed before that."""
+    from antdiff.train.ranks import launch
 
-
-def _first_free(stem: Path) -> Path:
-    return next(run for number in itertools.count() if not (run := stem.with_name(f"{stem.name}-{number}")).exists())
+    stem = _stem(config)
+    places = [out] if out is not None else sorted(stem.parent.glob(f"{glob.escape(stem.name)}-*"))
+    mine = (run for run in places if owner(run).get("launch") == launch() and (run / "config.json").exists())
+    return next(mine, None)

@@ -18,6 +18,7 @@ import torch
 from antdiff import TimestepClusters
 from antdiff._command import command
 from antdiff._files import write_json, write_npz
+from antdiff._folders import output_folder
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.analysis.affinity import mean_within
 from antdiff.data import ImageData, load_data, to_unit
@@ -116,40 +117,40 @@ def analyze_affinity(
         "log-SNR": TimestepClusters.from_log_snr(loaded.log_snr, k),
     }
     out = out or run / "analysis" / "affinity"
-    out.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    train = loaded.images
-    x0 = train[torch.randint(len(train), (images,), generator=generator)]
-    with sensible_threads(loaded.data.shape[1], where):
+    names = ("affinity.npz", "summary.json", "clusters.json", "state", "affinity.png", "gaps.png", "layers.png")
+    with output_folder(out, "affinity analysis", names), sensible_threads(loaded.data.shape[1], where):
+        generator = torch.Generator().manual_seed(seed)
+        train = loaded.images
+        x0 = train[torch.randint(len(train), (images,), generator=generator)]
         found = task_affinity(
             loaded.model, x0, timesteps, log_snr=loaded.log_snr, generator=generator,
             checkpoints=(load_checkpoint(path)["model"] for path in loaded.checkpoints),
             groups=module_groups(loaded.model), sketch=sketch, memory=memory, folder=out / "state", progress=progress,
         )  # fmt: skip
-    found.save(out / "affinity.npz")
-    full = found.full()
-    clusterings["gradient affinity"] = TimestepClusters.from_affinity(full, k)
-    clusterings["gradient affinity"].save(out / "clusters.json")
-    correlations = found.gap_correlations(generator=generator)
-    summary = {
-        "run": str(run),
-        "steps": loaded.steps,
-        "seed": seed,
-        "timesteps": timesteps,
-        "images": images,
-        "spearman": {name: value._asdict() for name, value in correlations.items()},
-        "signal": {"min": float(found.signal.min()), "median": float(found.signal.median())},
-        "clusters": {
-            name: {"starts": c.starts.tolist(), "within": mean_within(full, c)} for name, c in clusterings.items()
-        },
-        "layers": _layer_summary(found, loaded.model),
-        "cpu_seconds": round(time.process_time() - began, 1),
-        **found.stats,
-    }
-    summary["captions"] = _draw(found, full, clusterings, correlations, loaded, out)
-    write_json(out / "summary.json", summary)
-    shutil.rmtree(out / "state")
-    return summary
+        found.save(out / "affinity.npz")
+        full = found.full()
+        clusterings["gradient affinity"] = TimestepClusters.from_affinity(full, k)
+        clusterings["gradient affinity"].save(out / "clusters.json")
+        correlations = found.gap_correlations(generator=generator)
+        summary = {
+            "run": str(run),
+            "steps": loaded.steps,
+            "seed": seed,
+            "timesteps": timesteps,
+            "images": images,
+            "spearman": {name: value._asdict() for name, value in correlations.items()},
+            "signal": {"min": float(found.signal.min()), "median": float(found.signal.median())},
+            "clusters": {
+                name: {"starts": c.starts.tolist(), "within": mean_within(full, c)} for name, c in clusterings.items()
+            },
+            "layers": _layer_summary(found, loaded.model),
+            "cpu_seconds": round(time.process_time() - began, 1),
+            **found.stats,
+        }
+        summary["captions"] = _draw(found, full, clusterings, correlations, loaded, out)
+        write_json(out / "summary.json", summary)
+        shutil.rmtree(out / "state")
+        return summary
 
 
 def _layer_summary(found: TaskAffinity, model: torch.nn.Module) -> dict[str, dict[str, float | None]]:
@@ -225,10 +226,10 @@ def analyze_conflict(
     loaded = open_run(run, where)
     chosen = loaded.clusters if clusters is None else TimestepClusters.load(clusters)
     out = out or run / "analysis" / "conflict"
-    out.mkdir(parents=True, exist_ok=True)
-    B, images = loaded.config.batch_size if batch_size is None else batch_size, loaded.images
-    found: dict[int, Conflict] = {}
-    with sensible_threads(loaded.data.shape[1], where):
+    names = ("conflict.npz", "summary.json", "conflict.png")
+    with output_folder(out, "conflict analysis", names), sensible_threads(loaded.data.shape[1], where):
+        B, images = loaded.config.batch_size if batch_size is None else batch_size, loaded.images
+        found: dict[int, Conflict] = {}
         for step, path in tqdm(
             list(zip(loaded.steps, loaded.checkpoints, strict=True)), unit="checkpoint", disable=not progress
         ):
@@ -239,25 +240,27 @@ def analyze_conflict(
                 loaded.model, images, chosen, log_snr=loaded.log_snr, batch_size=B, batches=batches, repeats=repeats,
                 generator=generator,
             )  # fmt: skip
-    arrays = {
-        name: np.stack([getattr(conflict, name).numpy() for conflict in found.values()])
-        for name in ("cosine", "batch_cosine", "rate")
-    }
-    write_npz(out / "conflict.npz", {"steps": np.array(list(found)), "starts": chosen.starts.numpy(), **arrays})
-    summary = {
-        "run": str(run), "seed": seed, "starts": chosen.starts.tolist(), "batch_size": B, "batches": batches,
-        "repeats": repeats, "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},
-    }  # fmt: skip
-    text = (
-        f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches} batches. Left: noise-corrected cosines, "
-        "from products of gradients of different batches. Right: circles count conflicts in single batches, with 95 % "
-        "Student intervals over repetitions (new images, noise and timesteps, the same network). Squares count pairs "
-        "of expected gradients whose interval is entirely below zero. The dotted line is what noise alone gives."
-    )
-    summary["captions"] = {"conflict.png": text}
-    save_conflict(found, chosen, text, out / "conflict.png")
-    write_json(out / "summary.json", summary)
-    return summary
+        arrays = {
+            name: np.stack([getattr(conflict, name).numpy() for conflict in found.values()])
+            for name in ("cosine", "batch_cosine", "rate")
+        }
+        write_npz(out / "conflict.npz", {"steps": np.array(list(found)), "starts": chosen.starts.numpy(), **arrays})
+        summary = {
+            "run": str(run), "seed": seed, "starts": chosen.starts.tolist(), "batch_size": B, "batches": batches,
+            "repeats": repeats,
+            "checkpoints": {str(step): _conflict_summary(conflict) for step, conflict in found.items()},
+        }  # fmt: skip
+        text = (
+            f"{loaded.title()}; batches of {B}, {repeats} repetitions of {batches} batches. Left: noise-corrected "
+            "cosines, from products of gradients of different batches. Right: circles count conflicts in single "
+            "batches, with 95 % Student intervals over repetitions (new images, noise and timesteps, the same "
+            "network). Squares count pairs of expected gradients whose interval is entirely below zero. The dotted "
+            "line is what noise alone gives."
+        )
+        summary["captions"] = {"conflict.png": text}
+        save_conflict(found, chosen, text, out / "conflict.png")
+        write_json(out / "summary.json", summary)
+        return summary
 
 
 def _conflict_summary(conflict: Conflict) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from its checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from antdiff._files import write_atomically
-from antdiff.data import load_data
+from antdiff._files import folder_written_whole, read_json, write_atomically
+from antdiff._folders import output_folder
+from antdiff.data import ImageData, load_data
 from antdiff.experiments.evaluate import execute
+from antdiff.experiments.patch import start_patch
 from antdiff.plotting.curves import save_comparison
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
-from antdiff.train.run import start_patch, start_run
+from antdiff.train.run import require_unused, start_run
 
 # Always included, to separate the effect of stratified sampling from that of balancing.
 ANCHORS: tuple[Method, ...] = ("vanilla", "linear")
@@ -63,9 +64,21 @@ def compare(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
     data = load_data(config.data, image_size=config.image_size)
+    with output_folder(out, "comparison", ("table.txt", "comparison.png")):
+        cells = {seed: _cells(replace(config, seed=seed), methods, companions, out) for seed in seeds}
+        for seed in seeds:  # check all folders before any training
+            for name, cell in cells[seed].items():
+                _require_fit(cell, out / f"{name}-seed{seed}")
+        return _compare(config, cells, data, out, progress)
+
+
+def _compare(
+    config: TrainConfig, cells: Mapping[int, Mapping[str, TrainConfig]], data: ImageData, out: Path, progress: bool
+) -> dict[str, list[dict[str, Any]]] | None:
+    """Run the cells of every seed, and write the table and the figure. Return the results, or None after a signal."""
     results: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:  # seed by seed, so that an interrupted comparison has complete seeds
-        for name, cell in _cells(replace(config, seed=seed), methods, companions, out).items():
+    for seed, of_seed in cells.items():  # seed by seed, so that an interrupted comparison has complete seeds
+        for name, cell in of_seed.items():
             folder = out / f"{name}-seed{seed}"
             found = _finished(cell, folder)
             if found is None:
@@ -75,7 +88,7 @@ def compare(
             if found is None:
                 return None
             results.setdefault(name, []).append(found)
-    seeds_text = f"{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
+    seeds_text = f"{len(cells)} training seed{'s' if len(cells) > 1 else ''}"
     drawn = results["linear"][0]["timesteps"]
     title = f"{data.name}, {config.model}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
     text = comparison_table(results, title)
@@ -105,19 +118,23 @@ def _cells(
     return cells
 
 
+def _require_fit(config: TrainConfig, folder: Path) -> None:
+    """Raise ValueError if `folder` holds something other than a run with these settings."""
+    if not (folder / "config.json").exists():
+        require_unused(folder)
+        return
+    saved = TrainConfig.load(folder / "config.json")
+    if replace(saved, device=config.device) != config:
+        raise ValueError(f"{folder} holds a run with settings other than this comparison's. Pass another --out")
+
+
 def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:
     """Return the results in `folder`, or None if the run is not finished. A new folder gets its config.json here."""
     if not (folder / "config.json").exists():
         _start(config, folder)
         return None
-    saved = TrainConfig.load(folder / "config.json")
-    if replace(saved, device=config.device) != config:
-        raise ValueError(f"{folder} holds a run with settings other than this comparison's. Pass another --out")
     results = folder / "results.json"
-    if not results.exists():
-        return None
-    loaded: dict[str, Any] = json.loads(results.read_text())
-    return loaded
+    return read_json(results) if results.exists() else None
 
 
 def _start(config: TrainConfig, folder: Path) -> None:
@@ -125,10 +142,11 @@ def _start(config: TrainConfig, folder: Path) -> None:
         start_patch(Path(config.patch), folder, steps=config.steps, lr=config.lr, device=config.device)
         return
     start_run(config, folder)
-    vanilla = folder.with_name(f"vanilla-seed{config.seed}")
     if folder.name.startswith("longer"):  # its first steps are identical to those of vanilla: copy them
-        shutil.copytree(vanilla / "checkpoints", folder / "checkpoints")
-        shutil.copy(vanilla / "metrics.csv", folder)
+        vanilla = folder.with_name(f"vanilla-seed{config.seed}")
+        with folder_written_whole(folder / "checkpoints") as copy:
+            shutil.copytree(vanilla / "checkpoints", copy, dirs_exist_ok=True)
+        write_atomically(folder / "metrics.csv", (vanilla / "metrics.csv").read_bytes())
 
 
 @dataclass(frozen=True)

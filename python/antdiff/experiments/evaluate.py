@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
-from antdiff._files import write_json
+from antdiff._files import folder_written_whole, write_json
 from antdiff.data import ImageData, load_data, to_uint8
 from antdiff.experiments.quality import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.info import collect
@@ -27,7 +27,7 @@ from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.ranks import RunRanks
-from antdiff.train.run import intervals, load_model
+from antdiff.train.run import intervals, load_model, locked_by_first
 
 GRID_IMAGES = 60
 
@@ -46,7 +46,7 @@ def execute(
     """
     ranks = RunRanks()
     data = data or load_data(config.data, image_size=config.image_size)
-    with sensible_threads(data.shape[1], choose_device(config.device)):
+    with sensible_threads(data.shape[1], choose_device(config.device)), locked_by_first(run, ranks):
         if ranks.is_first:
             write_json(run / "environment.json", collect()[0])
         if not train(config, data, run, progress=progress, loggers=loggers):
@@ -92,7 +92,8 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
         "intervals": intervals(clusters),
     }
     write_json(run / "results.json", results)
-    model.save(run / "model")
+    with folder_written_whole(run / "model") as folder:
+        model.save(folder)
     rows = read_csv(run / "metrics.csv")
     if rows:
         title = f"{data.name}, {config.label}, {config.timestep_sampling} timesteps, seed {config.seed}"

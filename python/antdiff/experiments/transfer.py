@@ -8,7 +8,6 @@ Each specialist is an ordinary run folder. An interrupted analysis resumes from 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
-from antdiff._files import write_json, write_npz
+from antdiff._files import read_json, write_json, write_npz
+from antdiff._folders import output_folder
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
 from antdiff.data import ImageData, load_data, to_uint8
@@ -65,7 +65,8 @@ def analyze_transfer(
     out = out or run / "analysis" / "transfer"
     data = load_data(base.data, image_size=base.image_size)
     clusters = TimestepClusters.load(run / "clusters.json")
-    with sensible_threads(data.shape[1], where):
+    names = ("transfer.npz", "summary.json", "transfer.png")
+    with output_folder(out, "transfer analysis", names), sensible_threads(data.shape[1], where):
         base = replace(base, device=device, clusters=str(run / "clusters.json"))
         trial = _Trial(base, run, clusters, data, out, samples)
         cells = []
@@ -74,7 +75,7 @@ def analyze_transfer(
             if cell is None:
                 return None
             cells.append(cell)
-    return _report(run, base, data, clusters, list(seeds), steps, samples, cells, out)
+        return _report(run, base, data, clusters, list(seeds), steps, samples, cells, out)
 
 
 def _check(base: TrainConfig, seeds: Sequence[int], steps: int, samples: int) -> None:
@@ -156,7 +157,7 @@ class _Trial:
 
     def read(self, path: Path, config: TrainConfig) -> dict[str, Any] | None:
         """Return an earlier measurement of a run with the same settings, taken in the same way, or None."""
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        found: dict[str, Any] = read_json(path) if path.exists() else {}
         return found if found.get("of") == self.measured(config) else None
 
     def write(self, path: Path, config: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:

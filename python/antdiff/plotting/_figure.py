@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from antdiff._files import written_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,3 +37,13 @@ def new_figure(
 def add_caption(figure: Figure, text: str, width: int) -> None:
     """Write `text` below the axes, in lines of at most `width` characters. Constrained layout makes room for it."""
     figure.supxlabel(textwrap.fill(text, width), x=0.01, ha="left", fontsize=8, color="#333333", linespacing=1.35)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the suffix of `path` names, PNG without one. The file is written atomically.
+
+    Raises:
+        ValueError: matplotlib does not know the format.
+    """
+    with written_atomically(path) as buffer:
+        figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png")

@@ -17,7 +17,7 @@ from antdiff.analysis.conflict import Conflict
 from antdiff.analysis.estimate import Correlation
 from antdiff.analysis.transfer import TransferGap
 from antdiff.clustering import TimestepClusters
-from antdiff.plotting._figure import add_caption, new_figure
+from antdiff.plotting._figure import add_caption, new_figure, save_figure
 from antdiff.plotting.palette import CATEGORICAL, MARKERS, SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def save_heat_map(
     bar = figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02, label="task affinity (cosine of gradients)")
     bar.ax.tick_params(labelsize=8)
     add_caption(figure, text, 175)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _heat(ax: Axes, affinity: Tensor, *, low: float) -> Any:
@@ -91,7 +91,7 @@ def save_gaps(found: TaskAffinity, correlations: Mapping[str, Correlation], text
     axes[1].sharey(axes[0])
     axes[0].legend(fontsize=8, frameon=False, loc="best")
     add_caption(figure, text, 130)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int = 12) -> tuple[np.ndarray, ...]:
@@ -134,7 +134,7 @@ def save_layers(
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, label="task affinity (cosine)", extend="min")
     bar.ax.tick_params(labelsize=8)
     add_caption(figure, text, 150)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, text: str, path: Path) -> None:
@@ -180,7 +180,7 @@ def save_conflict(found: Mapping[int, Conflict], clusters: TimestepClusters, tex
     if len(steps) == 1:
         right.set_xticks(steps)
     add_caption(figure, text, 140)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _errorbar(
@@ -234,4 +234,4 @@ def save_transfer(
     axes[1].set_title("sample quality, with the specialist inside its interval", fontsize=9)
     axes[0].legend(fontsize=8, frameon=False)
     add_caption(figure, text, 140)
-    figure.savefig(path)
+    save_figure(figure, path)

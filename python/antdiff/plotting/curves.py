@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from antdiff.plotting._figure import new_figure
+from antdiff.plotting._figure import new_figure, save_figure
 from antdiff.plotting.palette import CATEGORICAL, DASHES, cluster_colours
 
 
@@ -41,7 +41,7 @@ def save_curves(
         axes[2].set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=k + 1, fontsize=9, frameon=False)
     figure.suptitle(title)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
@@ -90,4 +90,4 @@ def save_comparison(
         ax.xaxis.set_major_formatter("{x:+g}")
         ax.set(title=f"t {start}..{stop - 1}", xlabel="loss, % (log beyond 5)", xlim=(low, high))
     figure.suptitle(title)
-    figure.savefig(path)
+    save_figure(figure, path)

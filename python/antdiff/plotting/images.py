@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from antdiff._files import written_atomically
+
 
 def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int = 64, gap: int = 4) -> None:
     """Write uint8 images [N, C, H, W] as a PNG grid. Small images are enlarged to about `side` pixels, unsmoothed."""
@@ -19,4 +21,5 @@ def save_grid(images: torch.Tensor, path: Path, *, columns: int = 10, side: int 
     tiles = F.pad(torch.cat([tiles, blanks]), (gap, 0, gap, 0), value=255)  # a gap at the left and top of each
     sheet = rearrange(tiles, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
     sheet = F.pad(sheet, (0, gap, 0, gap), value=255)
-    Image.fromarray(rearrange(sheet, "c h w -> h w c").squeeze(-1).numpy()).save(path)
+    with written_atomically(path) as buffer:
+        Image.fromarray(rearrange(sheet, "c h w -> h w c").squeeze(-1).numpy()).save(buffer, "PNG")

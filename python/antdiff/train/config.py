@@ -187,6 +187,12 @@ class TrainConfig:
         return " + ".join([self.method, *self.companions])
 
     @property
+    def data_name(self) -> str:
+        """The name of the data in names of folders and in titles: of a path, its last part."""
+        name = Path(self.data).name
+        return (name if name not in ("", "..") else Path(self.data).resolve().name) or "data"  # "/" has no name at all
+
+    @property
     def timestep_sampling(self) -> str:
         """The sampling of timesteps, with ``auto`` resolved for this method."""
         if self.timesteps != "auto":

@@ -22,6 +22,8 @@ from antdiff.train.log import Logger, Recorder
 from antdiff.train.models import Denoiser
 from antdiff.train.prepare import prepare
 from antdiff.train.progress import save_progress_grid
+from antdiff.train.ranks import RunRanks
+from antdiff.train.run import locked_by_first
 from antdiff.train.signals import stop_requests
 
 
@@ -41,6 +43,11 @@ def train(
         DivergenceError: a loss or weight became NaN or infinite. The kept checkpoints are from before that.
         CheckpointError: a checkpoint could not be written or read.
     """
+    with locked_by_first(run, RunRanks()):
+        return _train(config, data, run, progress, loggers)
+
+
+def _train(config: TrainConfig, data: ImageData, run: Path, progress: bool, loggers: Sequence[Logger]) -> bool:
     parts = prepare(config, data, run)
     B, rows, device, rng = parts.batch_size, parts.rows, parts.device, parts.generators
     model, timesteps, ranks, steps = parts.model, parts.timesteps, parts.ranks, parts.steps

@@ -8,10 +8,12 @@ same state, so rank 0's checkpoint serves all of them, and a run can be resumed 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -121,3 +123,18 @@ def run_ranks() -> Iterator[RunRanks]:
 def is_restart() -> bool:
     """Return whether torchrun has started this command again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launch() -> str:
+    """Return a name for the torchrun process that started this rank, which it keeps through restarts; "" without one.
+
+    The number of a process is used again after it has ended, so the name includes the time of its start.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        began = ""
+    return f"torchrun {os.environ['TORCHELASTIC_RUN_ID']}, process {parent} on {socket.gethostname()}, {began}"

@@ -1,10 +1,12 @@
 """Run folders: make, extend and load them.
 
-config.json  clusters.json  environment.json  metrics.csv  tensorboard/  samples/  checkpoints/
+config.json  clusters.json  environment.json  metrics.csv  tensorboard/  samples/  checkpoints/  antdiff.lock
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from antdiff import TimestepClusters
 from antdiff._command import command
 from antdiff._files import write_atomically
+from antdiff._folders import holds_results, locked, refuse_files, require_folder
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from antdiff.train.companions import Experts
@@ -22,6 +25,13 @@ from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.devices import choose_device
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import BASE, make_model
+from antdiff.train.ranks import RunRanks, launch
+
+RUN = "run"  # the kind of folder
+RUN_FILES = (
+    "config.json", "clusters.json", BASE, "environment.json", "metrics.csv", "tensorboard", "wandb-id", "samples",
+    "checkpoints", "results.json", "samples.png", "curves.png", "model", "report.html", "analysis",
+)  # fmt: skip
 
 
 def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClusters:
@@ -49,44 +59,67 @@ def make_clusters(clusters: str, k: int, log_snr: torch.Tensor) -> TimestepClust
     return loaded
 
 
-def start_run(config: TrainConfig, run: Path) -> None:
-    """Make the folder of a new run with its clusters and settings. Raise ValueError if it already holds a run."""
-    if (run / "config.json").exists():
-        resume_command = command("train", "--resume", run)
-        raise ValueError(f"{run} already holds a run. Pass another --out, or resume it with: {resume_command}")
-    choose_device(config.device)  # raises here, so that a wrong device leaves no folder behind
+def start_run(
+    config: TrainConfig,
+    folder: Path | Callable[[], Path],
+    *,
+    base: tuple[int, Mapping[str, torch.Tensor]] | None = None,
+) -> Path:
+    """Make the folder of a new run with its clusters and settings, and return it.
+
+    Args:
+        folder: the run folder, or a function that makes one. It is called after all settings have been checked, so that
+            a wrong setting leaves no folder behind.
+        base: the step and the weights of the network that the run patches.
+
+    Raises:
+        ValueError: a setting does not fit, or the folder holds a run or files that a run would overwrite.
+        FolderInUseError: another process makes the same folder.
+    """
+    choose_device(config.device)
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
     require_rows(clusters.k, config.batch_size)  # a file of clusters has its own k
     if config.specialist is not None and not 0 <= config.specialist < clusters.k:
         raise ValueError(f"specialist must be a cluster, one of 0 .. {clusters.k - 1}; got {config.specialist}")
+    run = folder if isinstance(folder, Path) else folder()
+    require_unused(run)
     run.mkdir(parents=True, exist_ok=True)
-    clusters.save(run / "clusters.json")
-    write_atomically(run / "config.json", config.to_json().encode())
+    with locked_run(run):
+        require_unused(run)  # again, since another process may have been faster
+        clusters.save(run / "clusters.json")
+        if base is not None:
+            save_checkpoint(run / BASE, base[0], {"model": base[1]})
+        write_atomically(run / "config.json", config.to_json().encode())  # last: from here on the folder holds a run
+    return run
 
 
-def start_patch(base: Path, run: Path, *, steps: int, lr: float, device: str) -> TrainConfig:
-    """Make the folder of a run that patches the averaged network of the run `base`, and return its settings.
+def require_unused(run: Path) -> None:
+    """Raise ValueError if `run` holds a run, or files that a run would overwrite."""
+    require_folder(run)
+    if holds_results(run) and (run / "config.json").exists():
+        resume_command = command("train", "--resume", run)
+        raise ValueError(f"{run} already holds a run. Pass another --out, or resume it with: {resume_command}")
+    # A start that was killed before it wrote config.json leaves these, and the next start writes them again.
+    started = ("clusters.json", BASE) if holds_results(run) else ()
+    refuse_files(run, RUN, (name for name in RUN_FILES if name not in started))
 
-    The folder gets a copy of that network. The settings are those of `base`, except for `steps`, `lr`, `device` and the
-    curriculum, which is not repeated.
 
-    Raises:
-        ValueError: `base` is not a run of a DiT or has no checkpoint, or `run` already holds a run.
-    """
-    config = TrainConfig.load(base / "config.json")
-    if config.model != "dit" or config.experts or config.patch:
-        kind = "a patched network" if config.patch else "experts" if config.experts else f"model {config.model}"
-        raise ValueError(
-            f"run must hold a DiT to patch (train it with --model dit), since prompts are added to tokens; got {kind}"
-        )
-    config = replace(config, patch=str(base), steps=steps, lr=lr, device=device, curriculum=False)
-    path = latest_checkpoint(base / "checkpoints")
-    if path is None:
-        raise ValueError(f"{base} has no checkpoint yet: train it first with: {command('train', '--resume', base)}")
-    state = load_checkpoint(path)
-    start_run(config, run)
-    save_checkpoint(run / BASE, int(state["step"]), {"model": averaged(state)})
-    return config
+def locked_run(run: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a run folder inside the block; see :func:`antdiff._folders.locked`."""
+    return locked(run, RUN, launch=launch())
+
+
+@contextmanager
+def locked_by_first(run: Path, ranks: RunRanks) -> Iterator[None]:
+    """Let rank 0 hold the lock of a run folder inside the block. If it cannot, the other ranks exit with status 1."""
+    with ExitStack() as stack:
+
+        def lock() -> bool:
+            stack.enter_context(locked_run(run))
+            return True
+
+        ranks.from_first(lock)
+        yield
 
 
 def averaged(state: dict[str, Any]) -> dict[str, torch.Tensor]:

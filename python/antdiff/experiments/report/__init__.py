@@ -46,7 +46,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def run_page(run: Run) -> str:
     """Return the HTML document of a run."""
     config = run.config
-    lead = f"{Path(config.data).name}, {run.method}, {config.timestep_sampling} timesteps, seed {config.seed}"
+    lead = f"{config.data_name}, {run.method}, {config.timestep_sampling} timesteps, seed {config.seed}"
     status, bad = run.status
     head = (
         f"<h1>{escape(run.folder.resolve().name)}</h1><p class='lead'>{escape(lead)}</p>"

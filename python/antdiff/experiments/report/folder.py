@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from antdiff import TimestepClusters
+from antdiff._files import read_json
 from antdiff.info import collect
 from antdiff.train.config import TrainConfig
 from antdiff.train.log import read_csv
@@ -106,10 +106,4 @@ def caption_of(picture: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Restore or delete it") from error
-    return found if isinstance(found, dict) else None
+    return read_json(path) if path.exists() else None
