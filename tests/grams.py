@@ -76,3 +76,37 @@ def examples(max_k: int = 9) -> st.SearchStrategy[Tensor]:
         st.integers(1, 20),
         st.integers(0, 2**31 - 1),
     )
+
+
+# ---- matrices with a given rank and stationarity, in the kinds of TorchJD's tests ------------------------------------
+
+# J is strongly stationary if a positive combination of its rows vanishes, and strictly weakly stationary if only a
+# non-negative one does. "none" has no such combination, and "any" can be of every kind.
+STATIONARITY = ("any", "strong", "weak", "none")
+
+
+def with_rank(stationarity: str, m: int, n: int, rank: int, seed: int = 0) -> Tensor:
+    """Return J, float64 [m, n], with singular values from 1 to 1/4. Rank 0 gives the zero matrix.
+
+    The left singular vectors make it stationary or not. A vector that is perpendicular to all of them combines the
+    rows to zero. If one of them is positive, no non-negative combination of the rows is zero.
+    """
+    g = torch.Generator().manual_seed(seed + 1000 * m + 10 * n + rank)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    positive = normal(m).abs() + 0.1
+    part = (torch.randperm(m, generator=g) < m // 2).double()
+    first = {
+        "any": torch.zeros(m, 0, dtype=torch.float64),
+        "strong": positive[:, None],
+        "weak": torch.stack([positive * part, positive * (1 - part)], dim=1),
+        "none": positive[:, None],
+    }[stationarity]  # [m, 0..2], orthogonal
+    first = first / first.norm(dim=0)
+    others = torch.linalg.qr(torch.cat([first, normal(m, m - first.shape[1])], dim=1))[0][:, first.shape[1] :]
+    U = torch.cat([first, others], dim=1)[:, stationarity in ("strong", "weak") :]
+    V = torch.linalg.qr(normal(n, n))[0]
+    values = 4.0 ** -torch.linspace(0, 1, rank, dtype=torch.float64)
+    return (U[:, :rank] * values) @ V[:, :rank].T

@@ -203,3 +203,21 @@ INTEGER_LEVEL = 1.0
 # Pixels of a constant block of a JPEG, in levels: the conversions to YCbCr and back round three channels to half a
 # level each, and the largest coefficient of the way back is 1.772.
 JPEG_LEVEL = 2.0
+
+
+def unconditioned(k: int) -> float:
+    """Tolerance of a direction from a convex quadratic program, relative to its longest term, for any condition.
+
+    It is :func:`minimiser` without a bound on the condition: the root of twice the rounding error of the objective.
+    Use it for matrices of any rank, where the condition of the worst set of rows is unknown or infinite.
+    """
+    return minimiser(k, float("inf"))
+
+
+def regularised(k: int, ridge: float) -> float:
+    """Tolerance of the difference of two minimisers for a Gram matrix with trace 1 to which a ``ridge`` was added.
+
+    It is relative to the longest term, in the norm of that matrix. Both solvers work in float64, so it is
+    :func:`minimiser` for the condition of the matrix, at most ``(1 + ridge) / ridge``.
+    """
+    return minimiser(k, (1 + ridge) / ridge)

@@ -18,16 +18,23 @@ ANTDIFF_HD_CALL void upgrad(const NonZeroRows& r) {
   }
 }
 
-// DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the projection of the mean gradient.
-ANTDIFF_HD_CALL void dualproj(const NonZeroRows& r) {
-  double *x = r.work, *c = x + r.m, *rest = c + r.m;
+// Compute x [m], x >= 0, such that g_0 + sum_j x_j g_j is the projection of the mean gradient g_0. c [m] and `rest`
+// [nonnegative_qp_workspace(m)] are workspace.
+ANTDIFF_HD_CALL void project_mean(const NonZeroRows& r, double* x, double* c, double* rest) {
   const double least = least_scale(r);
   for (int64_t j = 0; j < r.m; ++j) {
     c[j] = 0;
     for (int64_t i = 0; i < r.m; ++i) c[j] += r.S[j * r.m + i] * (least / r.d[i]) / double(r.K);
   }
   nonnegative_qp(r.S, c, r.m, x, rest);
-  for (int64_t j = 0; j < r.m; ++j) r.w[j] = 1 / double(r.K) + x[j] * (r.d[j] / least);
+  for (int64_t j = 0; j < r.m; ++j) x[j] *= r.d[j] / least;
+}
+
+// DualProj, the rule of GEM (Lopez-Paz and Ranzato, NeurIPS 2017): the projection of the mean gradient.
+ANTDIFF_HD_CALL void dualproj(const NonZeroRows& r) {
+  double *x = r.work, *c = x + r.m, *rest = c + r.m;
+  project_mean(r, x, c, rest);
+  for (int64_t j = 0; j < r.m; ++j) r.w[j] = 1 / double(r.K) + x[j];
 }
 
 }  // namespace antdiff

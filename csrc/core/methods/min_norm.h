@@ -6,6 +6,7 @@
 
 #include "core/active_set.h"
 #include "core/cholesky.h"
+#include "core/methods/dual_cone.h"
 #include "core/methods/nonzero_rows.h"
 #include "core/team.h"
 
@@ -64,27 +65,44 @@ ANTDIFF_HD double diagonal_form(const double* G, const double* x, int64_t m) {
 constexpr int kCagradIterations = 64;
 constexpr double kCagradAccuracy = 1e-13;  // accuracy of |d - g_0|, relative to c |g_0|
 
+// Whether a convex combination of the rows vanishes up to rounding, which does not depend on the lengths of the rows. R
+// [m, m], a [m] and `rest` [min_norm_workspace(m)] are workspace.
+ANTDIFF_HD_CALL bool weakly_stationary(const NonZeroRows& r, double* R, double* a, double* rest) {
+  for (int64_t e = 0; e < r.m * r.m; ++e) R[e] = r.S[e];
+  min_norm_point(R, r.m, a, rest);
+  return !(form(r.S, a, a, r.m) > kGramRounding * double(r.m) * diagonal_form(r.S, a, r.m));
+}
+
 // CAGrad (Liu et al., NeurIPS 2021): among all d with |d - g_0| <= c |g_0|, the d that maximises min_i <d, g_i>.
 //
 // d = g_0 + J^T x with x >= 0. For a fixed nu = sum_i x_i, the best x / nu is the min-norm point of the rows nu g_i +
 // g_0, and |J^T x| grows with nu, so nu is the only unknown. As long as the rows in use stay the same, x = p + nu q,
 // where q is their affine combination of smallest norm and <J^T p, J^T q> = 0. Then |J^T x|^2 = |J^T p|^2 + nu^2 |J^T
-// q|^2 gives nu. If a convex combination of rows vanishes, |J^T x| may stay below c |g_0| for all nu. Then d is the
-// limit, which is the projection of g_0 onto the dual cone and attains the maximum.
+// q|^2 gives nu.
+//
+// The projection of g_0 onto the dual cone is one of these d, and bounds nu from one side. If a convex combination of
+// rows vanishes, no d has a min_i <d, g_i> above zero, so the projection attains the maximum as soon as it lies in the
+// ball. A larger nu would then add a multiple of a vanishing combination, and its rounding error.
 ANTDIFF_HD_CALL void cagrad(const NonZeroRows& r, double c) {
   const int64_t m = r.m;
   double *G = r.work, *R = G + m * m, *b = R + m * m, *x = b + m, *q = x + m, *rest = q + m;
   unscaled(r, G);
   double square = 0, terms = 0;  // |g_0|^2
   for (int64_t i = 0; i < m; ++i) {
-    b[i] = x[i] = 0;
+    b[i] = 0;
     for (int64_t j = 0; j < m; ++j) b[i] += G[i * m + j] / double(r.K);
     square += b[i] / double(r.K);
     terms += G[i * m + i] / double(r.K) / double(r.K);
   }
   const double radius2 = square > kGramRounding * double(m) * terms ? c * c * square : 0;
-  double nu = c, low = 0, high = DBL_MAX;
-  for (int iteration = 0; radius2 > 0 && iteration < kCagradIterations; ++iteration) {
+  double low = 0, high = DBL_MAX, of_projection = 0;
+  project_mean(r, x, q, rest);
+  for (int64_t i = 0; i < m; ++i) of_projection += x[i];
+  const bool in_ball = form(G, x, x, m) <= radius2;
+  (in_ball ? low : high) = of_projection;
+  const bool solved = in_ball && weakly_stationary(r, R, q, rest);
+  double nu = c > low && c < high ? c : in_ball ? 2 * low : high / 2;
+  for (int iteration = 0; !solved && radius2 > 0 && iteration < kCagradIterations; ++iteration) {
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < m; ++j) R[i * m + j] = nu * (nu * G[i * m + j] + b[i] + b[j]) + square;
     min_norm_point(R, m, x, rest);
@@ -95,18 +113,15 @@ ANTDIFF_HD_CALL void cagrad(const NonZeroRows& r, double c) {
     double next = NAN;
     if (affine_min_norm(r, x, q, R)) {
       const double slope2 = form(G, q, q, m);
-      bool convex = true;
-      for (int64_t i = 0; i < m; ++i) convex &= q[i] >= 0;
-      const bool flat = !(slope2 > kGramRounding * double(m) * diagonal_form(G, q, m));
-      if (flat && convex && length2 < radius2) break;  // the limit: a larger multiple of q does not change J^T x
       for (int64_t i = 0; i < m; ++i) rest[i] = x[i] - nu * q[i];
-      if (!flat) next = sqrt((radius2 - form(G, rest, rest, m)) / slope2);
+      if (slope2 > kGramRounding * double(m) * diagonal_form(G, q, m))
+        next = sqrt((radius2 - form(G, rest, rest, m)) / slope2);
     }
     if (!(next > low && next < high)) next = high == DBL_MAX ? 4 * nu : low == 0 ? nu / 4 : sqrt(low) * sqrt(high);
     if (fabs(next - nu) <= kCagradAccuracy * nu) break;
     nu = next;
   }
-  for (int64_t i = 0; i < m; ++i) r.w[i] = 1 / double(r.K) + x[i];
+  for (int64_t i = 0; i < m; ++i) r.w[i] = 1 / double(r.K) + (radius2 > 0 ? x[i] : 0);
 }
 
 }  // namespace antdiff

@@ -280,11 +280,24 @@ def _mgda(G: Tensor, k: int, _parameter: float | None) -> Tensor:
 
 
 def _cagrad(G: Tensor, k: int, c: float | None) -> Tensor:
-    """Bisect for nu with ``|J^T x| = c |g_0|``; x / nu are the least-norm weights of the rows ``nu g_i + g_0``."""
+    """Bisect for nu with ``|J^T x| = c |g_0|``; x / nu are the least-norm weights of the rows ``nu g_i + g_0``.
+
+    The projection of g_0 onto the dual cone bounds nu. It is the result if a convex combination of the rows vanishes.
+    """
     c = 0.5 if c is None else c
     b = G.sum(1) / k  # <g_i, g_0>
     square = b.sum() / k  # |g_0|^2
-    x, low, high = b, 1e-30, 1e30
+    x = _onto_dual_cone(G, torch.full_like(b, 1 / k)) - 1 / k
+    low, high = 1e-30, 1e30
+    if x @ G @ x <= c * c * square:
+        scale = G.diagonal().rsqrt()
+        S = G * scale * scale[:, None]  # correlations
+        a = _min_norm(S)
+        if a @ S @ a <= 64 * torch.finfo(G.dtype).eps * len(G) * (a * a).sum():
+            return x + 1 / k
+        low = max(low, float(x.sum()))
+    else:
+        high = float(x.sum())
     for _ in range(90):
         nu = (low * high) ** 0.5
         x = nu * _min_norm(nu * nu * G + nu * (b + b[:, None]) + square)
