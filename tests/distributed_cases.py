@@ -229,6 +229,34 @@ def sharded() -> nn.Module:
     return model
 
 
+def a_choice_per_parameter_of_shards(rank: int, world: int) -> dict[Any, Any]:
+    """GradDrop under FSDP2, which sees one shard of each parameter: two steps, the second by a resumed method.
+
+    Returns errors relative to one process, and how far the generators of the ranks have gone.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    cluster = mixed(5, 23)
+    x, y = samples(23)
+    mine = torch.arange(23) % world == rank
+    hybrid = network()
+    fully_shard(hybrid, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard")))
+    results: dict[Any, Any] = {}
+    for kind, model in (("one dimension", sharded()), ("hybrid", hybrid)):
+        cg, balancer = antdiff.ClusterGradients(model, 5), balancing.GradDrop()
+        for step in (1, 2):
+            jacobian = cg(losses_of(model), (x[mine], y[mine]), cluster[mine])
+            jacobian.write(balancer.direction(jacobian.rows))
+            want, _ = one_process("graddrop", 5, cluster, torch.float64, steps=step)
+            results[kind, step] = relative(grads(model), want)
+            state = balancer.state_dict()
+            balancer = balancing.GradDrop(seed=9)
+            balancer.load_state_dict(state)
+        results[kind, "generator"] = state["generator"]
+    return results
+
+
 def one_process_of(rows: Tensor, name: str, K: int, cluster: Tensor) -> tuple[list[Tensor], Tensor]:
     model = network()
     x, y = samples(len(cluster))
@@ -907,6 +935,7 @@ FOUR = [
     half_precision,
     bytes_on_the_wire,
     groups_of_some_ranks,
+    a_choice_per_parameter_of_shards,
     stale_jacobians,
     refused_on_ranks,
     sharded_checkpoint_save,

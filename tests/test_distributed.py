@@ -70,6 +70,16 @@ def test_every_way_through_gives_the_same_gradients(four: Results, case: str) ->
     assert "a group of two" in four[1]["other_routes"]
 
 
+def test_graddrop_chooses_for_shards_as_for_whole_parameters(four: Results) -> None:
+    """With numbers drawn for each shard alone, all shards would repeat the choices of the first."""
+    for results in four:
+        for name, value in results["a_choice_per_parameter_of_shards"].items():
+            if name[1] == "generator":
+                assert torch.equal(value, four[0]["a_choice_per_parameter_of_shards"][name])
+            else:
+                assert value < LIMIT["torch.float64"], (name, value)
+
+
 def test_a_jacobian_on_several_ranks_is_stale_after_any_later_use_of_the_buffers(four: Results) -> None:
     for results in four:
         assert len(results["stale_jacobians"]) == 12

@@ -11,6 +11,7 @@ from torch import Tensor
 from antdiff._checks import describe
 from antdiff.balancing.base import About, Needs
 from antdiff.balancing.random import Draws
+from antdiff.distributed.shards import place_of
 
 
 class GradDrop:
@@ -20,6 +21,10 @@ class GradDrop:
 
     This is the only method that K weights cannot express. It is a :class:`DirectionBalancer`: it has no weights, and
     ``direction(rows)`` takes the K cluster gradients.
+
+    Under FSDP2, where ``jacobian.rows`` are shards, every rank draws the numbers of each whole parameter and uses those
+    of its shard. The direction is then that of one process, and the generators of all ranks stay alike. It takes the
+    memory of one whole parameter.
 
     Args:
         generator, seed: Draw the signs, as in :class:`PCGrad`.
@@ -69,10 +74,12 @@ class GradDrop:
                 f"rows must be a floating-point tensor [k, *shape] or a list of such tensors; got {describe(x)}. "
                 "Pass the cluster gradients."
             )
-        x = x.detach()
+        place, x = place_of(x), x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         positive, negative = x.clamp(min=0).sum(0), x.clamp(max=0).sum(0)  # [*shape]
-        draw = torch.rand(positive.shape, dtype=x.dtype, device=x.device, generator=self._draws.on(x.device))
+        shape = positive.shape if place is None else place.shape
+        draw = torch.rand(shape, dtype=x.dtype, device=x.device, generator=self._draws.on(x.device))
+        draw = draw if place is None else draw[place.slices]
         chosen = torch.where(draw * (positive - negative) < positive, positive, negative)
         # The zero term turns the result into NaN if the sum that was not drawn is infinite.
         return (chosen + 0 * (positive + negative)) / len(x)

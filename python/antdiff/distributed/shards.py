@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,36 @@ def mesh_group(model: nn.Module) -> dist.ProcessGroup | None:
     return mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
 
 
+class Place(NamedTuple):
+    """Where a shard lies in its parameter."""
+
+    shape: torch.Size  # of the whole parameter
+    slices: tuple[slice, ...]  # of this rank's shard in it
+
+
+_ATTRIBUTE = "antdiff_place"
+
+
+def place_of(rows: Tensor) -> Place | None:
+    """Return the place of rows ``[k, *shard]`` of a parameter that FSDP2 has sharded, None for whole rows.
+
+    Only the tensors of ``jacobian.rows`` have a place. The result of an operation on them does not.
+    """
+    place: Place | None = getattr(rows, _ATTRIBUTE, None)
+    return place
+
+
+def _place(p: Any) -> Place:
+    """Return the place of a parameter's shard. FSDP2 cuts a dimension into pieces like torch.chunk."""
+    slices = [slice(None)] * p.dim()
+    for mesh_dim, placement in enumerate(p.placements):
+        if placement.is_shard():
+            size, ranks = p.shape[placement.dim], p.device_mesh.size(mesh_dim)
+            start = min(p.device_mesh.get_local_rank(mesh_dim) * -(-size // ranks), size)
+            slices[placement.dim] = slice(start, start + p.to_local().shape[placement.dim])
+    return Place(p.shape, tuple(slices))
+
+
 class Shards(Exchange):
     """The rows under FSDP2 (``fully_shard``).
 
@@ -82,6 +112,8 @@ class Shards(Exchange):
         self.replicas = math.prod(p.device_mesh.size(d) for d, x in enumerate(p.placements) if x.is_replicate())
         self.local: list[Tensor] = [p.to_local() for p in params]  # type: ignore[attr-defined]
         self.J = [torch.zeros((k, *x.shape), dtype=x.dtype, device=x.device) for x in self.local]
+        for rows, parameter in zip(self.J, params, strict=True):
+            setattr(rows, _ATTRIBUTE, _place(parameter))
         self.fresh = True
 
     def write(self, i: int, grads: Sequence[Tensor | None] | None, factor: Tensor | float = 1.0) -> None:
