@@ -52,12 +52,20 @@ def table() -> str:
             "yes" if about.conflict_free else "-", cost.get(name, "with P"), about.paper, about.when,
         )  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    lines += ["", "The published runs differ as follows (`get(name)(**published(name))` uses their options):", ""]
+    lines += [
+        "",
+        "Where other implementations differ, and why. `get(name)(**published(name))` uses the options of the published "
+        "runs. |g| is the length of the longest gradient; distances are those of the test matrices of TorchJD, in "
+        "float64.",
+        "",
+        "| name | options of the published runs | how the authors' code differs | how TorchJD 0.18 differs |",
+        "|---|---|---|---|",
+    ]
     for name in balancing.names():
         about = balancing.get(name).about
-        if about.published:
-            options = ", ".join(f"{key}={value!r}" for key, value in about.options)
-            lines.append(f"* `{name}`{f' ({options})' if options else ''}: {about.published}")
+        options = ", ".join(f"`{key}={value!r}`" for key, value in about.options)
+        cells = (f"`{name}`", options or "the defaults", about.published or "-", about.torchjd)
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

@@ -32,8 +32,10 @@ class AlignedMTL(GramBalancer):
         paper="Senushkin et al., CVPR 2023",
         solves="the mean of the gradients after all singular values of J are set to the smallest one",
         when="gradients differ much in length and are nearly linearly dependent",
-        published="The authors' code and LibMTL take the sum of the aligned gradients, which is K times the mean; "
-        "TorchJD takes the mean, as here.",
+        published="The authors' code and LibMTL take the sum of the aligned gradients, which is K times the mean. "
+        "Their other choices of the common singular value, the median and the mean, are not offered: the "
+        "paper's method is the smallest.",
+        torchjd="The mean, as here. It offers the median and the mean of the singular values.",
         options=(("reduction", "sum"),),
     )
 

@@ -22,7 +22,8 @@ class About(NamedTuple):
     when: str  # in which situations the method is worth trying
     invariant: bool = False  # the direction does not change when a single loss is rescaled
     conflict_free: bool = False  # no cluster's loss rises to first order: <d, g_i> >= 0 for all i
-    published: str = ""  # how the published runs differ from the defaults here
+    published: str = ""  # how the authors' code and their runs differ from the defaults here, and why
+    torchjd: str = ""  # how TorchJD 0.18 differs from the defaults here; empty if it does not have the method
     options: tuple[tuple[str, Any], ...] = ()  # the options that reproduce the published runs
 
 

@@ -21,6 +21,9 @@ class DualProj(GramBalancer):
         solves="the mean gradient, projected onto the cone of directions in which no loss rises",
         when="the mean should change as little as possible",
         conflict_free=True,
+        published="GEM projects the gradient of the current task away from conflicts with a memory, with quadprog "
+        "and 1e-3 added to the diagonal of G. Here the mean gradient is projected, as in TorchJD.",
+        torchjd="The same ridge and the same limit as for `upgrad`. Here the projection is exact.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class DynamicWeightAverage(LossBalancer):
         paper="Liu et al., CVPR 2019",
         solves="weights each loss by the softmax of its rate of change from one epoch to the next",
         when="some losses still fall and others have stalled",
+        published="The paper's weights are K times these. The mean runs over a number of steps, not an epoch.",
+        torchjd="K times these weights. An epoch ends when step() is called.",
     )
 
     _mean: RunningMean

@@ -29,8 +29,10 @@ class FairGrad(GramBalancer):
         solves="alpha-fair utilities: (G w)_i = w_i^(-1/alpha), w > 0",
         when="a compromise between NashMTL (alpha = 1) and MGDA (large alpha) is wanted",
         conflict_free=True,
-        published="alpha = 2 is the value in the authors' scripts (the default of their parser is 1). "
-        "The published code passes the equation to a least-squares solver, which may stop early.",
+        published="alpha = 2 is the value in the authors' scripts (the default of their parser is 1). The "
+        "published code passes the equation to a least-squares solver, which may stop early.",
+        torchjd="The authors' solver: within 3e-8 |g| where a solution exists and no combination of gradients "
+        "vanishes. alpha = 0 is the mean there, and an error here: use `linear`.",
     )
 
     def __init__(

@@ -35,8 +35,11 @@ class FAMO(LossBalancer):
         solves="keeps the relative improvement rates of all losses equal, and needs only the losses for it",
         when="K gradients cost too much, and the losses are not too noisy",
         invariant=True,
-        published="The losses are evaluated again on the same batch after each step: call update(losses). The gradient "
-        "of the model is clipped to norm 1, and weight_decay is 0.001 for QM9 and NYUv2.",
+        published="The losses are evaluated again on the same batch after each step: call update(losses). The "
+        "gradient of the model is clipped to norm 1, and weight_decay is 0.001 for QM9 and NYUv2. The "
+        "authors' code adds 1e-8 to the losses, an absolute epsilon, and can subtract known minima; here "
+        "neither.",
+        torchjd="As the authors' code, with weight_decay=0.001.",
     )
 
     _logits: Tensor  # [K]

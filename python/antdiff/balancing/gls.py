@@ -19,6 +19,9 @@ class GeometricLoss(LossBalancer):
         solves="minimises the geometric mean of the losses, so that all fall at the same relative rate",
         when="in place of uncertainty weighting; it has nothing to learn and no state",
         invariant=True,
+        published="A loss of zero makes the authors' loss and its gradient zero or NaN; here it is an empty "
+        "cluster, and is left out.",
+        torchjd="The same loss, with the same effect of a zero.",
     )
 
     def weights(self, losses: Tensor, /) -> Tensor:

@@ -38,8 +38,11 @@ class GradDrop:
         solves="for each parameter, draws a sign with a probability proportional to the sum of its gradients of that "
         "sign, and takes this sum, divided by K",
         when="conflicts are in single parameters; the method adds noise",
-        published="The published direction is the sum over the clusters, K times this one. LibMTL restricts the method "
-        "to gradients of a shared representation; here it acts on the gradients of all parameters.",
+        published="The published direction is the sum over the clusters, K times this one. LibMTL restricts the "
+        "method to gradients of a shared representation; here it acts on the gradients of all "
+        "parameters. The paper's leaks are not offered: with its default, no leak, the method is this "
+        "one.",
+        torchjd="The sum, with a leak and a function of the probability.",
     )
 
     def __init__(self, *, generator: torch.Generator | None = None, seed: int = 0) -> None:

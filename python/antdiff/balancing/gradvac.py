@@ -29,8 +29,9 @@ class GradVac(GramBalancer):
         paper="Wang et al., ICLR 2021",
         solves="raises the cosine of each pair of gradients to its running mean, as PCGrad raises it to zero",
         when="clusters agree most of the time, and a conflict within one batch is noise",
-        published="beta = 0.01 is the paper's, with separate targets per layer. Later benchmarks use 0.5 and targets "
-        "for the whole network, as here.",
+        published="beta = 0.01 is the paper's, with separate targets per layer. Later benchmarks use 0.5 and "
+        "targets for the whole network, as here. The paper's direction is the sum, K times this one.",
+        torchjd="The sum, with beta = 0.5 and 1e-8 added to denominators; otherwise the same steps.",
         options=(("beta", 0.5),),
     )
 

@@ -23,6 +23,12 @@ class IMTLG(GramBalancer):
         solves="weights with sum 1 whose combination has equal projections onto all gradients",
         when="the losses have very different units; the method is unstable near opposed gradients",
         invariant=True,
+        published="The authors' closed form inverts a matrix of K - 1 rows, which does not exist for linearly "
+        "dependent gradients. Here such gradients have equal projections in the least-squares sense.",
+        torchjd="The pseudo-inverse of G, and zero weights if their sum is below 1e-12, which is an absolute "
+        "epsilon. If equal projections do not exist, it solves for the products with the gradients and "
+        "not for the cosines, which then depends on the scale of single losses: up to 27 |g| apart on "
+        "matrices of low rank.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:

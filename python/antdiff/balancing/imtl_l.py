@@ -20,5 +20,7 @@ class IMTLL(UncertaintyWeighting):
         paper="Liu et al., ICLR 2021",
         solves="learns a scale per loss that makes all scaled losses equal",
         when="in place of uncertainty weighting; its loss is twice as large",
+        published="The paper's loss, sum exp(s) loss - s, is not divided by K; s then shifts by log K.",
+        torchjd="As in the paper.",
     )
     factor = 1.0

@@ -24,6 +24,7 @@ class Linear:
         paper="-",
         solves="the mean of the losses",
         when="always, as the baseline that the other methods must beat",
+        torchjd="`Mean`. `Sum` and `Constant` are not methods here: multiply the learning rate or the losses.",
     )
 
     def __init__(self, k: int | None = None) -> None:

@@ -32,8 +32,11 @@ class PCGrad(GramBalancer):
         solves="removes from each gradient its component that conflicts with another gradient, one after the other in "
         "random order",
         when="conflicts are few and mild; without any conflict it is the plain mean",
-        published="The sum of the projected gradients of loss / K, which is the mean used here. Most implementations "
-        "also visit j = i, which is a defect.",
+        published="The sum of the projected gradients of loss / K, which is the mean used here. The authors' "
+        "TensorFlow code and most others also visit j = i, which the algorithm of the paper does not: "
+        "after two projections a gradient can conflict with itself. LibMTL adds 1e-8 to a denominator, "
+        "so small gradients are not projected.",
+        torchjd="The sum, K times this one, with orders from torch's global generator.",
     )
 
     def __init__(

@@ -28,6 +28,7 @@ class RandomLossWeighting(LossBalancer):
         paper="Lin et al., TMLR 2022",
         solves="draws the weights as the softmax of normal numbers",
         when="as a control: a method that does not beat it does not balance",
+        torchjd="`Random`, with torch's global generator.",
     )
 
     def __init__(self, k: int, *, generator: torch.Generator | None = None, seed: int = 0) -> None:

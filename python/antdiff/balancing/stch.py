@@ -36,7 +36,9 @@ class SmoothTchebycheff(LossBalancer):
         when="the worst loss matters most",
         invariant=True,
         published="The loss is K times this one, and K times the mean log loss during the warm-up. Adam is "
-        "invariant to this factor.",
+        "invariant to this factor. The paper's formula uses losses in place of their logarithms, and a "
+        "preference vector; both need losses of one unit.",
+        torchjd="The paper's formula, with preferences 1 / K.",
     )
 
     _seen: int

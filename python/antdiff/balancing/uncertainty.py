@@ -32,8 +32,9 @@ class UncertaintyWeighting(nn.Module):
         paper="Kendall et al., CVPR 2018",
         solves="learns a variance per loss; at the optimum of the variances it minimises the mean log loss",
         when="K gradients cost too much; or before any other method, because it costs nothing",
-        published="ANT's loss, sum 1/2 (exp(-s) loss / K + s) with lr 0.025, is the default. Without the "
-        "division by K, s shifts by log K, and the gradient of the model at the optimum is the same.",
+        published="ANT's loss, sum 1/2 (exp(-s) loss / K + s) with lr 0.025, is the default. Without the division "
+        "by K, s shifts by log K, and the gradient of the model at the optimum is the same.",
+        torchjd="Without the division by K, and its parameter is left to the user's optimizer.",
     )
 
     factor: ClassVar[float] = 0.5

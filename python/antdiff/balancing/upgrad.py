@@ -22,6 +22,8 @@ class UPGrad(GramBalancer):
         "projections",
         when="as the first method to try: no loss rises, and without conflict nothing is lost",
         conflict_free=True,
+        torchjd="The weights are those of G / trace(G) + 1e-4 I, and the mean if trace(G) < 1e-4. Here they are "
+        "exact for every G.",
     )
 
     def solve(self, gram: Tensor) -> Tensor:
