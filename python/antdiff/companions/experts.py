@@ -221,8 +221,8 @@ class InceptionMixer2d(nn.Module):
         Y_1 = GELU(FC(MaxPool3(Z_1))),  Y_2 = GELU(DWConv3(FC(Z_2))),  Y_l = Up(MHSA(AvgPool(Z_l)))
         Y = FC(Y_c + DWConv3(Y_c)),  Y_c = [Y_1, Y_2, Y_l]
 
-    This is not weight for weight the released mixer: that one has no projection after the attention branch, and fewer
-    biases.
+    This is not weight for weight the released mixer. That one has no projection after the attention branch, and no
+    biases in the layers of the convolution branch and in the last depthwise convolution.
 
     Each half doubles its channels, so Y_c has 2 d_h + d_l channels. [B, d, H, W] -> [B, d, H, W], for any H and W.
 
