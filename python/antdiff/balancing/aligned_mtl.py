@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from antdiff._checks import as_choice
-from antdiff.balancing.base import About, GramBalancer
+from antdiff.balancing.base import About, SummedBalancer
 from antdiff.ops import gram_weights
-from antdiff.ops.pcgrad import Reduction
 
 
-class AlignedMTL(GramBalancer):
+class AlignedMTL(SummedBalancer):
     """Weights of the mean of the rows of J after all its non-zero singular values are set to the smallest of them.
 
     A singular value counts as zero if its square is at most k r times the largest squared one, where r is the relative
     rounding error of the Gram matrix: 2.2e-16 for gradients in float64, 4.8e-7 in float32. The weights are
     discontinuous at this threshold.
 
-    See :func:`antdiff.ops.gram_weights`.
-
-    Args:
-        reduction: ``"mean"`` (default), or ``"sum"`` for the published length, K times as long.
-        update_every, nonfinite: See :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`SummedBalancer`.
     """
 
     name = "aligned_mtl"
@@ -38,17 +30,6 @@ class AlignedMTL(GramBalancer):
         torchjd="The mean, as here. It offers the median and the mean of the singular values.",
         options=(("reduction", "sum"),),
     )
-
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        update_every: int = 1,
-        nonfinite: Literal["raise", "poison"] = "raise",
-    ) -> None:
-        super().__init__(update_every=update_every, nonfinite=nonfinite)
-        as_choice("reduction", reduction, ("sum", "mean"))
-        self.reduction: Reduction = reduction
 
     def solve(self, gram: Tensor) -> Tensor:
         return gram_weights(gram, "aligned_mtl", reduction=self.reduction, nonfinite=self.nonfinite)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import as_choice, as_count
+from antdiff.ops.pcgrad import Reduction
 
 Needs = Literal["gram", "losses", "rows"]
 
@@ -146,6 +147,26 @@ class GramBalancer:
         """Restore a state that :meth:`state_dict` returned."""
         self._calls = int(state["calls"])
         self._last = None if state["last"] is None else state["last"].clone()
+
+
+class SummedBalancer(GramBalancer):
+    """Base class of the methods whose published direction is K times the one that is used here by default.
+
+    Args:
+        reduction: ``"mean"`` (default), or ``"sum"`` for the published length, K times as long.
+        update_every, nonfinite: See :class:`GramBalancer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "mean",
+        update_every: int = 1,
+        nonfinite: Literal["raise", "poison"] = "raise",
+    ) -> None:
+        super().__init__(update_every=update_every, nonfinite=nonfinite)
+        as_choice("reduction", reduction, ("sum", "mean"))
+        self.reduction: Reduction = reduction
 
 
 def _name_clusters(gram: Tensor, error: ValueError) -> None:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from antdiff._checks import as_choice
-from antdiff.balancing.base import About, GramBalancer
+from antdiff.balancing.base import About, SummedBalancer
 from antdiff.ops import gram_weights
-from antdiff.ops.pcgrad import Reduction
 
 
-class ConFIG(GramBalancer):
+class ConFIG(SummedBalancer):
     """Weights of the direction that has equal cosines with all gradients.
 
     The length of the direction is the mean of the gradients' projections onto it. The published length is the sum of
     the projections, which is K times as long and without conflict about the length of K gradients together. The
     cosines are equal if the gradients are linearly independent; otherwise they are equal in the least-squares sense.
 
-    See :func:`antdiff.ops.gram_weights`.
-
-    Args:
-        reduction: ``"mean"`` (default), or ``"sum"`` for the published length, K times as long.
-        update_every, nonfinite: See :class:`GramBalancer`.
+    See :func:`antdiff.ops.gram_weights`. The arguments are those of :class:`SummedBalancer`.
     """
 
     name = "config"
@@ -40,17 +32,6 @@ class ConFIG(GramBalancer):
         torchjd="The sum and the same pseudo-inverse; the same direction up to 1.3e-10 |g| in float64.",
         options=(("reduction", "sum"),),
     )
-
-    def __init__(
-        self,
-        *,
-        reduction: Reduction = "mean",
-        update_every: int = 1,
-        nonfinite: Literal["raise", "poison"] = "raise",
-    ) -> None:
-        super().__init__(update_every=update_every, nonfinite=nonfinite)
-        as_choice("reduction", reduction, ("sum", "mean"))
-        self.reduction: Reduction = reduction
 
     def solve(self, gram: Tensor) -> Tensor:
         return gram_weights(gram, "config", reduction=self.reduction, nonfinite=self.nonfinite)
