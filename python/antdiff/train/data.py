@@ -22,11 +22,16 @@ class Batches:
         batch_size: B, of all ranks together.
         generator: draws the permutations, on the CPU.
         rows: the rows of each batch that this rank takes.
+
+    Raises:
+        ValueError: there are no images.
     """
 
     def __init__(
         self, images: torch.Tensor, batch_size: int, generator: torch.Generator, rows: slice = slice(None)
     ) -> None:
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image, since batches are drawn from them; got none")
         self.images = images
         self.batch_size = batch_size
         self.generator = generator

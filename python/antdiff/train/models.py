@@ -57,8 +57,16 @@ def build_model(name: Model, channels: int, size: int, *, generator_seed: int) -
         return _unet(channels, size) if name == "unet" else _dit(channels, size)
 
 
-def require_size(name: Model, size: int) -> None:
-    """Raise ValueError if images of `size` pixels do not fit the network; see :func:`build_model`."""
+def require_size(name: Model, size: int, width: int | None = None) -> None:
+    """Raise ValueError if images of `size` pixels do not fit the network; see :func:`build_model`.
+
+    Images of another `width` are not square.
+    """
+    if width not in (None, size):
+        raise ValueError(
+            f"images must be square, since the networks are built for squares; got {size}x{width} pixels. Pass a "
+            "folder of image files, which are cropped to squares"
+        )
     if name == "unet":
         divisor, reason = 2 ** (len(_unet_widths(size)) - 1), "for the UNet of this size"
     else:

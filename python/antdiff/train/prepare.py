@@ -33,7 +33,7 @@ from antdiff.train.devices import choose_device
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators
 from antdiff.train.methods import make_balancer
-from antdiff.train.models import Denoiser, build_model, noise_schedule
+from antdiff.train.models import Denoiser, build_model, noise_schedule, require_size
 from antdiff.train.ranks import RunRanks
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ def make_model(config: TrainConfig, shape: tuple[int, int, int], run: Path, *, s
         ValueError: the network cannot take images of this size.
         CheckpointError: a patching run does not have its base.
     """
-    channels, size, _ = shape
+    channels, size, width = shape
+    require_size(config.model, size, width)
     if config.experts:
         return make_experts(config.model, channels, size, config.experts, seed=seed)
     model = build_model(config.model, channels, size, generator_seed=seed)
