@@ -62,6 +62,26 @@ def test_digest_tells_data_apart() -> None:
     assert digits.digest() != other.digest()
 
 
+def test_digest_covers_the_shape_the_labels_and_the_split_and_not_the_name() -> None:
+    images, labels = torch.arange(4 * 16, dtype=torch.uint8).reshape(4, 1, 4, 4), torch.arange(4)
+
+    def digest(order: list[int], *, shape: tuple[int, int] = (4, 4), name: str = "a", labelled: bool = True) -> str:
+        pixels = images[order].reshape(4, 1, *shape)
+        of = (labels[order][:3], labels[order][3:]) if labelled else (None, None)
+        return ImageData(name, pixels[:3], pixels[3:], *of).digest()
+
+    base = digest([0, 1, 2, 3])
+    assert digest([0, 1, 2, 3], name="b") == base
+    others = [
+        digest([0, 1, 3, 2]),  # an image held out instead of another
+        digest([1, 0, 2, 3]),  # batches would hold other images
+        digest([0, 1, 2, 3], shape=(2, 8)),
+        digest([0, 1, 2, 3], labelled=False),
+    ]
+    assert len({base, *others}) == 5
+    assert re.fullmatch("[0-9a-f]{64}", base)
+
+
 # ---- IDX ---------------------------------------------------------------------------------------------------------
 
 
