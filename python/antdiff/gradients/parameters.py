@@ -102,16 +102,11 @@ def run_hooks(params: Iterable[Tensor]) -> None:
         torch.autograd.backward(hooked, grads)  # type: ignore[arg-type]
 
 
-def dense(grad: Tensor) -> Tensor:
-    """Return a gradient as a dense tensor; embeddings make sparse ones with ``sparse=True``."""
-    return grad if grad.layout is torch.strided else grad.to_dense()
-
-
 def dense_grads(params: Iterable[Tensor]) -> None:
-    """Replace the sparse gradients of parameters by dense ones."""
+    """Replace sparse gradients, which embeddings make with ``sparse=True``, by dense ones."""
     for p in params:
-        if p.grad is not None:
-            p.grad = dense(p.grad)
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            p.grad = p.grad.to_dense()
 
 
 def limit_norm(params: Iterable[Tensor], limit: Tensor | float) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from antdiff.gradients.batch import ClusteredBatch, check_losses, cut
-from antdiff.gradients.parameters import dense
 from antdiff.gradients.sinks import Sink
 
 
@@ -55,20 +54,19 @@ def split(
 
 def write_row(sinks: list[Sink], i: int, *, empty: bool = False) -> None:
     """Write or add the parameters' ``.grad`` to row i, with one fused launch per kind of write."""
-    missed: list[Tensor] = []
-    written: dict[bool, tuple[list[Tensor], list[Tensor]]] = {True: ([], []), False: ([], [])}  # by `fresh`
-    for sink in sinks:  # one pass, since it runs K times per step
-        grad = None if empty else sink.tensor.grad
-        if grad is not None:
-            targets, grads = written[sink.fresh]
-            targets.append(sink.rows.select(0, i))
-            grads.append(dense(grad))
-            sink.reached = True
-        elif sink.fresh:
-            missed.append(sink.rows.select(0, i))
+    reached: list[tuple[Sink, Tensor]] = []
+    missed: list[Sink] = []
+    for s in sinks:  # no function is called per parameter, since this runs K times per step
+        grad = None if empty else s.tensor.grad
+        if grad is None:
+            missed.append(s)
+        else:
+            reached.append((s, grad if grad.layout is torch.strided else grad.to_dense()))  # sparse embeddings
+            s.reached = True
     for fresh, write in ((True, torch._foreach_copy_), (False, torch._foreach_add_)):
-        targets, grads = written[fresh]
+        targets = [s.rows.select(0, i) for s, _ in reached if s.fresh is fresh]
         if targets:
-            write(targets, grads)
-    if missed:
-        torch._foreach_zero_(missed)
+            write(targets, [grad for s, grad in reached if s.fresh is fresh])
+    zeros = [s.rows.select(0, i) for s in missed if s.fresh]
+    if zeros:
+        torch._foreach_zero_(zeros)
