@@ -122,7 +122,7 @@ class GroupedMode(TorchFunctionMode):
             if moved is not None:
                 self.structure = hash((self.structure, moved))
         if trainable and (torch.is_grad_enabled() or self.probe is not None):
-            out = self._apply(func, args, kwargs, trainable)
+            out = self._apply(func, args, kwargs, tensors, trainable)
         else:
             out = func(*args, **kwargs)
             if type(out) in _NO_TENSORS:  # x.shape, x.dim(), x.device, ...: nothing to follow
@@ -144,9 +144,17 @@ class GroupedMode(TorchFunctionMode):
         return out
 
     def _apply(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], trainable: list[Tensor]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        trainable: list[Tensor],
     ) -> Any:
-        if all(x.dim() and x.shape[0] == 0 for x in tensors_in(args, kwargs) if self.varies(x)):
+        for x in tensors:
+            if (x.dim() == 0 or x.shape[0]) and self.varies(x):
+                break
+        else:
             out = func(*detached_all(args), **detached_all(kwargs))  # no rows, so no gradient (an empty history)
             if not isinstance(out, Tensor):
                 return out
