@@ -223,7 +223,7 @@ def test_the_gap_of_linear_denoisers_is_that_of_their_optima(tmp_path: Path, mon
     data = ImageData("gaussian", x0, x0, None, None)
     for module in (prepare, run):
         monkeypatch.setattr(module, "make_model", OneNumber)
-    monkeypatch.setattr(transfer, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(transfer, "load_run_data", lambda *_, **__: data)
     monkeypatch.setattr(transfer, "feature_net", lambda data: None)
     monkeypatch.setattr(transfer, "Judge", SecondMoment)
     clusters = TimestepClusters(T, [0, 300])

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from antdiff._files import folder_written_whole, write_atomically
 from antdiff._folders import MARKER, FolderInUseError, holds_results, locked, new_folder, output_folder, owner
@@ -25,10 +30,13 @@ from antdiff.experiments.compare import compare
 from antdiff.plotting import new_figure
 from antdiff.plotting._figure import save_figure
 from antdiff.plotting.images import save_grid
+from antdiff.train import run as runs
+from antdiff.train.checkpoint import CheckpointError
 from antdiff.train.config import TrainConfig
+from antdiff.train.devices import choose_device
 from antdiff.train.loop import train
 from antdiff.train.models import noise_schedule
-from antdiff.train.run import RUN_FILES, start_run
+from antdiff.train.run import RUN_FILES, load_run_data, start_run
 
 TINY = TrainConfig(
     steps=4, batch_size=9, log_every=2, checkpoint_every=2, device="cpu", eval_samples=12, eval_seeds=1, sample_steps=1
@@ -38,6 +46,12 @@ TINY = TrainConfig(
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_data("digits")
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    state = runs.last_state(run)
+    assert state is not None
+    return state
 
 
 @pytest.fixture
@@ -186,7 +200,7 @@ def test_a_restart_by_torchrun_resumes_only_what_the_same_torchrun_started(
     assert main(["train", *settings, "--out", "mine"]) == 130
     assert main(["train", *settings]) == 130
     start_run(TINY, Path("runs/digits-pcgrad-1"))
-    monkeypatch.setattr("antdiff.train.ranks.os.getppid", lambda: 1)
+    monkeypatch.setattr("antdiff.distributed.launch.os.getppid", lambda: 1)
     start_run(TINY, Path("runs/digits-pcgrad-2"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -195,6 +209,217 @@ def test_a_restart_by_torchrun_resumes_only_what_the_same_torchrun_started(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["train", *settings]) == 130
     assert resumed == [Path("mine"), Path("mine"), Path("runs/digits-pcgrad-0"), Path("runs/digits-pcgrad-0")]
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"lr": 0.5}, r"lr=0\.5 \(saved: 0\.001\)"),
+        ({"seed": 5, "method": "nash"}, r"method='nash' \(saved: 'pcgrad'\), seed=5 \(saved: 0\)"),
+        ({"batch_size": 10}, r"batch_size=10 \(saved: 9\)"),
+        ({"clusters": "timestep"}, r"clusters='timestep' \(saved: 'log-snr'\), clusters\.json with starts \[0, 200,"),
+    ],
+)
+def test_checkpoints_of_other_settings_are_not_adopted(
+    changes: dict[str, object], difference: str, digits: ImageData, tmp_path: Path
+) -> None:
+    run = start_run(TINY, tmp_path / "run")
+    assert train(replace(TINY, steps=2), digits, run, progress=False)
+    other = replace(TINY, **changes)  # type: ignore[arg-type]
+    start_run(other, tmp_path / "other")
+    shutil.copytree(run / "checkpoints", tmp_path / "other" / "checkpoints")
+    with pytest.raises(CheckpointError, match=rf"step-00000002\.safetensors does not fit .*; got {difference}"):
+        train(other, digits, tmp_path / "other", progress=False)
+
+
+def test_checkpoints_of_other_images_are_not_adopted(digits: ImageData, tmp_path: Path) -> None:
+    run = start_run(TINY, tmp_path / "run")
+    assert train(replace(TINY, steps=2), digits, run, progress=False)
+    few = replace(digits, train=digits.train[:-3], train_labels=None, held_out_labels=None)
+    brighter = replace(digits, held_out=digits.held_out.clamp(min=1))
+    larger = replace(digits, train=torch.nn.functional.pad(digits.train, (1, 1, 1, 1)))
+    relabelled = replace(digits, train_labels=None, held_out_labels=None)
+    for data, difference in (
+        (few, r"1344 training images \(recorded: 1347; 0 are new, 3 are missing\)\. Restore .*--accept-changed-data"),
+        (brighter, r"got 450 held-out images \(recorded: 450; 450 are new, 450 are missing\)"),
+        (larger, r"images of 10x10 pixels with 1 channel \(recorded: 8x8 .* its own size only"),
+        (relabelled, "got the same images in another order or with other classes"),
+    ):
+        with pytest.raises(CheckpointError, match=difference):
+            train(TINY, data, run, progress=False)
+
+
+def test_a_comparison_and_an_analysis_do_not_adopt_runs_on_other_images(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = replace(digits, train=digits.train[:30], held_out=digits.held_out[:20], train_labels=None,
+                  held_out_labels=None)  # fmt: skip
+    cell = tmp_path / "c" / "vanilla-seed0"
+    config = replace(TINY, method="vanilla", timesteps="uniform", steps=2)
+    start_run(config, cell)
+    assert train(config, few, cell, progress=False)
+    (cell / "results.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the data must be the images"):
+        compare(replace(TINY, steps=2), ["uw"], [0], tmp_path / "c", progress=False)
+    for kind in ("affinity", "conflict", "transfer"):
+        assert main(["analyze", kind, str(cell), "--device", "cpu", "--out", str(tmp_path / kind)]) == 1
+        assert "the data must be the images" in capsys.readouterr().err
+
+
+def small_images(folder: Path, numbers: Iterable[int]) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+
+
+QUICK = ["--image-size", "8", "--batch-size", "10", "--log-every", "1", "--checkpoint-every", "1", "--device", "cpu",
+         "--eval-samples", "10", "--eval-seeds", "1", "--sample-steps", "1", "--grid-every", "0"]  # fmt: skip
+
+
+def test_changed_images_are_refused_and_can_be_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("antdiff.experiments.evaluate.evaluate", lambda *_, **__: {})
+    small_images(Path("images"), range(40))
+    run = Path("a run")
+    assert main(["train", "--data", "images", *QUICK, "--steps", "2", "--out", str(run)]) == 0
+    before = load_data("images", image_size=8)
+    small_images(Path("images"), range(1000, 1030))  # new images change the split of load_data
+    assert main(["train", "--resume", str(run), "--steps", "4"]) == 1
+    error = capsys.readouterr().err
+    assert "training images (recorded: 36; " in error
+    assert "'a run' --accept-changed-data" in error
+    assert last_state(run)["step"] == 2
+    assert main(["train", "--resume", str(run), "--steps", "4", "--accept-changed-data"]) == 0
+    assert main(["train", "--resume", str(run), "--steps", "5"]) == 0  # the new images are now those of the run
+    state = last_state(run)
+    assert state["step"] == 5
+    recorded = state["origin"]["data"]
+    data = load_run_data(TrainConfig.load(run / "config.json"), run)
+    assert recorded["digest"] == data.digest()
+    assert len(data.train) + len(data.held_out) == 70
+    for old, new in ((before.train, data.train), (before.held_out, data.held_out)):
+        assert {image.numpy().tobytes() for image in old} <= {image.numpy().tobytes() for image in new}
+    for path in sorted(Path("images").iterdir())[30:]:  # fewer images than the rows of the epoch that was begun
+        path.unlink()
+    assert main(["train", "--resume", str(run), "--steps", "6"]) == 1
+    assert "are missing" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--steps", "6", "--accept-changed-data"]) == 0
+    assert main(["train", "--data", "images", "--accept-changed-data"]) == 1
+    assert "Pass --resume RUN too" in capsys.readouterr().err
+
+
+def test_a_run_is_sampled_without_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("antdiff.experiments.evaluate.evaluate", lambda *_, **__: {})
+    small_images(Path("images"), range(20))
+    assert main(["train", "--data", "images", *QUICK, "--steps", "1", "--out", "run"]) == 0
+    shutil.rmtree("images")
+    assert main(["sample", "run", "-n", "2", "--device", "cpu"]) == 0
+    with np.load("run/samples-2.npz") as archive:
+        assert archive["arr_0"].shape == (2, 8, 8, 3)
+    assert main(["sample", "run", "-n", "2", "--out", "."]) == 1
+    assert "out must be the path of the results" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("steps", [2, 4])
+def test_damaged_settings_and_clusters_are_read_from_the_checkpoint(
+    steps: int, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 4 steps the run is finished, with 2 it goes on."""
+    monkeypatch.setattr("antdiff.experiments.evaluate.evaluate", lambda *_, **__: {})
+    whole, run = (start_run(replace(TINY, lr=0.002), tmp_path / name) for name in ("whole", "run"))
+    config = TrainConfig.load(run / "config.json")
+    assert train(config, digits, whole, progress=False)
+    assert train(replace(config, steps=steps), digits, run, progress=False)
+    good = {name: (run / name).read_text() for name in ("config.json", "clusters.json")}
+    for name, text in good.items():
+        for damage in (text[:-20], "", "[]", text.replace("5", "five"), text.encode()[:9] + b"\xff\xfe", None):
+            if damage is None:
+                (run / name).unlink()
+            else:
+                (run / name).write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+            assert main(["train", "--resume", str(run), "--steps", "4"]) == 0
+            assert re.search(rf"^antdiff: warning: .*{name}.* checkpoint are used$", capsys.readouterr().err, re.M)
+            assert (run / name).read_text() == good[name], damage
+    states = [last_state(folder) for folder in (whole, run)]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(states[1]["model"][key], value)
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_has_its_type_checked(tmp_path: Path) -> None:
+    wrong: dict[str, tuple[object, ...]] = {
+        "int": ("100", 100.0, None, True, [1]),
+        "float": ("0.1", None, False),
+        "bool": (0, "true", None),
+        "int | None": ("1", 1.0, True),
+    }
+    for field in fields(TrainConfig):
+        for value in wrong.get(str(field.type), (1, None, ["uw"], 0.5)):
+            message = rf"{field.name} must be of type .*; got {re.escape(repr(value))}, of type {type(value).__name__}"
+            with pytest.raises(TypeError, match=message):
+                replace(TINY, **{field.name: value})
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps({**asdict(TINY), field.name: value}))
+            with pytest.raises(ValueError, match=rf"config\.json has a setting that is not allowed: {message}"):
+                TrainConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"k": 1001, "batch_size": 2000}, "k must be at most 1000, the number of timesteps; got 1001"),
+        ({"log_every": 10**9}, "log_every must be at most 3355443 with 5 clusters"),
+        ({"experts": -1}, "experts must be at least 0; got -1"),
+        ({"patience": -1}, "patience must be at least 0; got -1"),
+        ({"data": ""}, "data must not be empty"),
+        ({"clusters": " "}, "clusters must not be empty"),
+        ({"sample_steps": 1001}, r"sample_steps must be in \[1, 1000\]"),
+        ({"lr": float("inf")}, "lr must be positive and finite"),
+        ({"ema": float("nan")}, r"ema must be in \[0, 1\)"),
+    ],
+)
+def test_every_bound_is_checked_at_the_start(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **setting)
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "gpu", "cuda:x", ""])
+def test_devices_that_cannot_train_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:<n>; got"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize("damage", ["[]", "1", '{"steps": 3}', "[" * 100_000, '{"steps": 1e4', "\xff"])
+def test_damaged_settings_are_one_line_that_names_the_file(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(damage, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"/config\.json (is not the config\.json of a run: |must have every setting)"):
+        TrainConfig.load(tmp_path / "config.json")
+
+
+def test_data_that_cannot_be_measured_are_refused_before_training(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for few, message in (
+        (replace(digits, held_out=digits.held_out[:1]), "at least 2 held-out images, for their covariance; got 1"),
+        (replace(digits, train=digits.train[:1]), "at least 2 training images, for their covariance; got 1"),
+    ):
+        monkeypatch.setattr(runs, "load_data", lambda *_, few=few, **__: few)
+        assert main(["train"]) == 1
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- names and files ---------------------------------------------------------------------------------------------

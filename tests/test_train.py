@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from antdiff import BalancedBackward
+from antdiff._signals import stop_requests
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
 from antdiff.data import ImageData, load_data, to_uint8, to_unit
@@ -39,7 +40,6 @@ from antdiff.train.log import read_csv
 from antdiff.train.loop import train
 from antdiff.train.models import build_model, draw_samples, noise_schedule
 from antdiff.train.run import load_model, make_clusters, start_run
-from antdiff.train.signals import stop_requests
 
 TINY = TrainConfig(
     steps=6, batch_size=9, log_every=2, checkpoint_every=3, device="cpu", eval_samples=12, eval_seeds=2, sample_steps=2
@@ -320,7 +320,9 @@ def test_grids_over_time_disturb_nothing(digits: ImageData, tmp_path: Path) -> N
     with_grids, without = new_run(config, tmp_path / "with"), new_run(config, tmp_path / "without")
     assert train(config, digits, with_grids, progress=False)
     assert train(replace(config, grid_every=0), digits, without, progress=False)
-    assert same(last_state(with_grids), last_state(without))
+    states = [last_state(run) for run in (with_grids, without)]
+    assert [state.pop("origin")["settings"]["grid_every"] for state in states] == [3, 0]
+    assert same(*states)
     grids = sorted((with_grids / "samples").iterdir())
     assert [path.name for path in grids] == ["step-00000003.png", "step-00000006.png", "step-00000007.png"]
     assert not (without / "samples").exists()

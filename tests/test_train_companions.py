@@ -207,8 +207,7 @@ def few_of(whole: ImageData) -> ImageData:
 def _quickly_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same evaluation on fewer images, with an untrained feature network."""
     few = few_of(load_data("digits"))
-    for module in ("data", "experiments.compare", "experiments.sample"):
-        monkeypatch.setattr(f"antdiff.{module}.load_data", lambda *_, **__: few)
+    monkeypatch.setattr("antdiff.train.run.load_data", lambda *_, **__: few)
     monkeypatch.setattr("antdiff.experiments.evaluate.feature_net", lambda data: FeatureNet(1, 10).eval())
     monkeypatch.setattr("antdiff.experiments.evaluate.held_out_losses", partial(held_out_losses, timesteps=1, images=4))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -66,6 +67,12 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         for path in sorted(Path(temporary).iterdir()):
             path.replace(folder / path.name)
     sync_folder(folder)
+
+
+def unused_name(path: Path) -> Path:
+    """Return `path`, or the first of ``<path>-2``, ``<path>-3``, ... that does not exist."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def remove_temporary(folder: Path) -> None:

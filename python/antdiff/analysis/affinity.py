@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from antdiff._checks import describe
 from antdiff._files import digest, write_npz
+from antdiff._progress import progress_bar
 from antdiff.analysis import estimate
 from antdiff.analysis.plan import Plan, make_plan
 from antdiff.analysis.projection import Columns, Projection
@@ -408,10 +409,5 @@ def _fingerprint(
 @contextmanager
 def _bar(total: int, done: int, title: str, progress: bool) -> Iterator[Callable[[int], Any]]:
     """Yield a function that advances the progress bar by a number of timesteps."""
-    if not progress:
-        yield lambda steps: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, initial=done, desc=title, unit="timestep", dynamic_ncols=True) as bar:
+    with progress_bar(total, initial=done, title=title, unit="timestep", active=progress) as bar:
         yield bar.update

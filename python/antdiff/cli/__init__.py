@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+
+from antdiff._command import speak_any_encoding
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0 for success, 1 for an error, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if args is None else args)
+    speak_any_encoding()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     if argv == ["info"]:  # must work even if every other package is missing
         from antdiff.info import report
 
@@ -42,11 +52,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # antdiff cluster ... | head: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the buffer
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("ANTDIFF_DEBUG"):
             raise
-        print(f"antdiff: error: {error}\n(set ANTDIFF_DEBUG=1 to see the traceback)", file=sys.stderr)
+        print(f"antdiff: error: {_one_line(error)}\n(set ANTDIFF_DEBUG=1 to see the traceback)", file=sys.stderr)
         return 1
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error in one line. Of errors that antdiff does not raise itself, also their type."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, (ValueError, OSError, RuntimeError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    place = "" if category is UserWarning else f"{category.__name__} in {filename}: "
+    print(f"antdiff: warning: {place}{' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

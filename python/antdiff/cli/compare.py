@@ -46,5 +46,5 @@ def compare(
     if results is None:
         print("\nstopped; repeat the same command to resume", file=sys.stderr)
         return 130
-    print(f"\n{(out / 'table.txt').read_text()}\n{out}/table.txt  {out}/comparison.png")
+    print(f"\n{(out / 'table.txt').read_text(encoding='utf-8')}\n{out}/table.txt  {out}/comparison.png")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from antdiff._command import command
-from antdiff._folders import new_folder, owner
+from antdiff._folders import holds_results, new_folder, owner
 from antdiff.cli.options import OptionalPath, Settings
 from antdiff.train.config import PATCH_LR, TrainConfig, resumed
 
@@ -26,6 +26,7 @@ def make_train(argv: Sequence[str]) -> Callable[..., int]:
         config: tyro.conf.OmitArgPrefixes[Settings] = _defaults(argv),  # noqa: B008
         out: OptionalPath = None,
         resume: OptionalPath = None,
+        accept_changed_data: bool = False,
         wandb: str | None = None,
     ) -> int:
         """Train a small diffusion model on real images and measure it. No arguments are needed.
@@ -34,9 +35,11 @@ def make_train(argv: Sequence[str]) -> Callable[..., int]:
             config: settings of the run.
             out: run folder to create; the default is the first unused runs/<data>-<method>-<number>.
             resume: run folder to resume, bit for bit. It keeps its settings; only steps and device may change.
+            accept_changed_data: with --resume, go on although the images of the run have changed. Images that were held
+                out stay held out.
             wandb: Weights & Biases project to which the rows of metrics.csv are also logged.
         """
-        return _train(config.checked(), out, resume, wandb)
+        return _train(config.checked(), out, resume, wandb, accept_changed_data)
 
     return train
 
@@ -76,25 +79,37 @@ def _defaults(argv: Sequence[str]) -> Settings:
     parser.add_argument("--resume", nargs="?", type=Path)
     run = parser.parse_known_args(argv)[0].resume if argv[:1] == ["train"] else None
     # _train refuses a folder that is not a run, after tyro has reported mistyped options.
-    saved = TrainConfig.load(run / "config.json") if run and (run / "config.json").exists() else TrainConfig()
+    saved = _settings(run) if run and run.is_dir() and holds_results(run) else TrainConfig()
     return Settings(**asdict(saved))
 
 
-def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None) -> int:
+def _settings(run: Path) -> TrainConfig:
+    """Return the settings of a run, from its last checkpoint if its config.json is damaged."""
+    try:
+        return TrainConfig.load(run / "config.json")  # needs no torch
+    except ValueError:
+        from antdiff.train.run import load_settings
+
+        return load_settings(run)
+
+
+def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: str | None = None,
+           accept_changed_data: bool = False) -> int:  # fmt: skip
+    if accept_changed_data and resume is None:
+        raise ValueError("accept_changed_data needs a run whose data have changed. Pass --resume RUN too")
     if resume is not None and out is not None:
         raise ValueError(
             f"out and resume are mutually exclusive, since a resumed run stays in its folder; got {out} and {resume}"
         )
-    saved = TrainConfig.load(resume / "config.json") if resume is not None else None
-    if saved is not None:
-        resumed(config, saved)  # refuse forbidden changes before the slow imports
-    from antdiff.data import ImageData, load_data
+    if resume is not None:
+        resumed(config, _settings(resume))  # refuse forbidden changes before the slow imports
+    from antdiff.data import ImageData
+    from antdiff.distributed.launch import is_restart, torchrun_group
     from antdiff.experiments.evaluate import closing_table, execute
     from antdiff.train.checkpoint import latest_checkpoint
     from antdiff.train.log import WandbLogger, import_wandb
-    from antdiff.train.models import require_size
-    from antdiff.train.ranks import is_restart, run_ranks
-    from antdiff.train.run import extend_run, locked_run, start_run
+    from antdiff.train.ranks import RunRanks
+    from antdiff.train.run import load_run_data, locked_run, reopen_run, start_run
 
     data: ImageData | None = None
 
@@ -103,24 +118,25 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
         nonlocal data
         # torchrun repeats the command after a failure: resume the run that its first start created.
         again = _run_of_this_launch(config, out) if is_restart() and resume is None else resume
-        if again is not None:
+        if again is None:
+            # Load the data first, so that a mistyped name, a missing package or a wrong size leaves no folder behind.
+            data = load_run_data(config)
+        else:
             lock.enter_context(locked_run(again))
-        saved = None if again is None else TrainConfig.load(again / "config.json")
-        settings = config if saved is None else resumed(config, saved)
-        # Load the data first, so that a mistyped name, a missing package or a wrong size leaves no folder behind.
-        data = load_data(settings.data, image_size=settings.image_size)
-        require_size(settings.model, *data.shape[1:])
-        ranks.rows(settings.batch_size)
+            settings = resumed(config, _settings(again))
+            data = load_run_data(settings, again, accept_changes=accept_changed_data)
+        ranks.rows(config.batch_size)
         if wandb is not None:
             import_wandb()
-        if again is None or saved is None:
-            run = start_run(config, out or partial(new_folder, _stem(config)))
-            lock.enter_context(locked_run(run))
-            return config, run
-        extend_run(again, saved, settings.steps)
-        return settings, again
+        if again is not None:
+            reopen_run(again, settings)
+            return settings, again
+        run = start_run(config, out or partial(new_folder, _stem(config)))
+        lock.enter_context(locked_run(run))
+        return config, run
 
-    with run_ranks() as ranks, ExitStack() as lock:
+    with torchrun_group(), ExitStack() as lock:
+        ranks = RunRanks()
         config, run = ranks.from_first(folder)
         if ranks.is_first:
             print(f"run folder {run}", flush=True)
@@ -149,7 +165,7 @@ def _stem(config: TrainConfig) -> Path:
 
 def _run_of_this_launch(config: TrainConfig, out: Path | None) -> Path | None:
     """Return the run that an earlier start by the same torchrun created, or None if it failed before that."""
-    from antdiff.train.ranks import launch
+    from antdiff.distributed.launch import launch
 
     stem = _stem(config)
     places = [out] if out is not None else sorted(stem.parent.glob(f"{glob.escape(stem.name)}-*"))

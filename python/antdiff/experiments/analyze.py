@@ -19,9 +19,10 @@ from antdiff import TimestepClusters
 from antdiff._command import command
 from antdiff._files import write_json, write_npz
 from antdiff._folders import output_folder
+from antdiff._progress import progress_bar
 from antdiff.analysis import Conflict, TaskAffinity, cluster_conflict, module_groups, task_affinity
 from antdiff.analysis.affinity import mean_within
-from antdiff.data import ImageData, load_data, to_unit
+from antdiff.data import ImageData, to_unit
 from antdiff.diffusion import log_snr
 from antdiff.experiments._json import finite_or_none
 from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, save_layers
@@ -31,6 +32,7 @@ from antdiff.train.config import TrainConfig
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import make_model
+from antdiff.train.run import load_run_data
 
 LAYERS_SHOWN = 15  # only the largest
 
@@ -75,7 +77,7 @@ def open_run(run: Path, device: torch.device) -> LoadedRun:
     paths = checkpoints(run / "checkpoints")
     if not paths:
         raise ValueError(f"{run} has no checkpoint yet: train it first with: {command('train', '--resume', run)}")
-    data = load_data(config.data, image_size=config.image_size)
+    data = load_run_data(config, run)
     model = make_model(config, data.shape, run, seed=0).to(device)
     clusters = TimestepClusters.load(run / "clusters.json")
     return LoadedRun(config, data, model, clusters, log_snr(noise_schedule()), paths)
@@ -220,8 +222,6 @@ def analyze_conflict(
     Returns:
         The content of summary.json.
     """
-    from tqdm import tqdm
-
     where = choose_device(device)
     loaded = open_run(run, where)
     chosen = loaded.clusters if clusters is None else TimestepClusters.load(clusters)
@@ -230,9 +230,8 @@ def analyze_conflict(
     with output_folder(out, "conflict analysis", names), sensible_threads(loaded.data.shape[1], where):
         B, images = loaded.config.batch_size if batch_size is None else batch_size, loaded.images
         found: dict[int, Conflict] = {}
-        for step, path in tqdm(
-            list(zip(loaded.steps, loaded.checkpoints, strict=True)), unit="checkpoint", disable=not progress
-        ):
+        bar = progress_bar(len(loaded.steps), unit="checkpoint", active=progress)
+        for step, path in zip(loaded.steps, loaded.checkpoints, strict=True):
             loaded.model.load_state_dict(load_checkpoint(path)["model"])
             # Images, noise and timesteps are the same at every checkpoint, so that only the network changes.
             generator = torch.Generator().manual_seed(seed)
@@ -240,6 +239,8 @@ def analyze_conflict(
                 loaded.model, images, chosen, log_snr=loaded.log_snr, batch_size=B, batches=batches, repeats=repeats,
                 generator=generator,
             )  # fmt: skip
+            bar.update()
+        bar.close()
         arrays = {
             name: np.stack([getattr(conflict, name).numpy() for conflict in found.values()])
             for name in ("cosine", "batch_cosine", "rate")

@@ -17,13 +17,14 @@ import numpy as np
 
 from antdiff._files import folder_written_whole, read_json, write_atomically
 from antdiff._folders import output_folder
-from antdiff.data import ImageData, load_data
+from antdiff.data import ImageData
+from antdiff.data.recorded import record
 from antdiff.experiments.evaluate import execute
 from antdiff.experiments.patch import start_patch
 from antdiff.plotting.curves import save_comparison
+from antdiff.train.checkpoint import require_same_data
 from antdiff.train.config import PATCH_LR, Companion, Method, TrainConfig
-from antdiff.train.models import require_size
-from antdiff.train.run import require_unused, start_run
+from antdiff.train.run import last_state, load_run_data, require_unused, start_run
 
 # Always included, to separate the effect of stratified sampling from that of balancing.
 ANCHORS: tuple[Method, ...] = ("vanilla", "linear")
@@ -64,13 +65,12 @@ def compare(
         )
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be distinct, and at least one; got {list(seeds)}")
-    data = load_data(config.data, image_size=config.image_size)
-    require_size(config.model, *data.shape[1:])
+    data = load_run_data(config)
     with output_folder(out, "comparison", ("table.txt", "comparison.png")):
         cells = {seed: _cells(replace(config, seed=seed), methods, companions, out) for seed in seeds}
         for seed in seeds:  # check all folders before any training
             for name, cell in cells[seed].items():
-                _require_fit(cell, out / f"{name}-seed{seed}")
+                _require_fit(cell, data, out / f"{name}-seed{seed}")
         return _compare(config, cells, data, out, progress)
 
 
@@ -94,7 +94,7 @@ def _compare(
     drawn = results["linear"][0]["timesteps"]
     title = f"{data.name}, {config.model}, {config.steps} steps, {seeds_text}, {drawn} timesteps (vanilla: uniform)"
     text = comparison_table(results, title)
-    write_atomically(out / "table.txt", (text + "\n").encode())
+    write_atomically(out / "table.txt", (text + "\n").encode(errors="replace"))
     save_comparison(results, results["vanilla"][0]["intervals"], title, out / "comparison.png")
     return results
 
@@ -120,14 +120,16 @@ def _cells(
     return cells
 
 
-def _require_fit(config: TrainConfig, folder: Path) -> None:
-    """Raise ValueError if `folder` holds something other than a run with these settings."""
+def _require_fit(config: TrainConfig, data: ImageData, folder: Path) -> None:
+    """Raise an error if `folder` holds something other than a run with these settings and these images."""
     if not (folder / "config.json").exists():
         require_unused(folder)
         return
     saved = TrainConfig.load(folder / "config.json")
     if replace(saved, device=config.device) != config:
         raise ValueError(f"{folder} holds a run with settings other than this comparison's. Pass another --out")
+    if (state := last_state(folder)) is not None:
+        require_same_data(folder, record(data), state["origin"]["data"])
 
 
 def _finished(config: TrainConfig, folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._files import folder_written_whole, write_json
-from antdiff.data import ImageData, load_data, to_uint8
+from antdiff.data import ImageData, to_uint8
 from antdiff.experiments.quality import Judge, Quality, accuracy, feature_net, held_out_losses
 from antdiff.info import collect
 from antdiff.plotting.curves import save_curves
@@ -27,7 +27,7 @@ from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.ranks import RunRanks
-from antdiff.train.run import intervals, load_model, locked_by_first
+from antdiff.train.run import intervals, load_model, load_run_data, locked_by_first
 
 GRID_IMAGES = 60
 
@@ -45,7 +45,7 @@ def execute(
     Only rank 0 measures. The other ranks return an empty dict.
     """
     ranks = RunRanks()
-    data = data or load_data(config.data, image_size=config.image_size)
+    data = data or load_run_data(config, run)
     with sensible_threads(data.shape[1], choose_device(config.device)), locked_by_first(run, ranks):
         if ranks.is_first:
             write_json(run / "environment.json", collect()[0])

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from antdiff._command import command
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
 from antdiff.train.config import TrainConfig
-from antdiff.train.run import averaged, start_run
+from antdiff.train.run import averaged, require_state, start_run
 
 
 def start_patch(
@@ -33,8 +31,5 @@ def start_patch(
             f"run must hold a DiT to patch (train it with --model dit), since prompts are added to tokens; got {kind}"
         )
     config = replace(config, patch=str(base), steps=steps, lr=lr, device=device, curriculum=False)
-    path = latest_checkpoint(base / "checkpoints")
-    if path is None:
-        raise ValueError(f"{base} has no checkpoint yet: train it first with: {command('train', '--resume', base)}")
-    state = load_checkpoint(path)
+    state = require_state(base)
     return config, start_run(config, folder, base=(int(state["step"]), averaged(state)))

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from antdiff._files import write_npz
-from antdiff.data import load_data, to_uint8
+from antdiff.data import to_uint8
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig, require_sample_steps
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
-from antdiff.train.run import load_model
+from antdiff.train.run import load_model, require_state
 
 GRID_IMAGES = 100
 
@@ -38,8 +38,12 @@ def sample(
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}")
     require_sample_steps("steps", steps)
-    shape = load_data(config.data, image_size=config.image_size).shape
+    if not out.name:
+        raise ValueError(
+            f"out must be the path of the results without suffix; {out} is a folder. Pass --out {out}/samples"
+        )
     where = choose_device(device)
+    shape = tuple(require_state(run)["origin"]["data"]["shape"])
     model, _ = load_model(run, config, shape, where)
     generator = torch.Generator(where).manual_seed(seed)
     with sensible_threads(shape[1], where):

@@ -21,16 +21,17 @@ from antdiff._files import read_json, write_json, write_npz
 from antdiff._folders import output_folder
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
 from antdiff.companions import ExpertBank
-from antdiff.data import ImageData, load_data, to_uint8
+from antdiff.data import ImageData, to_uint8
+from antdiff.data.recorded import record
 from antdiff.experiments._json import finite_or_none
 from antdiff.experiments.quality import Judge, feature_net, held_out_losses
 from antdiff.plotting.analysis import save_transfer
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
+from antdiff.train.checkpoint import require_same_data
 from antdiff.train.config import TrainConfig
 from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
-from antdiff.train.run import intervals, load_model, start_run
+from antdiff.train.run import intervals, last_state, load_model, load_run_data, start_run
 
 
 def analyze_transfer(
@@ -63,7 +64,7 @@ def analyze_transfer(
     _check(base, seeds, steps, samples)
     where = choose_device(device)
     out = out or run / "analysis" / "transfer"
-    data = load_data(base.data, image_size=base.image_size)
+    data = load_run_data(base, run)
     clusters = TimestepClusters.load(run / "clusters.json")
     names = ("transfer.npz", "summary.json", "transfer.png")
     with output_folder(out, "transfer analysis", names), sensible_threads(data.shape[1], where):
@@ -147,12 +148,15 @@ class _Trial:
         """Train a run up to its last step. Return its averaged network, or None if a signal stopped the training."""
         if not (folder / "config.json").exists():
             start_run(config, folder)
-        path = latest_checkpoint(folder / "checkpoints")
-        if path is None or int(load_checkpoint(path)["step"]) < config.steps:
+        state = last_state(folder)
+        if state is None or int(state["step"]) < config.steps:
             if progress:
                 print(folder, flush=True)
-            if not train(config, self.data, folder, progress=progress):
+            own = replace(TrainConfig.load(folder / "config.json"), device=config.device)  # may log at other steps
+            if not train(own, self.data, folder, progress=progress):
                 return None
+        else:
+            require_same_data(folder, record(self.data), state["origin"]["data"])
         return load_model(folder, config, self.data.shape, self.device)[0]
 
     def read(self, path: Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -169,7 +173,7 @@ class _Trial:
         """Return everything that the measurements of a run with these settings depend on."""
         samples, sample_steps = self.sampling
         own = {"starts": self.clusters.starts.tolist(), "samples": samples, "sample_steps": sample_steps}
-        return _decisive(config) | own
+        return _decisive(config) | own | {"digest": self.data.digest()}
 
     def loss(self, model: torch.nn.Module, span: tuple[int, int]) -> float:
         """Return the loss on held-out images and constant noise, both the same for every model."""

@@ -17,24 +17,26 @@ def save_curves(
 ) -> None:
     """Plot the loss and the weight of each cluster, and the conflicts, over the steps, from the rows of metrics.csv."""
     k = len(intervals)
-    conflicts = any(row["conflict_rate"] > 0 for row in rows)
+    conflicts = any(row.get("conflict_rate", 0) > 0 for row in rows)
     figure, axes = new_figure(4.6 * (2 + conflicts), 4.3, columns=2 + conflicts, grid=True)
     steps = np.array([row["step"] for row in rows])
     colours = cluster_colours(k)
     for i, (start, stop) in enumerate(intervals):
         label = f"t {start}..{stop - 1}"
         for ax, column in ((axes[0], f"loss_{i}"), (axes[1], f"weight_{i}")):
-            values = np.array([row[column] for row in rows])
+            values = np.array([row.get(column, np.nan) for row in rows])
             ax.plot(steps, values, color=colours[i], alpha=0.25, linewidth=0.8)
             (line,) = ax.plot(steps, smooth(values), color=colours[i], linewidth=1.8)
             line.set_dashes(DASHES[i % len(DASHES)])
             line.set_label(label if ax is axes[0] else None)
-    axes[0].plot(steps, smooth(np.array([row["loss"] for row in rows])), "k", linewidth=1.3, label="mean over t")
+    axes[0].plot(
+        steps, smooth(np.array([row.get("loss", np.nan) for row in rows])), "k", linewidth=1.3, label="mean over t"
+    )
     axes[0].set(title="training loss of each cluster", xlabel="step", ylabel="mean squared error", yscale="log")
     axes[1].set(title="weight of each cluster", xlabel="step", ylabel="weight")
     axes[1].set_ylim(bottom=0)
     if conflicts:
-        rate = np.array([row["conflict_rate"] for row in rows])
+        rate = np.array([row.get("conflict_rate", np.nan) for row in rows])
         axes[2].plot(steps, rate, color=CATEGORICAL[1], alpha=0.25, linewidth=0.8)
         axes[2].plot(steps, smooth(rate), color=CATEGORICAL[1], linewidth=1.8)
         axes[2].set(title="cluster pairs in conflict", xlabel="step", ylabel="share with a negative inner product")

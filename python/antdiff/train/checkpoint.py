@@ -1,13 +1,7 @@
-"""Checkpoints: one safetensors file per checkpoint with everything that a run needs to be resumed.
-
-Nested state dicts become named tensors and a JSON tree in the metadata of the file. Reading a checkpoint therefore
-never unpickles anything, and any safetensors reader finds the weights under ``model/...`` and ``ema/...``. Files are
-written atomically: a crash or a full disk leaves the previous checkpoint untouched.
-"""
+"""The checkpoints of a run: everything that it needs to be resumed, and what it was trained on."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +9,15 @@ from typing import Any
 
 import torch
 
-from antdiff._files import digest, write_atomically
+from antdiff._checkpoints import CheckpointError, checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff._command import command
+from antdiff.data.recorded import differences
+from antdiff.train.config import setting_differences
 
-FORMAT = "antdiff-2"
-KEPT = 2  # with a second one, a corrupt checkpoint costs checkpoint_every steps, not the run
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read. The message names the last good one."""
+__all__ = [
+    "CheckpointError", "DivergenceError", "RunState", "check_finite", "checkpoints", "latest_checkpoint",
+    "load_checkpoint", "require_same_data", "save_checkpoint",
+]  # fmt: skip
 
 
 class DivergenceError(RuntimeError):
@@ -34,21 +29,30 @@ class RunState:
 
     Args:
         run: the run folder.
+        origin: what the weights come from: ``settings`` (a dict), ``clusters`` (the content of clusters.json), and
+            ``data``, a record of the images and their split. A checkpoint of another origin is refused.
         parts: objects with ``state_dict`` and ``load_state_dict``, by the name that a checkpoint has for them.
         generators: the random generators of the run.
         keep: the number of newest checkpoints to keep.
     """
 
     def __init__(
-        self, run: Path, parts: Mapping[str, Any], generators: Mapping[str, torch.Generator], *, keep: int
+        self,
+        run: Path,
+        origin: Mapping[str, Any],
+        parts: Mapping[str, Any],
+        generators: Mapping[str, torch.Generator],
+        *,
+        keep: int,
     ) -> None:
-        self.run, self.parts, self.generators, self.keep = run, parts, generators, keep
+        self.run, self.origin, self.parts, self.generators, self.keep = run, origin, parts, generators, keep
 
     def save(self, step: int) -> None:
         """Write the checkpoint of the state after `step`."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         rng = {name: generator.get_state() for name, generator in self.generators.items()}
-        save_checkpoint(self.run / "checkpoints", step, {"step": step, "rng": rng, **states}, keep=self.keep)
+        state = {"step": step, "origin": self.origin, "rng": rng, **states}
+        save_checkpoint(self.run / "checkpoints", step, state, keep=self.keep)
 
     def restore(self) -> int:
         """Load the last checkpoint into the parts and generators and return its step, or 0 if there is none."""
@@ -57,6 +61,7 @@ class RunState:
             return 0
         state = load_checkpoint(path)
         try:
+            self._require_origin(path, state["origin"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             for name, generator in self.generators.items():
@@ -64,6 +69,31 @@ class RunState:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit the settings in {self.run}/config.json: {error}") from error
         return int(state["step"])
+
+    def _require_origin(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a checkpoint has another origin than this run."""
+        found = setting_differences(self.origin["settings"], saved["settings"])
+        if saved["clusters"] != self.origin["clusters"]:
+            starts = self.origin["clusters"]["starts"], saved["clusters"]["starts"]
+            found = ", ".join(filter(None, [found, f"clusters.json with starts {starts[0]} (saved: {starts[1]})"]))
+        if found:
+            raise CheckpointError(
+                f"{path} does not fit the settings in {self.run}/config.json; got {found}. Start a new run in another "
+                "folder, or restore the settings"
+            )
+        require_same_data(self.run, self.origin["data"], saved["data"])
+
+
+def require_same_data(run: Path, now: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise CheckpointError if the record of the images, or of their split, is not that of a checkpoint of `run`."""
+    if found := differences(now, saved):
+        remedy = f"or go on with the new ones: {command('train', '--resume', run, '--accept-changed-data')}"
+        if now["shape"] != saved["shape"]:
+            remedy = "since the network takes images of its own size only"
+        raise CheckpointError(
+            f"the data must be the images that {run} was trained on, with the same split; got {found}. Restore the "
+            f"images, {remedy}"
+        )
 
 
 def check_finite(value: float, step: int, run: Path) -> None:
@@ -76,106 +106,3 @@ def check_finite(value: float, step: int, run: Path) -> None:
         f"the loss or the weights are not finite at step {step}; {last}. "
         "A new run with a smaller --lr may help; a resumed run keeps its own"
     )
-
-
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = KEPT) -> Path:
-    """Write ``folder/step-<step>.safetensors`` atomically, then delete all but the newest `keep`.
-
-    Args:
-        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
-
-    Raises:
-        CheckpointError: the file could not be written, for example to a full disk. Earlier checkpoints are unchanged.
-    """
-    from safetensors.torch import save
-
-    tensors: dict[str, torch.Tensor] = {}
-    tree = json.dumps(_flatten(state, "", tensors))
-    payload = save(tensors, {"format": FORMAT, "tree": tree, "sha256": _digest(tensors, tree)})
-    path = folder / f"step-{step:08d}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, payload)
-    except OSError as error:
-        good = latest_checkpoint(folder)
-        remedy = f"the last good one is {good}; free some space and resume from it" if good else "no earlier one exists"
-        raise CheckpointError(f"could not write checkpoint {path} ({error.strerror or error}); {remedy}") from error
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save_checkpoint` wrote. Its tensors are on the CPU.
-
-    Raises:
-        CheckpointError: the file is unreadable, truncated, changed on the disk, or not an antdiff checkpoint.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error}){_remedy(path)}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not an antdiff checkpoint of format {FORMAT}. Another version may read it")
-    if metadata["sha256"] != _digest(tensors, metadata["tree"]):
-        raise CheckpointError(f"checkpoint {path} is corrupt: its content does not match its checksum{_remedy(path)}")
-    state = _unflatten(json.loads(metadata["tree"]), tensors)
-    assert isinstance(state, dict)  # save_checkpoint takes a mapping
-    return state
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with the most steps in `folder`, or None."""
-    paths = checkpoints(folder)
-    return paths[-1] if paths else None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step-*.safetensors"))
-
-
-def _remedy(path: Path) -> str:
-    earlier = [other for other in checkpoints(path.parent) if other < path]
-    return f". Delete it to resume from {earlier[-1].name}" if earlier else ""
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], tree: str) -> str:
-    return digest(tree, *(part for key in sorted(tensors) for part in (key, tensors[key])))
-
-
-def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return a JSON tree of `value` and add its tensors to `tensors`, under the names in the leaves of the tree.
-
-    Keys of dicts may be ints, as in the state of an optimizer.
-    """
-    if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {"dict": [[key, _flatten(item, f"{path}/{key}".lstrip("/"), tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        items = [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise TypeError(
-        f"a checkpoint holds tensors, numbers, strings, dicts and lists; got {type(value).__name__} at {path}"
-    )
-
-
-def _unflatten(node: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _unflatten(item, tensors) for key, item in content}
-    if kind == "list":
-        return [_unflatten(item, tensors) for item in content]
-    if kind == "tuple":
-        return tuple(_unflatten(item, tensors) for item in content)
-    return content

@@ -6,6 +6,7 @@ This file does not import torch, since the command line builds its help from it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +21,7 @@ else:
 Timesteps = Literal["auto", "uniform", "stratified", "stratified-weighted"]
 Model = Literal["unet", "dit"]
 T = 1000  # timesteps of the noise schedule
+MOST_KEPT = 2**27  # numbers of float64 that the steps of one row may take: 1 GiB
 PATCH_LR = 1e-4  # the published learning rate of the prompts; that of their gate is ten times as high
 Companion = Literal["curriculum", "routing", "experts", "patch"]
 
@@ -126,17 +128,21 @@ class TrainConfig:
     """DDIM steps per sample."""
 
     def __post_init__(self) -> None:
+        for field in fields(TrainConfig):
+            _require_type(field.name, getattr(self, field.name), str(field.type))
         for name, allowed in (("method", Method), ("timesteps", Timesteps), ("model", Model)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        positive = "steps k image_size batch_size log_every checkpoint_every eval_seeds"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        require_rows(self.k, self.batch_size)
+        for name in ("data", "clusters"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name} must not be empty; got {getattr(self, name)!r}. Pass . for this folder")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.k > T:
+            raise ValueError(f"k must be at most {T}, the number of timesteps; got {self.k}")
+        require_rows(self.k, self.batch_size, self.log_every)
         require_sample_steps("sample_steps", self.sample_steps)
-        if self.grid_every < 0:
-            raise ValueError(f"grid_every must be at least 0; got {self.grid_every}")
         if self.eval_samples < 10:
             raise ValueError(
                 f"eval_samples must be at least 10, since FD of fewer images is meaningless; got {self.eval_samples}"
@@ -145,10 +151,6 @@ class TrainConfig:
             raise ValueError(f"lr must be positive and finite; got {self.lr}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1); got {self.ema}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0; got {self.seed}")
-        if self.patience < 0:
-            raise ValueError(f"patience must be at least 0; got {self.patience}")
         if self.curriculum and self.patience == 0:  # fixed now, so that a run resumed with more steps keeps it
             object.__setattr__(self, "patience", max(1, round(self.steps * 200 / 400_000)))
         if self.keep_checkpoints < 2:
@@ -208,27 +210,58 @@ class TrainConfig:
 
     @staticmethod
     def load(path: Path) -> TrainConfig:
-        """Read settings written by `to_json`. Raise ValueError if the file is unreadable or has unknown settings."""
+        """Read settings written by `to_json`. Raise ValueError if the file is damaged or a setting is not allowed."""
         try:
-            saved: dict[str, Any] = json.loads(path.read_text())
+            saved = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ValueError(f"{path.parent} must be the folder of a run; it has no {path.name}") from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # a ValueError: not JSON, or not text
             raise ValueError(f"{path} is not the config.json of a run: {error}") from error
-        unknown = set(saved) - {field.name for field in fields(TrainConfig)}
-        if unknown:
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} is not the config.json of a run: it holds a {type(saved).__name__}")
+        known = {field.name for field in fields(TrainConfig)}
+        if unknown := saved.keys() - known:
             raise ValueError(
                 f"{path} has settings that this version of antdiff does not know: {', '.join(sorted(unknown))}"
             )
-        return TrainConfig(**saved)
+        if missing := known - saved.keys():
+            raise ValueError(f"{path} must have every setting of the run; it lacks {', '.join(sorted(missing))}")
+        try:
+            return TrainConfig(**saved)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a setting that is not allowed: {error}") from error
 
 
-def require_rows(k: int, batch_size: int) -> None:
-    """Raise ValueError if a batch cannot hold a sample of each of `k` clusters: some loss would always be missing."""
+# The smallest values of the settings that have no other bound.
+_LEAST = dict.fromkeys(["steps", "k", "image_size", "batch_size", "log_every", "checkpoint_every", "eval_seeds"], 1)
+_LEAST |= dict.fromkeys(["grid_every", "seed", "patience", "experts"], 0)
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,),
+                                       "int | None": (int, type(None))}  # fmt: skip
+
+
+def _require_type(name: str, value: object, annotation: str) -> None:
+    """Raise TypeError if the value of a setting does not have the type of its annotation. Choices are texts."""
+    allowed = _TYPES.get(annotation, (str,))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        words = annotation if annotation in _TYPES else "str"
+        raise TypeError(f"{name} must be of type {words}; got {value!r}, of type {type(value).__name__}")
+
+
+def require_rows(k: int, batch_size: int, log_every: int) -> None:
+    """Raise ValueError if a batch cannot hold a sample of each of `k` clusters, or if a row of metrics takes too much.
+
+    Without a sample of each cluster, some loss would always be missing. A row is the mean of `log_every` steps, which
+    are kept until then.
+    """
     if k > batch_size:
         raise ValueError(
             f"k must be at most batch_size, so that each step has a sample of every cluster; got k={k} with "
             f"batch_size={batch_size}. Take fewer clusters or a larger batch"
+        )
+    if log_every * (k * k + 3 * k) > MOST_KEPT:
+        raise ValueError(
+            f"log_every must be at most {MOST_KEPT // (k * k + 3 * k)} with {k} clusters, since the steps of a row are "
+            f"kept in memory; got {log_every}"
         )
 
 
@@ -243,13 +276,16 @@ def resumed(asked: TrainConfig, saved: TrainConfig) -> TrainConfig:
 
     Any other difference raises ValueError, since the result would no longer be the run that is resumed.
     """
-    changed = {
-        field.name: getattr(asked, field.name)
-        for field in fields(TrainConfig)
-        if getattr(asked, field.name) != getattr(saved, field.name)
-    }
-    fixed = sorted(set(changed) - {"steps", "device"})
-    if fixed:
-        differences = ", ".join(f"{name}={changed[name]!r} (saved: {getattr(saved, name)!r})" for name in fixed)
-        raise ValueError(f"a resumed run keeps its settings: only steps and device may change; got {differences}")
-    return replace(saved, **changed)
+    if found := setting_differences(asdict(asked), asdict(saved)):
+        raise ValueError(f"a resumed run keeps its settings: only steps and device may change; got {found}")
+    return replace(saved, steps=asked.steps, device=asked.device)
+
+
+def setting_differences(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """Return in words which settings differ, apart from those that a resumed run may change; empty if none does."""
+    names = sorted((asked.keys() | saved.keys()) - {"steps", "device"})
+    return ", ".join(
+        f"{name}={asked.get(name)!r} (saved: {saved.get(name)!r})"
+        for name in names
+        if asked.get(name) != saved.get(name)
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 import uuid
@@ -14,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from einops import repeat
 
-from antdiff._files import write_atomically
+from antdiff._command import command, warn
+from antdiff._csv import DamagedTableError, read_table, table_text
+from antdiff._files import unused_name, write_atomically
 from antdiff.plotting.palette import SEQUENTIAL
 
 IMAGE_EVERY = 10  # rows per image of the cosines, since TensorBoard shows at most ten images per tag
@@ -56,64 +56,44 @@ class MetricLog:
             logger.close()
 
 
-class Recorder:
-    """A context that writes rows to a :class:`MetricLog` and shows the latest losses beside a progress bar.
-
-    Args:
-        folder, start, also: see :class:`MetricLog`.
-        steps: the last step of the run.
-        active: False on the ranks that do not write.
-        progress: whether to show the bar.
-    """
-
-    def __init__(
-        self, folder: Path, *, start: int, steps: int, active: bool, progress: bool, also: Sequence[Logger] = ()
-    ) -> None:
-        from tqdm import tqdm
-
-        self.rows = MetricLog(folder, start=start, also=also) if active else None
-        self.bar: Any = tqdm(
-            total=steps, initial=start, unit="step", disable=not (progress and active), dynamic_ncols=True
-        )
-
-    def advance(self) -> None:
-        """Count a step."""
-        self.bar.update()
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Write a row and show its losses, those of the clusters if there are at most 10."""
-        if self.rows is not None:
-            self.rows.log(step, row)
-        losses = [f"{value:.3f}" for key, value in row.items() if re.fullmatch(r"loss_\d+", key)]
-        clusters = f" | clusters {' '.join(losses)}" if len(losses) <= 10 else ""
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}{clusters}")
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-        if self.rows is not None:
-            self.rows.close()
-
-
 class CsvLogger:
-    """Append rows to a CSV file. A row is in the file when `log` returns."""
+    """Append rows to a CSV file. A row is in the file when `log` returns.
+
+    Rows after `start` are deleted. If an editor or a crash has damaged the file, the rows that cannot be read are left
+    out with a warning, and the damaged file is kept beside the new one.
+    """
 
     def __init__(self, path: Path, *, start: int) -> None:
         self.path = path
-        kept = [row for row in read_csv(path) if row["step"] <= start] if path.exists() else []
-        write_atomically(path, _to_csv(kept).encode())
-        self.has_header = bool(kept)
+        self.names: list[str] = []
+        if path.exists():
+            damage: list[str] = []
+            self.names, rows = read_table(path, "step", damaged=damage.append)
+            if damage:
+                kept_as = unused_name(path.with_name(f"{path.name}.damaged"))
+                write_atomically(kept_as, path.read_bytes())
+                more = f" ({len(damage) - 1} more rows are damaged)" if len(damage) > 1 else ""
+                warn(f"{damage[0]}{more}. These rows are left out, and the file is kept as {kept_as.name}")
+            kept = [row for row in rows if row["step"] <= start]
+            self.names = self.names if kept else []
+            self._rewrite(kept)
+        else:
+            write_atomically(path, b"")
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        text = _to_csv([{"step": step, **row}], header=not self.has_header)
-        with self.path.open("a") as file:
-            file.write(text)
-        self.has_header = True
+        numbers = {"step": step, **row}
+        if new := [name for name in numbers if name not in self.names]:
+            old = read_csv(self.path) if self.names else []
+            self.names += new
+            self._rewrite(old)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(table_text([numbers], self.names, "step", header=False))
 
     def close(self) -> None:
         pass
+
+    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+        write_atomically(self.path, table_text(rows, self.names, "step", header=bool(self.names)).encode())
 
 
 class TensorBoardLogger:
@@ -203,19 +183,13 @@ def cosine_matrix(row: Mapping[str, float]) -> np.ndarray:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a metrics.csv, without a last line that a crash has truncated."""
-    with path.open(newline="") as file:
-        complete = [line for line in file if line.endswith("\n")]  # a truncated number would parse as another number
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(complete)]
+    """Read the rows of a metrics.csv, without a last line that a crash has truncated.
 
-
-def _to_csv(rows: list[dict[str, float]], *, header: bool = True) -> str:
-    if not rows:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    # repr is exact: reading it gives back the same float.
-    writer.writerows({key: int(value) if key == "step" else repr(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
+    Raises:
+        ValueError: a row is damaged. The message names it.
+    """
+    try:
+        return read_table(path, "step")[1]
+    except DamagedTableError as error:
+        remedy = command("train", "--resume", path.parent)
+        raise ValueError(f"{error}. Repair or remove the row; this command removes damaged rows: {remedy}") from error

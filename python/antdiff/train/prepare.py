@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from antdiff import BalancedBackward, StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff._files import read_json
 from antdiff.analysis import Telemetry
 from antdiff.companions import ChannelRouting, Curriculum, ExpertBank, RestrictedTimesteps
 from antdiff.data import ImageData
+from antdiff.data.recorded import record
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import CheckpointError, RunState, latest_checkpoint, load_checkpoint
 from antdiff.train.companions import (
@@ -68,6 +71,20 @@ class Parts:
     checkpoint_every: int
     grid_every: int  # steps between two grids of samples; 0: no grids
     sample_steps: int  # DDIM steps per sample of a grid
+    shape: tuple[int, int, int]  # (C, H, W) of an image
+
+    def sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Any]:
+        """Draw a batch: images and noise [b, C, H, W], timesteps, their clusters and weights [b], and the counts [K].
+
+        All ranks draw the same B samples, and each one takes its b rows of them. The counts are the samples per
+        cluster as ``BalancedBackward`` takes them, None if they are not known beforehand.
+        """
+        x0, timesteps, rng = self.batches.next(self.device), self.timesteps, self.generators
+        shares = timesteps.shares(self.batch_size) if isinstance(timesteps, StratifiedTimesteps) else None  # [K] ints
+        batch = timesteps.sample(self.batch_size, device=self.device, generator=rng["timesteps"])  # [B] each
+        noise = torch.randn((self.batch_size, *self.shape), generator=rng["noise"], device=self.device)
+        t, cluster, weight = (values[self.rows] for values in batch)
+        return x0, noise[self.rows], t, cluster, weight, self.ranks.counts(shares)
 
 
 def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
@@ -105,13 +122,15 @@ def prepare(config: TrainConfig, data: ImageData, run: Path) -> Parts:
     # ---- the state of a checkpoint -------------------------------------------------------------------------------
     saved = {"model": model, "ema": ema, "optimizer": optimizer, "batches": batches, "timesteps": timesteps,
              "balancer": balancer, "telemetry": telemetry}  # fmt: skip
-    state = RunState(run, saved, rng, keep=config.keep_checkpoints)
+    origin = {"settings": asdict(config), "clusters": read_json(run / "clusters.json"), "data": record(data)}
+    state = RunState(run, origin, saved, rng, keep=config.keep_checkpoints)
     return Parts(
         ranks=ranks, rows=rows, batch_size=B, device=device, generators=rng, schedule=noise_schedule(), batches=batches,
         model=model, optimizer=optimizer, ema=ema, timesteps=timesteps, importance=importance_of(timesteps, device),
         curriculum=timesteps.curriculum if isinstance(timesteps, RestrictedTimesteps) else None, backward=backward,
         telemetry=telemetry, state=state, start=state.restore(), steps=config.steps, log_every=config.log_every,
         checkpoint_every=config.checkpoint_every, grid_every=config.grid_every, sample_steps=config.sample_steps,
+        shape=data.shape,
     )  # fmt: skip
 
 

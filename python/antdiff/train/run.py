@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,20 @@ from typing import Any
 import torch
 
 from antdiff import TimestepClusters
-from antdiff._command import command
-from antdiff._files import write_atomically
+from antdiff._command import command, warn
+from antdiff._files import write_atomically, write_json
 from antdiff._folders import holds_results, locked, refuse_files, require_folder
+from antdiff.data import ImageData, load_data
+from antdiff.data.recorded import record, with_recorded_split
 from antdiff.diffusion import log_snr
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from antdiff.distributed.launch import launch
+from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, require_same_data, save_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.devices import choose_device
-from antdiff.train.models import Denoiser, noise_schedule
+from antdiff.train.models import Denoiser, noise_schedule, require_size
 from antdiff.train.prepare import BASE, make_model
-from antdiff.train.ranks import RunRanks, launch
+from antdiff.train.ranks import RunRanks
 
 RUN = "run"  # the kind of folder
 RUN_FILES = (
@@ -78,7 +80,7 @@ def start_run(
     """
     choose_device(config.device)
     clusters = make_clusters(config.clusters, config.k, log_snr(noise_schedule()))
-    require_rows(clusters.k, config.batch_size)  # a file of clusters has its own k
+    require_rows(clusters.k, config.batch_size, config.log_every)  # a file of clusters has its own k
     if config.specialist is not None and not 0 <= config.specialist < clusters.k:
         raise ValueError(f"specialist must be a cluster, one of 0 .. {clusters.k - 1}; got {config.specialist}")
     run = folder if isinstance(folder, Path) else folder()
@@ -127,18 +129,86 @@ def averaged(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module."): value for key, value in state["ema"].items() if key.startswith("module.")}
 
 
-def extend_run(run: Path, saved: TrainConfig, steps: int) -> None:
-    """Save the new number of steps of a resumed run in its settings.
+def last_state(run: Path) -> dict[str, Any] | None:
+    """Return the content of a run's last checkpoint, or None if it has none yet."""
+    path = latest_checkpoint(run / "checkpoints")
+    return None if path is None else load_checkpoint(path)
+
+
+def require_state(run: Path) -> dict[str, Any]:
+    """Return the content of a run's last checkpoint. Raise ValueError if it has none yet."""
+    state = last_state(run)
+    if state is None:
+        raise ValueError(f"{run} has no checkpoint yet: train it first with: {command('train', '--resume', run)}")
+    return state
+
+
+def load_settings(run: Path) -> TrainConfig:
+    """Return the settings of a run. If its config.json is damaged, warn and return those of its last checkpoint.
 
     Raises:
-        ValueError: the run has already done more steps.
+        ValueError: the folder is not a run, or its config.json is damaged and there is no checkpoint yet.
     """
-    path = latest_checkpoint(run / "checkpoints")
-    done = 0 if path is None else int(load_checkpoint(path)["step"])
-    if steps < done:
-        raise ValueError(f"steps must be at least {done}, the number that {run} has already done; got {steps}")
-    if steps != saved.steps:
-        write_atomically(run / "config.json", replace(saved, steps=steps).to_json().encode())
+    try:
+        return TrainConfig.load(run / "config.json")
+    except ValueError as error:
+        state = last_state(run)
+        if state is None:
+            raise
+        warn(f"{error}. The settings in the last checkpoint are used")
+        return TrainConfig(**state["origin"]["settings"])
+
+
+def load_run_data(config: TrainConfig, run: Path | None = None, *, accept_changes: bool = False) -> ImageData:
+    """Load the data of a run, split into training and held-out images as its last checkpoint says.
+
+    Args:
+        run: the run folder; None for a new run.
+        accept_changes: whether images may have changed since the last checkpoint. The checkpoint then records the new
+            ones, and the run goes on with a new epoch of them.
+
+    Raises:
+        ValueError: the data cannot be loaded, do not fit the network, or are too few to be measured.
+        CheckpointError: the images have changed, and that is not accepted.
+    """
+    data = load_data(config.data, image_size=config.image_size)
+    state = None if run is None else last_state(run)
+    if state is not None:
+        data = with_recorded_split(data, state["origin"]["data"])
+    require_size(config.model, *data.shape[1:])
+    for part, images in (("training", data.train), ("held-out", data.held_out)):
+        if len(images) < 2:
+            raise ValueError(f"data must have at least 2 {part} images, for their covariance; got {len(images)}")
+    if run is None or state is None:
+        return data
+    now, saved = record(data), state["origin"]["data"]
+    if not accept_changes or now["shape"] != saved["shape"]:
+        require_same_data(run, now, saved)
+    elif now["digest"] != saved["digest"]:
+        state["origin"]["data"] = now
+        state["batches"]["left"] = torch.empty(0, dtype=torch.int64)  # the old rows mean other images now
+        save_checkpoint(run / "checkpoints", int(state["step"]), state, keep=config.keep_checkpoints)
+    return data
+
+
+def reopen_run(run: Path, config: TrainConfig) -> None:
+    """Save the settings of a resumed run, which may have more steps than before, and restore a damaged clusters.json.
+
+    Raises:
+        ValueError: the run has already done more steps, or its clusters.json cannot be restored.
+    """
+    state = last_state(run)
+    done = 0 if state is None else int(state["step"])
+    if config.steps < done:
+        raise ValueError(f"steps must be at least {done}, the number that {run} has already done; got {config.steps}")
+    write_atomically(run / "config.json", config.to_json().encode())
+    try:
+        TimestepClusters.load(run / "clusters.json")
+    except (OSError, ValueError) as error:
+        if state is None:
+            raise
+        warn(f"{error} The clusters in the last checkpoint are used")
+        write_json(run / "clusters.json", state["origin"]["clusters"])
 
 
 def load_model(
@@ -150,10 +220,7 @@ def load_model(
         ValueError: the run has no checkpoint yet.
         CheckpointError: the checkpoint cannot be read.
     """
-    path = latest_checkpoint(run / "checkpoints")
-    if path is None:
-        raise ValueError(f"{run} has no checkpoint yet: train it first with: {command('train', '--resume', run)}")
-    state = load_checkpoint(path)
+    state = require_state(run)
     model = make_model(config, shape, run, seed=0)
     model.load_state_dict(averaged(state))
     return model.to(device).eval(), int(state["step"])

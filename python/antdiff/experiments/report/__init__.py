@@ -39,7 +39,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     if out.is_dir():
         raise ValueError(f"out must be the path of a file; {out} is a folder. Pass --out {out / 'report.html'}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page.encode())
+    write_atomically(out, page.encode(errors="xmlcharrefreplace"))
     return out
 
 

@@ -75,7 +75,7 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Whether the loss of the last row is not finite. A resumed run drops that row."""
-        return bool(self.rows) and not np.isfinite(self.rows[-1]["loss"])
+        return bool(self.rows) and not np.isfinite(self.rows[-1].get("loss", 0.0))
 
     @property
     def no_curves(self) -> str:
