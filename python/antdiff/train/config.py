@@ -135,7 +135,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
         for name in ("data", "clusters"):
             if not getattr(self, name).strip():
-                raise ValueError(f"{name} must not be empty; got {getattr(self, name)!r}. Pass . for this folder")
+                raise ValueError(f"{name} must not be empty; got an empty string. Pass . for the current folder")
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
