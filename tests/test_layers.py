@@ -19,10 +19,10 @@ PACKAGE = ROOT / "python" / "antdiff"
 CSRC = ROOT / "csrc"
 
 # A package may import from packages of a lower rank, and from itself.
-RANK = {"_command": 0, "_csv": 0, "_files": 0, "_folders": 0, "_progress": 0, "_signals": 0, "_checks": 0,
-        "_checkpoints": 1, "ops": 1, "info": 1, "distributed": 2, "clustering": 3, "gradients": 3, "balancing": 3,
-        "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "data": 6, "train": 7, "experiments": 8,
-        "cli": 9, "__main__": 10}  # fmt: skip
+RANK = {"_command": 0, "_csv": 0, "_devices": 0, "_files": 0, "_folders": 0, "_progress": 0, "_signals": 0,
+        "_checks": 0, "_checkpoints": 1, "ops": 1, "info": 1, "distributed": 2, "clustering": 3, "gradients": 3,
+        "balancing": 3, "diffusion": 3, "analysis": 4, "companions": 4, "plotting": 5, "data": 6, "train": 7,
+        "experiments": 8, "cli": 9, "__main__": 10}  # fmt: skip
 LIGHT = {"torch", "numpy", "antdiff"}
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from antdiff._devices import choose_device
 from antdiff._files import folder_written_whole, write_atomically
 from antdiff._folders import MARKER, FolderInUseError, holds_results, locked, new_folder, output_folder, owner
 from antdiff.cli import main
@@ -33,7 +34,6 @@ from antdiff.plotting.images import save_grid
 from antdiff.train import run as runs
 from antdiff.train.checkpoint import CheckpointError
 from antdiff.train.config import TrainConfig
-from antdiff.train.devices import choose_device
 from antdiff.train.loop import train
 from antdiff.train.models import noise_schedule
 from antdiff.train.run import RUN_FILES, load_run_data, start_run

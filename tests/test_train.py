@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from antdiff import BalancedBackward
+from antdiff._devices import choose_device, sensible_threads
 from antdiff._signals import stop_requests
 from antdiff.analysis import Telemetry
 from antdiff.cli import main
@@ -33,7 +34,6 @@ from antdiff.train.checkpoint import (
 )
 from antdiff.train.config import METHODS, TrainConfig, resumed
 from antdiff.train.data import Batches
-from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv

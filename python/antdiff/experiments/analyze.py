@@ -17,6 +17,7 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._command import command
+from antdiff._devices import choose_device, sensible_threads
 from antdiff._files import write_json, write_npz
 from antdiff._folders import output_folder
 from antdiff._progress import progress_bar
@@ -29,7 +30,6 @@ from antdiff.plotting.analysis import save_conflict, save_gaps, save_heat_map, s
 from antdiff.train.checkpoint import checkpoints, load_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig
-from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import Denoiser, noise_schedule
 from antdiff.train.prepare import make_model
 from antdiff.train.run import load_run_data

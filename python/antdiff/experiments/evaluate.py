@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._devices import choose_device, sensible_threads
 from antdiff._files import folder_written_whole, write_json
 from antdiff.data import ImageData, to_uint8
 from antdiff.experiments.quality import Judge, Quality, accuracy, feature_net, held_out_losses
@@ -22,7 +23,6 @@ from antdiff.info import collect
 from antdiff.plotting.curves import save_curves
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig
-from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.log import Logger, read_csv
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from antdiff._devices import choose_device, sensible_threads
 from antdiff._files import write_npz
 from antdiff.data import to_uint8
 from antdiff.plotting.images import save_grid
 from antdiff.train.config import TrainConfig, require_sample_steps
-from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.run import load_model, require_state
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from antdiff import TimestepClusters
+from antdiff._devices import choose_device, sensible_threads
 from antdiff._files import read_json, write_json, write_npz
 from antdiff._folders import output_folder
 from antdiff.analysis.transfer import BUDGETS, Budget, TransferGap
@@ -28,7 +29,6 @@ from antdiff.experiments.quality import Judge, feature_net, held_out_losses
 from antdiff.plotting.analysis import save_transfer
 from antdiff.train.checkpoint import require_same_data
 from antdiff.train.config import TrainConfig
-from antdiff.train.devices import choose_device, sensible_threads
 from antdiff.train.loop import train
 from antdiff.train.models import draw_samples, noise_schedule
 from antdiff.train.run import intervals, last_state, load_model, load_run_data, start_run

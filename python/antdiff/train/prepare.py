@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from antdiff import BalancedBackward, StratifiedTimesteps, TimestepClusters, UniformTimesteps
+from antdiff._devices import choose_device
 from antdiff._files import read_json
 from antdiff.analysis import Telemetry
 from antdiff.companions import ChannelRouting, Curriculum, ExpertBank, RestrictedTimesteps
@@ -32,7 +33,6 @@ from antdiff.train.companions import (
 )
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import Batches
-from antdiff.train.devices import choose_device
 from antdiff.train.ema import MovingAverage
 from antdiff.train.generators import make_generators
 from antdiff.train.methods import make_balancer

@@ -15,6 +15,7 @@ import torch
 
 from antdiff import TimestepClusters
 from antdiff._command import command, warn
+from antdiff._devices import choose_device
 from antdiff._files import write_atomically, write_json
 from antdiff._folders import holds_results, locked, refuse_files, require_folder
 from antdiff.data import ImageData, load_data
@@ -24,7 +25,6 @@ from antdiff.distributed.launch import launch
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, require_same_data, save_checkpoint
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig, require_rows
-from antdiff.train.devices import choose_device
 from antdiff.train.models import Denoiser, noise_schedule, require_size
 from antdiff.train.prepare import BASE, make_model
 from antdiff.train.ranks import RunRanks
