@@ -125,6 +125,59 @@ def test_a_choice_that_does_not_exist_is_refused(machine: Machine) -> None:
     assert "ANTDIFF_CUDA must be AUTO, ON or OFF; got 'yes'." in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "nvcc", "chosen"),
+    [
+        ([], "75 80 86 89 90 100 120", "75-virtual;80-real;90"),  # no GPU
+        (None, "50 60 70 75 80 90", "70-virtual;80-real;90"),  # no driver, and an nvcc that knows older GPUs
+        (["9.0"], "75 80 86 89 90 100 120", "90-real"),
+        (["8.6", "9.0", "8.6"], "75 80 86 89 90 100 120", "86-real;90-real"),
+        (["12.0"], "70 75 80 90", "90-virtual"),  # newer than this nvcc
+        (["6.1"], "50 60 70 75 80 90", "70-virtual;80-real;90"),  # older than the kernels support
+    ],
+)
+def test_the_default_architectures_are_those_of_the_gpus_that_are_present(
+    machine: Machine, capabilities: list[str] | None, nvcc: str, chosen: str
+) -> None:
+    listed = "exit 9" if capabilities is None else "\n".join(f"echo {capability}" for capability in capabilities)
+    machine._script(machine.folder / "bin" / "nvidia-smi", listed)
+    script = machine.folder / "choose.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.24)\n"
+        f'include("{ROOT}/cmake/CudaArchitectures.cmake")\n'
+        f'antdiff_default_architectures(chosen "{nvcc.replace(" ", ";")}")\n'
+        'message(NOTICE "chosen: ${chosen}")\n'
+    )
+    done = machine.run(f"cmake -P {script}", "")
+    assert done.returncode == 0, done.stderr
+    assert f"chosen: {chosen}\n" in done.stderr
+    everything = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    present = [tuple(map(int, capability.split("."))) for capability in capabilities or [] if capability != "6.1"]
+    assert all(info.serves(chosen, *capability) for capability in present or everything)
+
+
+def test_a_second_installation_compiles_nothing(machine: Machine) -> None:
+    """pip makes a new folder with pybind11 for every build, and its name must not be part of a compile command."""
+    import pybind11
+
+    build = machine.folder / "build"
+    seen = []
+    for environment in ("first", "second"):
+        copy = machine.folder / environment
+        shutil.copytree(Path(pybind11.__file__).parent, copy, copy_function=shutil.copyfile)  # with new times
+        done = machine.run(
+            f"cmake -S . -B {build} -G Ninja -DANTDIFF_CUDA=OFF -Dpybind11_DIR={copy}/share/cmake/pybind11", ""
+        )
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(copy)
+        commands = machine.run(f"ninja -C {build} -t commands", "").stdout
+        headers = {path: path.stat().st_mtime_ns for path in (build / "include").rglob("*.h")}
+        assert "bindings/module.cpp" in commands
+        assert len(headers) > 20
+        seen.append((commands, headers))
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("command", [info.COMMANDS["torch"], info.COMMANDS["train"].format(target=".")])
 def test_the_commands_that_install_packages(machine: Machine, command: str) -> None:
     missing = [name for name in info.TRAIN_PACKAGES if info.version(name) is None]

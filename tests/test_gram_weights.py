@@ -9,7 +9,7 @@ import pytest
 import torch
 from devices import DEVICES, HAS_CUDA
 from grams import KINDS, STATIONARY, condition, dependent, examples, gram, rows, unit_rows, worst_condition
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tolerances import (
     CAGRAD_SEARCH,
@@ -59,8 +59,9 @@ def tolerance(method: Method, J: Tensor, w: Tensor) -> float:
     See :func:`assert_same_direction`.
     """
     k = len(J)
-    if method == "aligned_mtl":
-        return aligned(k, condition(J))
+    if method == "aligned_mtl":  # its threshold for a zero eigenvalue is lower than that of condition(J)
+        kept = spectrum(J)[0]
+        return aligned(k, float(kept.max() / kept.min()) if J.any() else 1.0)
     if method in ("imtl_g", "config"):
         d = direction(J, w)
         # IMTL-G divides by the sum of the weights, ConFIG multiplies by the sum of projections. Both sums may cancel.
@@ -208,6 +209,7 @@ def test_the_default_is_the_sum_over_k(k: int) -> None:
         assert torch.equal(steps[0][1], steps[1][1]), "the targets do not depend on the reduction"
 
 
+@example(kind="scaled", k=3, seed=21562, method="aligned_mtl")  # an eigenvalue of 26 times the threshold for zero
 @settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(KINDS), k=st.integers(1, 5), seed=st.integers(0, 2**31 - 1), method=st.sampled_from(METHODS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,6 +326,24 @@ def test_every_logger_gets_every_row_and_cosines_a_picture(tmp_path: Path) -> No
     pictures = events.Images("cosines")
     assert [event.step for event in pictures] == [1]
     assert pictures[0].width == 240
+
+
+def test_a_run_resumed_within_a_second_hides_the_rows_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))  # "10" sorts before "9"
+    time.sleep(1 - time.time() % 1)  # to the begin of a second
+    first = MetricLog(tmp_path, start=0)
+    for step in range(1, 4):
+        first.log(step, {"loss": 1.0})
+    first.close()
+    MetricLog(tmp_path, start=2).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
 def test_a_row_cut_short_is_left_out_wherever_it_is_cut(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,11 @@ class TensorBoardLogger:
     def __init__(self, folder: Path, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard reads event files in the order of their names. A name begins with the second in which the file was
+        # opened, and names of one second do not sort by age. So a run that is resumed within this second waits for the
+        # next one.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.02)
         # Events from purge_step on are deleted. The row of the checkpoint's own step stays: it is not written again.
         self.events = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
         self.rows = 0
