@@ -355,6 +355,30 @@ def test_damaged_settings_and_clusters_are_read_from_the_checkpoint(
         assert torch.equal(states[1]["model"][key], value)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
+    damage: str, digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("antdiff.experiments.evaluate.evaluate", lambda *_, **__: {})
+    run = start_run(TINY, tmp_path / "run")
+    assert train(TINY, digits, run, progress=False)
+    whole, path = last_state(run), run / "checkpoints" / "step-00000004.safetensors"
+    raw = path.read_bytes()
+    damaged = {"cut": raw[:-3], "flipped": raw[:-1] + bytes([raw[-1] ^ 1]), "empty": b""}[damage]
+    path.write_bytes(damaged)
+    assert main(["train", "--resume", str(run)]) == 0
+    error = capsys.readouterr().err
+    assert re.search(r"step-00000004\.safetensors is damaged .*, and step-00000002\.safetensors is tried$", error, re.M)
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == damaged
+    for key, value in last_state(run)["model"].items():
+        assert torch.equal(whole["model"][key], value)
+    for other in (path, path.with_name("step-00000002.safetensors")):
+        other.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        train(TINY, digits, run, progress=False)
+
+
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from antdiff._folders import locked
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
+from antdiff.train.config import TrainConfig
 from antdiff.train.log import read_csv
+from antdiff.train.run import start_run
 
 LIMIT = 240.0  # seconds; a run takes 10 to 30 on an idle machine
 SETTINGS = ["--steps", "40", "--batch-size", "22", "--log-every", "10", "--checkpoint-every", "10", "--grid-every", "0",
@@ -109,6 +112,16 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint_and_nothing_els
         for name, value in whole[part].items():
             assert torch.equal(killed[part][name], value), name
     assert [row["step"] for row in read_csv(run / "metrics.csv")] == [10, 20, 30, 40]
+
+
+def test_a_run_that_is_in_use_is_refused_on_every_rank(tmp_path: Path) -> None:
+    run = start_run(TrainConfig(batch_size=22, steps=1, device="cpu"), tmp_path / "run")
+    with locked(run, "run"):
+        process = launch(2, ["-m", "antdiff", "train", "--resume", str(run)])
+        output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+    assert output.count(f"{run} is in use: process {os.getpid()} on ") == 1, "rank 0 alone prints"
+    assert not (run / "metrics.csv").exists()
 
 
 def test_the_accelerate_example_trains_alike_on_two_ranks() -> None:

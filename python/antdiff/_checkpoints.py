@@ -62,7 +62,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            # Copies: reading a mapped file that somebody has shortened meanwhile would end the process by SIGBUS.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}){_remedy(path)}") from error
     if metadata.get("format") != FORMAT:

@@ -106,7 +106,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
     from antdiff.data import ImageData
     from antdiff.distributed.launch import is_restart, torchrun_group
     from antdiff.experiments.evaluate import closing_table, execute
-    from antdiff.train.checkpoint import latest_checkpoint
+    from antdiff.train.checkpoint import latest_checkpoint, set_damaged_aside
     from antdiff.train.log import WandbLogger, import_wandb
     from antdiff.train.ranks import RunRanks
     from antdiff.train.run import load_run_data, locked_run, reopen_run, start_run
@@ -123,6 +123,7 @@ def _train(config: TrainConfig, out: Path | None, resume: Path | None, wandb: st
             data = load_run_data(config)
         else:
             lock.enter_context(locked_run(again))
+            set_damaged_aside(again)
             settings = resumed(config, _settings(again))
             data = load_run_data(settings, again, accept_changes=accept_changed_data)
         ranks.rows(config.batch_size)

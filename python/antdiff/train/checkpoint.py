@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from antdiff._checkpoints import CheckpointError, checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from antdiff._command import command
+from antdiff._command import command, warn
+from antdiff._files import unused_name
 from antdiff.data.recorded import differences
 from antdiff.train.config import setting_differences
 
 __all__ = [
     "CheckpointError", "DivergenceError", "RunState", "check_finite", "checkpoints", "latest_checkpoint",
-    "load_checkpoint", "require_same_data", "save_checkpoint",
+    "load_checkpoint", "require_same_data", "save_checkpoint", "set_damaged_aside",
 ]  # fmt: skip
 
 
@@ -94,6 +95,29 @@ def require_same_data(run: Path, now: dict[str, Any], saved: dict[str, Any]) -> 
             f"the data must be the images that {run} was trained on, with the same split; got {found}. Restore the "
             f"images, {remedy}"
         )
+
+
+def set_damaged_aside(run: Path) -> None:
+    """Rename a damaged last checkpoint if an earlier one can be read, and warn: the run goes on from that one.
+
+    The caller holds the lock of the run.
+
+    Raises:
+        CheckpointError: the last checkpoint is damaged, and so is every earlier one.
+    """
+    paths = checkpoints(run / "checkpoints")
+    while paths:
+        path = paths.pop()
+        try:
+            load_checkpoint(path)
+            return
+        except CheckpointError as error:
+            if not paths:
+                raise
+            aside = unused_name(path.with_name(f"{path.name}.damaged"))
+            reason = str(error.__cause__ or "its content does not match its checksum")
+            path.rename(aside)
+            warn(f"{path} is damaged ({reason}). The file is kept as {aside.name}, and {paths[-1].name} is tried")
 
 
 def check_finite(value: float, step: int, run: Path) -> None:

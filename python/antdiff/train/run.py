@@ -22,7 +22,13 @@ from antdiff.data import ImageData, load_data
 from antdiff.data.recorded import record, with_recorded_split
 from antdiff.diffusion import log_snr
 from antdiff.distributed.launch import launch
-from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint, require_same_data, save_checkpoint
+from antdiff.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    require_same_data,
+    save_checkpoint,
+    set_damaged_aside,
+)
 from antdiff.train.companions import Experts
 from antdiff.train.config import TrainConfig, require_rows
 from antdiff.train.models import Denoiser, noise_schedule, require_size
@@ -113,11 +119,15 @@ def locked_run(run: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def locked_by_first(run: Path, ranks: RunRanks) -> Iterator[None]:
-    """Let rank 0 hold the lock of a run folder inside the block. If it cannot, the other ranks exit with status 1."""
+    """Let rank 0 hold the lock of a run folder inside the block. If it cannot, the other ranks exit with status 1.
+
+    A damaged last checkpoint is set aside first; see :func:`antdiff.train.checkpoint.set_damaged_aside`.
+    """
     with ExitStack() as stack:
 
         def lock() -> bool:
             stack.enter_context(locked_run(run))
+            set_damaged_aside(run)
             return True
 
         ranks.from_first(lock)

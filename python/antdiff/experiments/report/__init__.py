@@ -6,6 +6,7 @@ method without cluster gradients.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -37,7 +38,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         )
     out = out or folder / "report.html"
     if out.is_dir():
-        raise ValueError(f"out must be the path of a file; {out} is a folder. Pass --out {out / 'report.html'}")
+        raise ValueError(
+            f"out must be the path of a file; {out} is a folder. Pass --out {shlex.quote(str(out / 'report.html'))}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page.encode(errors="xmlcharrefreplace"))
     return out
