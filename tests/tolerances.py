@@ -221,3 +221,12 @@ def regularised(k: int, ridge: float) -> float:
     :func:`minimiser` for the condition of the matrix, at most ``(1 + ridge) / ridge``.
     """
     return minimiser(k, (1 + ridge) / ridge)
+
+
+def another_answer() -> float:
+    """Relative difference beyond which the fuzzer says that an op gave another answer than its twin in float64.
+
+    It looks for nonsense, not for rounding errors, and its dtypes go down to bfloat16, whose results have relative
+    errors of up to u = 2^-8. Four times this leaves room for the inputs, which the twin reads as they are.
+    """
+    return 4 * UNIT_ROUNDOFF[torch.bfloat16]

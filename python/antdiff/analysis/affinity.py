@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from antdiff._checks import describe
+from antdiff._checks import as_count, as_function, as_module, as_path, as_tensor, check_draws, describe
 from antdiff._files import digest, write_npz
 from antdiff._progress import progress_bar
 from antdiff.analysis import estimate
@@ -65,6 +65,23 @@ class TaskAffinity:
     layer_names: tuple[str, ...]
     stats: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        shapes = {"affinity": 2, "timesteps": 1, "log_snr": 1, "raw": 2, "checkpoints": 3, "products": 2, "signal": 2,
+                  "layers": 3}  # fmt: skip
+        for name, dims in shapes.items():
+            x = as_tensor(name, getattr(self, name), dims=dims, kind="int" if name == "timesteps" else "float")
+            x = x.detach().cpu().resolve_neg()
+            setattr(self, name, x.long() if name == "timesteps" else x.double())
+        n, T = len(self.timesteps), len(self.log_snr)
+        for name in ("affinity", "raw", "checkpoints", "layers"):
+            if getattr(self, name).shape[-2:] != (n, n):
+                raise ValueError(
+                    f"{name} must have shape [..., n, n] for n={n} timesteps; got {list(getattr(self, name).shape)}."
+                )
+        grid = self.timesteps.tolist()
+        if n < 2 or any(a >= b for a, b in pairwise(grid)) or not 0 <= grid[0] <= grid[-1] < T:
+            raise ValueError(f"timesteps must be at least two, ascending in 0 .. T-1={T - 1}; got {grid[:8]}.")
+
     @property
     def T(self) -> int:  # noqa: N802
         """Number of timesteps of the schedule."""
@@ -82,6 +99,8 @@ class TaskAffinity:
         self, *, resamples: int = 500, generator: torch.Generator | None = None
     ) -> dict[str, estimate.Correlation]:
         """Return Spearman's correlations of affinity with the gap in ``"t"`` and in ``"log_snr"``."""
+        resamples = as_count("resamples", resamples, most=2**20)
+        check_draws(generator, torch.device("cpu"))
         positions = {"t": self.timesteps, "log_snr": self.log_snr[self.timesteps]}
         return {
             name: estimate.gap_correlation(self.affinity, x, resamples=resamples, generator=generator)
@@ -92,13 +111,13 @@ class TaskAffinity:
         """Write every attribute under its name into an npz file, atomically."""
         arrays = {name: value.numpy() for name, value in vars(self).items() if isinstance(value, Tensor)}
         texts = {"layer_names": np.array(self.layer_names), "stats": np.array(json.dumps(self.stats))}
-        write_npz(Path(path), {"format": np.array(_FORMAT), **arrays, **texts})
+        write_npz(as_path("path", path), {"format": np.array(_FORMAT), **arrays, **texts})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskAffinity:
         """Read a file written by :meth:`save`; raise a ValueError for any other file."""
         try:
-            with np.load(path) as archive:
+            with np.load(as_path("path", path)) as archive:
                 if str(archive["format"]) != _FORMAT:
                     raise ValueError(f"format is {archive['format']}")
                 values = {name: archive[name] for name in archive.files if name != "format"}
@@ -114,6 +133,7 @@ def epsilon_loss(log_snr: Tensor) -> Loss:
     It is the mean squared error of ``model(x_t, t, *conditions)`` as an estimate of the noise, where
     ``x_t = sqrt(sigmoid(l)) x_0 + sqrt(sigmoid(-l)) noise`` and l = log_snr[t].
     """
+    as_tensor("log_snr", log_snr, dims=1, shape="[T]")
     signal, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()  # [T]
 
     def loss(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
@@ -174,6 +194,15 @@ def task_affinity(
         TypeError, ValueError: an invalid argument (the message names it and the remedy), too little memory, or a folder
             with the state of another computation.
     """
+    as_module("model", model)
+    for name, function in (("loss", loss), ("groups", groups)):
+        if function is not None:
+            as_function(name, function)
+    check_draws(generator, torch.device("cpu"))
+    batch_size = as_count("batch_size", batch_size)
+    if checkpoints is not None and (isinstance(checkpoints, (Tensor, str)) or not isinstance(checkpoints, Iterable)):
+        raise TypeError(f"checkpoints must be an iterable of state dicts; got {describe(checkpoints)}.")
+    folder = None if folder is None else as_path("folder", folder)
     levels = levels_of(log_snr)
     grid = _grid(timesteps, len(levels))
     samples = _samples(data)
@@ -196,6 +225,8 @@ def task_affinity(
         model.eval()
         for c, state in enumerate([None] if checkpoints is None else checkpoints):
             if state is not None:
+                if not isinstance(state, Mapping):
+                    raise TypeError(f"checkpoints must be state dicts of model; got {describe(state)}.")
                 model.load_state_dict(state)
             found.append(stream.run(c, progress))
     finally:
@@ -343,7 +374,7 @@ def levels_of(log_snr: object) -> Tensor:
         return named_log_snr(log_snr)
     if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point() or log_snr.dim() != 1 or not len(log_snr):
         raise TypeError(f"log_snr must be the name of a schedule or a float tensor [T]; got {describe(log_snr)}.")
-    return log_snr.detach().to("cpu", torch.float64)
+    return as_tensor("log_snr", log_snr).detach().to("cpu", torch.float64)
 
 
 def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
@@ -352,7 +383,11 @@ def _grid(timesteps: int | Sequence[int] | Tensor, T: int) -> Tensor:
             raise ValueError(f"timesteps must be from 2 to T={T}; got {timesteps}.")
         # The rounded timesteps are distinct, since the spacing is at least 1.
         return torch.linspace(0, T - 1, timesteps, dtype=torch.float64).round().long()
-    grid = torch.as_tensor(timesteps)
+    if not isinstance(timesteps, (Tensor, np.ndarray)):
+        entries: Any = timesteps if isinstance(timesteps, (list, tuple, range)) else [None]
+        if not all(isinstance(t, (int, np.integer)) and abs(t) < 2**62 for t in entries):
+            raise TypeError(f"timesteps must be an int or a list of ints; got {describe(timesteps)}.")
+    grid = as_tensor("timesteps", torch.as_tensor(timesteps), kind="int")
     if grid.dtype not in (torch.int64, torch.int32) or grid.dim() != 1:
         raise TypeError(f"timesteps must be an int or a list of ints; got {grid.dtype} of shape {list(grid.shape)}.")
     grid = grid.long().cpu()

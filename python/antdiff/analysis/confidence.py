@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_number, as_tensor
+
 
 class Interval(NamedTuple):
     """A mean over independent repetitions and its two-sided 95 % Student interval. All are float64 of one shape."""
@@ -29,6 +31,14 @@ def student_interval(values: Tensor, confidence: float = 0.95) -> Interval:
     The confidence holds for a single interval. Among twenty intervals, one is expected to miss the true value.
     """
     from scipy.stats import t as student
+
+    as_tensor("values", values, shape="[S, ...]", kind="real")
+    if values.dim() == 0:
+        raise ValueError("values must have shape [S, ...], one row per repetition; got a 0-d tensor.")
+    if values.dtype != torch.float64:
+        values = values.double()
+    values = values.detach().cpu()
+    confidence = as_number("confidence", confidence, above=0, below=1)
 
     seen = values.isfinite()
     n = seen.sum(0)  # [...]

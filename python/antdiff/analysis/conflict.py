@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from antdiff import ops
-from antdiff._checks import as_count
+from antdiff._checks import as_count, as_function, as_module, as_tensor, check_draws, describe
 from antdiff.analysis.affinity import Loss, epsilon_loss, levels_of
 from antdiff.analysis.confidence import Interval, student_interval
 from antdiff.analysis.estimate import normalised
@@ -36,6 +36,17 @@ class Conflict:
     cosine: Tensor
     batch_cosine: Tensor
     rate: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("cosine", "batch_cosine", "rate"):
+            as_tensor(name, getattr(self, name), dims=3, shape="[S, K, K]", kind="float")
+        if not self.cosine.shape == self.batch_cosine.shape == self.rate.shape or (
+            self.cosine.shape[1] != self.cosine.shape[2]
+        ):
+            raise ValueError(
+                "cosine, batch_cosine and rate must have the same shape [S, K, K]; got "
+                f"{list(self.cosine.shape)}, {list(self.batch_cosine.shape)} and {list(self.rate.shape)}."
+            )
 
     def share(self) -> Interval:
         """Return the share of pairs of clusters that conflict in a batch, with its interval over repetitions."""
@@ -82,8 +93,15 @@ def cluster_conflict(
     Raises:
         TypeError, ValueError: an invalid argument.
     """
+    as_module("model", model)
+    as_tensor("data", data, shape="[N, ...]")
+    if not isinstance(clusters, TimestepClusters):
+        raise TypeError(f"clusters must be TimestepClusters; got {describe(clusters)}.")
+    if loss is not None:
+        as_function("loss", loss)
+    check_draws(generator, torch.device("cpu"))
     levels = levels_of(log_snr)
-    k, B = clusters.k, as_count("batch_size", batch_size, clusters.k)
+    k, B = clusters.k, as_count("batch_size", batch_size, clusters.k, 2**24)
     if len(levels) != clusters.T:
         raise ValueError(
             f"clusters must cover the T={len(levels)} timesteps of log_snr; got T={clusters.T}. "
@@ -92,8 +110,9 @@ def cluster_conflict(
     if not data.is_floating_point() or data.dim() < 2 or not len(data):
         raise TypeError(f"data must be float [N, ...], scaled as in training; got {data.dtype} {list(data.shape)}.")
     as_count("batches", batches, 2), as_count("repeats", repeats)
-    per_sample, device = loss or epsilon_loss(levels), next(model.parameters()).device
+    per_sample = epsilon_loss(levels) if loss is None else loss
     gradients = ClusterGradients(model, k, route="split", group="local")
+    device = next(model.parameters()).device
     sampler = StratifiedTimesteps(clusters, group="local")
 
     def losses(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import as_module
 from antdiff._files import digest
 
 
@@ -121,7 +122,7 @@ def module_groups(model: nn.Module) -> Callable[[str], str]:
     Wrappers around a single module are skipped. Each entry of a ModuleList or Sequential counts as one module
     (``down_blocks.0``, ``down_blocks.1``, ...).
     """
-    top, prefix = model, ""
+    top, prefix = as_module("model", model), ""
     while True:
         children = [(name, child) for name, child in top.named_children() if any(True for _ in child.parameters())]
         if len(children) != 1 or next(top.parameters(recurse=False), None) is not None:

@@ -7,13 +7,17 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import as_count, as_device, as_number, as_state, as_tensor, describe, state_tensor
+
+_LARGEST_RING = 2**30  # bytes
 
 
 class Telemetry:
@@ -50,10 +54,18 @@ class Telemetry:
         share: Sequence[float] | Tensor | Any | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.k, self.window = as_count("k", k), as_count("window", window)
-        self.share = torch.ones(k).double() if share is None else torch.as_tensor(share).double().cpu()  # [K]
-        if self.share.shape != (k,) or not bool((self.share >= 0).all()) or not float(self.share.sum()) > 0:
-            raise ValueError(f"share must be [K={k}] numbers of at least 0 with a positive sum; got {share}.")
+        k, window = int(as_count("k", k)), int(as_count("window", window))
+        self.k, self.window = k, window
+        if 8 * window * (k * k + 3 * k) > _LARGEST_RING:
+            raise ValueError(
+                f"k and window must give a ring of at most {_LARGEST_RING} bytes, 8 window (k^2 + 3k); got k={k} and "
+                f"window={window}. Lower the window."
+            )
+        device = as_device("device", device)
+        self.share = torch.ones(k).double() if share is None else _share(share)  # [K]
+        total = float(self.share.sum())
+        if self.share.shape != (k,) or not bool((self.share >= 0).all()) or not 0 < total < math.inf:
+            raise ValueError(f"share must be [K={k}] numbers of at least 0 with a positive sum; got {describe(share)}.")
         self._ring = torch.zeros(window, 3 * k + k * k, dtype=torch.float64, device=device)  # losses, counts, w, G
         self._cursor = torch.zeros(1, dtype=torch.int64, device=device)  # steps since the last read
         self._no_weights = torch.full((k,), torch.nan, dtype=torch.float64, device=device)
@@ -83,6 +95,9 @@ class Telemetry:
             ("weights", weights, (self.k,)),
             ("gram", gram, (self.k, self.k)),
         ):
+            as_tensor(name, x, kind="real", read=False)
+            if x.device != self._ring.device:
+                raise ValueError(f"{name} must be on the device of the telemetry, {self._ring.device}; got {x.device}.")
             if x.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)} for k={self.k}; got {list(x.shape)}.")
         step = torch.cat([losses, counts, weights, gram.double().flatten()])  # [3K + K^2], float64, the widest dtype
@@ -144,14 +159,28 @@ class Telemetry:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a state of :meth:`state_dict`; raise a ValueError if it has another k or window."""
+        as_state(state, "ring", "cursor", "first")
+        for name in ("ring", "cursor", "first"):
+            state_tensor(name, state[name])
         if state["ring"].shape != self._ring.shape:
             raise ValueError(
                 f"state must have k={self.k} and window={self.window}, a ring of shape {list(self._ring.shape)}; got "
                 f"{list(state['ring'].shape)}. Create the Telemetry with the k and window of the saved one."
             )
+        state_tensor("cursor", state["cursor"], (1,), kind="int"), state_tensor("first", state["first"], (self.k,))
+        if int(state["cursor"]) < 0:
+            raise ValueError(f"state['cursor'] must be at least 0; got {int(state['cursor'])}.")
         self._ring.copy_(state["ring"])
         self._cursor.copy_(state["cursor"])
         self._first.copy_(state["first"])
+
+
+def _share(share: Any) -> Tensor:
+    if not isinstance(share, (Tensor, np.ndarray)):
+        if not isinstance(share, (list, tuple)):
+            raise TypeError(f"share must be a list of numbers or a tensor [K]; got {describe(share)}.")
+        share = torch.tensor([as_number("share", x) for x in share], dtype=torch.float64)
+    return as_tensor("share", torch.as_tensor(share), kind="real").detach().double().cpu()
 
 
 def _numbered(name: str, values: Tensor) -> dict[str, Tensor]:

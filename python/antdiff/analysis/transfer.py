@@ -21,6 +21,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from antdiff._checks import as_choice, as_tensor
 from antdiff.analysis.confidence import Interval, student_interval
 
 Budget = Literal["iterations", "samples"]
@@ -46,13 +47,13 @@ class TransferGap:
     budget: Budget
 
     def __post_init__(self) -> None:
+        as_tensor("joint", self.joint, kind="real"), as_tensor("specialist", self.specialist, kind="real")
         if self.joint.shape != self.specialist.shape or self.joint.dim() != 2:
             raise ValueError(
                 "joint and specialist must both be [S, K], seeds by intervals; got "
                 f"{list(self.joint.shape)} and {list(self.specialist.shape)}."
             )
-        if self.budget not in BUDGETS:
-            raise ValueError(f"budget must be 'iterations' or 'samples'; got {self.budget!r}.")
+        as_choice("budget", self.budget, BUDGETS)
 
     @property
     def gap(self) -> Interval:

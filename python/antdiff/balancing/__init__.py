@@ -119,8 +119,8 @@ def get(name: str) -> Any:
     Raises:
         ValueError: no method has this name.
     """
-    if name not in _METHODS:
-        raise ValueError(f"name must be one of {', '.join(_METHODS)}; got {name!r}.")
+    if not isinstance(name, str) or name not in _METHODS:
+        raise ValueError(f"name must be one of {', '.join(_METHODS)}; got {str(name)[:80]!r}.")
     return __getattr__(_METHODS[name].partition(".")[2])
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import MOST_TIMESTEPS, as_choice, as_count, as_state, as_tensor, state_tensor
+from antdiff.ops._problems import as_gram
 from antdiff.ops.pcgrad import Reduction
 
 Needs = Literal["gram", "losses", "rows"]
@@ -82,6 +83,7 @@ class GramBalancer:
 
     def __init__(self, *, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise") -> None:
         self.update_every = as_count("update_every", update_every)
+        as_choice("nonfinite", nonfinite, ("raise", "poison"))
         self.nonfinite: Literal["raise", "poison"] = nonfinite
         self._calls = 0
         self._last: Tensor | None = None  # [..., k]
@@ -109,6 +111,8 @@ class GramBalancer:
             TypeError, ValueError: ``gram`` is not a valid Gram matrix, as the op says.
             ValueError: ``gram`` is None although a solution is :attr:`due`.
         """
+        if gram is not None:
+            as_gram(gram)  # only a check: a copy would not carry the precision of J
         if not self.due:
             assert self._last is not None
             self._calls += 1
@@ -145,8 +149,10 @@ class GramBalancer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that :meth:`state_dict` returned."""
-        self._calls = int(state["calls"])
-        self._last = None if state["last"] is None else state["last"].clone()
+        calls, last = as_state(state, "calls", "last")["calls"], state["last"]
+        calls = as_count("state['calls']", calls, 0)
+        self._last = None if last is None else state_tensor("last", last, kind="float").clone()
+        self._calls = calls
 
 
 class SummedBalancer(GramBalancer):
@@ -205,7 +211,7 @@ class LossBalancer:
     observes_first: ClassVar[bool] = False
 
     def __init__(self, k: int) -> None:
-        self.k = as_count("k", k)
+        self.k = as_count("k", k, most=MOST_TIMESTEPS)
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """Return weights ``[K]`` for ``losses [K]``, detached, in their dtype and on their device.
@@ -262,7 +268,8 @@ class LossBalancer:
 
 def check_losses(losses: Tensor, k: int | None) -> None:
     """Raise unless ``losses`` has shape ``[k]``, or any shape ``[K]`` if ``k`` is None."""
-    if losses.dim() != 1 or (k is not None and len(losses) != k):
+    as_tensor("losses", losses, shape="[K]")
+    if losses.dim() != 1 or (k is not None and len(losses) != k) or len(losses) == 0:
         rule = "[K]" if k is None else f"[K] with K={k}"
         raise ValueError(f"losses must have shape {rule}; got {list(losses.shape)}.")
 
@@ -293,8 +300,11 @@ class RunningMean:
         return {"steps": self.steps, "sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
-        self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
+        as_state(state, "steps", "sums", "counts")
+        steps = as_count("state['steps']", state["steps"], 0)
+        k = self.sums.shape
+        sums, counts = (state_tensor(name, state[name], k, kind="float") for name in ("sums", "counts"))
+        self.steps, self.sums, self.counts = steps, sums.clone(), counts.clone()
 
 
 def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:

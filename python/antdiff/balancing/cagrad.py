@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from antdiff._checks import as_number
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.ops import gram_weights
 
@@ -39,9 +40,7 @@ class CAGrad(GramBalancer):
         self, *, c: float = 0.5, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise"
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
-        if not c >= 0:
-            raise ValueError(f"c must be at least 0; got {c}. The paper uses values between 0 and 1.")
-        self.c = c
+        self.c = as_number("c", c, least=0, remedy="The paper uses values between 0 and 1.")
 
     def solve(self, gram: Tensor) -> Tensor:
         return gram_weights(gram, "cagrad", parameter=self.c, nonfinite=self.nonfinite)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
-from antdiff.balancing.base import About, LossBalancer, RunningMean
+from antdiff._checks import as_count, as_number, as_state, state_tensor
+from antdiff.balancing.base import About, LossBalancer, RunningMean, check_losses
 
 
 class DynamicWeightAverage(LossBalancer):
@@ -40,9 +40,7 @@ class DynamicWeightAverage(LossBalancer):
 
     def __init__(self, k: int, *, temperature: float = 2.0, epoch: int = 500) -> None:
         super().__init__(k)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}. The paper uses 2.")
-        self.temperature = temperature
+        self.temperature = as_number("temperature", temperature, above=0, remedy="The paper uses 2.")
         self.epoch = as_count("epoch", epoch)
         self.reset()
 
@@ -54,6 +52,7 @@ class DynamicWeightAverage(LossBalancer):
         return torch.where((losses.detach() < 0).any(), torch.nan, weights)
 
     def observe(self, losses: Tensor, /) -> None:
+        check_losses(losses, self.k)
         self._mean.add(losses)
         if self._mean.steps == self.epoch:
             last = self._means.to(losses.device)[0]
@@ -68,5 +67,6 @@ class DynamicWeightAverage(LossBalancer):
         return {**self._mean.state_dict(), "means": self._means.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        means = state_tensor("means", as_state(state, "means")["means"], (2, self.k), kind="float")
         self._mean.load_state_dict(state)
-        self._means = state["means"].clone()
+        self._means = means.clone()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from antdiff._checks import as_number
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.ops import gram_weights
 
@@ -39,9 +40,7 @@ class FairGrad(GramBalancer):
         self, *, alpha: float = 2.0, update_every: int = 1, nonfinite: Literal["raise", "poison"] = "raise"
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
-        if not alpha > 0:
-            raise ValueError(f"alpha must be greater than 0; got {alpha}. Use 1 for NashMTL.")
-        self.alpha = alpha
+        self.alpha = as_number("alpha", alpha, above=0, remedy="Use 1 for NashMTL.")
 
     def solve(self, gram: Tensor) -> Tensor:
         return gram_weights(gram, "fairgrad", parameter=self.alpha, nonfinite=self.nonfinite)

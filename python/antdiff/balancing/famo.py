@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count, as_number, as_state, state_tensor
 from antdiff.balancing.base import About, LossBalancer, masked_softmax
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's defaults; an absolute eps is fine because logits have no unit
@@ -49,10 +50,8 @@ class FAMO(LossBalancer):
 
     def __init__(self, k: int, *, lr: float = 0.025, weight_decay: float = 0.01) -> None:
         super().__init__(k)
-        if not lr > 0:
-            raise ValueError(f"lr must be positive; got {lr}. The paper uses 0.025.")
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.lr = as_number("lr", lr, above=0, remedy="The paper uses 0.025.")
+        self.weight_decay = as_number("weight_decay", weight_decay, least=0)
         self.reset()
 
     def weights(self, losses: Tensor, /) -> Tensor:
@@ -63,6 +62,7 @@ class FAMO(LossBalancer):
         return masked_softmax(logits, present).to(losses.dtype)  # z / losses, normalised to sum 1
 
     def observe(self, losses: Tensor, /) -> None:
+        self._check(losses)
         if self._before is not None:
             self.update(losses)
         self._before = losses.detach().double()
@@ -106,6 +106,14 @@ class FAMO(LossBalancer):
         return {"steps": self._steps, **{name: None if x is None else x.clone() for name, x in tensors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = int(state["steps"])
-        for name in ("logits", "mean", "square", "before"):
-            setattr(self, f"_{name}", None if state[name] is None else state[name].clone())
+        names = ("logits", "mean", "square", "before")
+        steps = as_count("state['steps']", as_state(state, "steps", *names)["steps"], 0)
+        tensors = {
+            name: None
+            if name == "before" and state[name] is None
+            else state_tensor(name, state[name], (self.k,)).clone()
+            for name in names
+        }
+        self._steps = steps
+        for name, x in tensors.items():
+            setattr(self, f"_{name}", x)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
-from antdiff._checks import describe
+from antdiff._checks import as_tensor, describe
 from antdiff.balancing.base import About, Needs
 from antdiff.balancing.random import Draws
 from antdiff.distributed.shards import place_of
@@ -69,14 +69,27 @@ class GradDrop:
         """
         if isinstance(rows, Tensor):
             return self._one(rows)
-        return [None if x is None else self._one(x) for x in rows]
-
-    def _one(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+        if not isinstance(rows, (list, tuple)):
             raise TypeError(
-                f"rows must be a floating-point tensor [k, *shape] or a list of such tensors; got {describe(x)}. "
+                f"rows must be a floating-point tensor [k, *shape] or a list of such tensors; got {describe(rows)}. "
                 "Pass the cluster gradients."
             )
+        for i, x in enumerate(rows):
+            if x is not None:
+                self._check(x, "rows" if len(rows) == 1 else f"rows[{i}]")
+        return [None if x is None else self._one(x) for x in rows]
+
+    @staticmethod
+    def _check(x: Any, name: str) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.dim() == 0 or len(x) == 0:
+            raise TypeError(
+                f"{name} must be a floating-point tensor [k, *shape] or a list of such tensors; got {describe(x)}. "
+                "Pass the cluster gradients."
+            )
+        as_tensor(name, x)
+
+    def _one(self, x: Tensor) -> Tensor:
+        self._check(x, "rows")
         place, x = place_of(x), x.detach()
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         positive, negative = x.clamp(min=0).sum(0), x.clamp(max=0).sum(0)  # [*shape]

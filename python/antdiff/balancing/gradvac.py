@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_number, as_state, generator_state, state_tensor
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.balancing.random import Draws
 from antdiff.ops import gradvac_weights
+from antdiff.ops._problems import as_gram
 
 
 class GradVac(GramBalancer):
@@ -45,9 +47,7 @@ class GradVac(GramBalancer):
         nonfinite: Literal["raise", "poison"] = "raise",
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must be in [0, 1]; got {beta}. Use 0.01 as in the paper, or 0.5.")
-        self.beta = beta
+        self.beta = as_number("beta", beta, least=0, most=1, remedy="Use 0.01 as in the paper, or 0.5.")
         self.targets: Tensor | None = None  # [..., k, k]
         self._draws = Draws(generator, seed)
 
@@ -57,11 +57,13 @@ class GradVac(GramBalancer):
         return self._draws.generator
 
     def solve(self, gram: Tensor) -> Tensor:
-        if self.targets is None or self.targets.shape != gram.shape:
-            self.targets = torch.zeros_like(gram, requires_grad=False)
+        gram = as_gram(gram)
+        targets = self.targets
+        if targets is None or targets.shape != gram.shape:
+            targets = torch.zeros_like(gram)
         weights, self.targets = gradvac_weights(
             gram,
-            self.targets.to(gram.device),
+            targets.to(gram.device),
             beta=self.beta,
             generator=self._draws.on(gram.device),
             nonfinite=self.nonfinite,
@@ -78,6 +80,10 @@ class GradVac(GramBalancer):
         return {**super().state_dict(), **self._draws.state_dict(), "targets": targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        targets = as_state(state, "calls", "last", "generator", "targets")["targets"]
+        if targets is not None:
+            targets = state_tensor("targets", targets, kind="float").clone()
+        generator_state("generator", state["generator"])  # before anything is restored
         super().load_state_dict(state)
         self._draws.load_state_dict(state)
-        self.targets = None if state["targets"] is None else state["targets"].clone()
+        self.targets = targets

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from antdiff._checks import MOST_TIMESTEPS, as_count
 from antdiff.balancing.base import About, Needs, check_losses
 
 
@@ -28,7 +29,7 @@ class Linear:
     )
 
     def __init__(self, k: int | None = None) -> None:
-        self.k = k
+        self.k = None if k is None else as_count("k", k, most=MOST_TIMESTEPS)
 
     def weights(self, losses: Tensor, /) -> Tensor:
         """Return ``1/K`` for each of ``losses [K]``, in their dtype and on their device."""

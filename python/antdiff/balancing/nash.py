@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_choice
+from antdiff._checks import as_choice, as_number
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.ops import nash_weights
+from antdiff.ops._problems import as_gram
 from antdiff.ops.pcgrad import Reduction
 
 
@@ -64,9 +65,10 @@ class NashMTL(GramBalancer):
         nonfinite: Literal["raise", "poison"] = "raise",
     ) -> None:
         super().__init__(update_every=update_every, nonfinite=nonfinite)
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be positive; got {max_norm}. Pass None to leave the length unchanged.")
+        if max_norm is not None:
+            max_norm = as_number("max_norm", max_norm, above=0, remedy="Pass None to leave the length unchanged.")
         as_choice("reduction", reduction, ("sum", "mean"))
+        as_choice("solver", solver, ("newton", "cvxpy"))
         self.max_norm = max_norm
         self.reduction: Reduction = reduction
         self.solver: Literal["newton", "cvxpy"] = solver
@@ -76,9 +78,17 @@ class NashMTL(GramBalancer):
         return weights if self.reduction == "sum" else weights / gram.shape[-1]
 
     def weights(self, gram: Tensor | None = None, /) -> Tensor:
+        if gram is not None:
+            as_gram(gram)
+            last = self._last
+            if not self.due and last is not None and gram.shape[:-1] != last.shape:
+                raise ValueError(
+                    f"gram must have the shape of the last solution, {[*last.shape, last.shape[-1]]}; got "
+                    f"{list(gram.shape)}. Call reset() before another number of clusters."
+                )
         weights = super().weights(gram)
         if self.max_norm is None or gram is None:
             return weights
         # |J^T a|^2 = a^T G a. Rounding can make it negative if the direction vanishes.
-        square = torch.einsum("...i, ...ij, ...j -> ...", weights, gram, weights).clamp(min=0)[..., None]
-        return torch.where(square > self.max_norm**2, weights * (self.max_norm * square.rsqrt()), weights)
+        square = torch.einsum("...i, ...ij, ...j -> ...", weights, as_gram(gram), weights).clamp(min=0)[..., None]
+        return torch.where(square.sqrt() > self.max_norm, weights * (self.max_norm * square.rsqrt()), weights)

@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_state, generator_state
 from antdiff.balancing.base import About, GramBalancer
 from antdiff.balancing.random import Draws
 from antdiff.ops import pcgrad_weights
+from antdiff.ops._problems import as_gram
 
 
 class PCGrad(GramBalancer):
@@ -56,6 +58,7 @@ class PCGrad(GramBalancer):
         return self._draws.generator
 
     def solve(self, gram: Tensor) -> Tensor:
+        gram = as_gram(gram)
         return pcgrad_weights(gram, generator=self._draws.on(gram.device), nonfinite=self.nonfinite)
 
     def reset(self) -> None:
@@ -66,5 +69,6 @@ class PCGrad(GramBalancer):
         return {**super().state_dict(), **self._draws.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        generator_state("generator", as_state(state, "calls", "last", "generator")["generator"])  # before restoring
         super().load_state_dict(state)
         self._draws.load_state_dict(state)

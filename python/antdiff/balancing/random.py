@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff._checks import same_device
+from antdiff._checks import as_generator, as_seed, as_state, generator_state, same_device
 
 
 class Draws:
@@ -21,8 +21,8 @@ class Draws:
     """
 
     def __init__(self, generator: torch.Generator | None, seed: int) -> None:
-        self.generator = generator  # None until the first draw, which determines the device
-        self.seed = seed
+        self.generator = as_generator("generator", generator)  # None until the first draw, which determines the device
+        self.seed = as_seed("seed", seed)
         self._creates = generator is None
         self._pending: Tensor | None = None  # a loaded state, applied when the generator is created
 
@@ -48,6 +48,6 @@ class Draws:
         return {"generator": state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._pending = state["generator"]
+        self._pending = generator_state("generator", as_state(state, "generator")["generator"])
         if self._pending is None and self._creates:
             self.generator = None  # the state was saved before the first draw

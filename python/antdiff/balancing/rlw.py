@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.balancing.base import About, LossBalancer, masked_softmax
+from antdiff._checks import as_state, state_tensor
+from antdiff.balancing.base import About, LossBalancer, check_losses, masked_softmax
 from antdiff.balancing.random import Draws
 
 
@@ -49,6 +50,7 @@ class RandomLossWeighting(LossBalancer):
         return masked_softmax(self._logits.to(losses), losses.detach() != 0)
 
     def observe(self, losses: Tensor, /) -> None:
+        check_losses(losses, self.k)
         generator = self._draws.on(losses.device)
         self._logits = torch.randn(self.k, generator=generator, device=losses.device)
 
@@ -60,5 +62,8 @@ class RandomLossWeighting(LossBalancer):
         return {**self._draws.state_dict(), "logits": None if self._logits is None else self._logits.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        logits = as_state(state, "generator", "logits")["logits"]
+        if logits is not None:
+            logits = state_tensor("logits", logits, (self.k,), kind="float").clone()
         self._draws.load_state_dict(state)
-        self._logits = None if state["logits"] is None else state["logits"].clone()
+        self._logits = logits

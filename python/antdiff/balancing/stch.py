@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
-from antdiff.balancing.base import About, LossBalancer, RunningMean, masked_softmax
+from antdiff._checks import as_count, as_number, as_state
+from antdiff.balancing.base import About, LossBalancer, RunningMean, check_losses, masked_softmax
 
 
 class SmoothTchebycheff(LossBalancer):
@@ -46,9 +46,7 @@ class SmoothTchebycheff(LossBalancer):
 
     def __init__(self, k: int, *, mu: float = 1.0, warmup: int = 4, epoch: int = 500) -> None:
         super().__init__(k)
-        if not mu > 0:
-            raise ValueError(f"mu must be positive; got {mu}. The default is 1.")
-        self.mu = mu
+        self.mu = as_number("mu", mu, above=0, remedy="The default is 1.")
         self.warmup = as_count("warmup", warmup, 0)
         self.epoch = as_count("epoch", epoch)
         self.reset()
@@ -63,6 +61,7 @@ class SmoothTchebycheff(LossBalancer):
         return (masked_softmax(f / self.mu, present) * (-logs).exp()).to(losses.dtype)
 
     def observe(self, losses: Tensor, /) -> None:
+        check_losses(losses, self.k)
         self._seen += 1
         if 0 < self._seen - self.warmup * self.epoch <= self.epoch:
             self._early.add(losses)
@@ -75,5 +74,6 @@ class SmoothTchebycheff(LossBalancer):
         return {"seen": self._seen, **self._early.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen = int(state["seen"])
+        seen = as_count("state['seen']", as_state(state, "seen")["seen"], 0)
         self._early.load_state_dict(state)
+        self._seen = seen

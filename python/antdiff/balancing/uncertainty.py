@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from antdiff._checks import as_count
+from antdiff._checks import MOST_TIMESTEPS, as_count, as_number, as_tensor
 from antdiff.balancing.base import About, Needs, check_losses
 
 
@@ -41,8 +41,8 @@ class UncertaintyWeighting(nn.Module):
 
     def __init__(self, k: int, *, lr: float = 0.025) -> None:
         super().__init__()
-        self.k = as_count("k", k)
-        self.lr = lr
+        self.k = as_count("k", k, most=MOST_TIMESTEPS)
+        self.lr = as_number("lr", lr, above=0)
         self.log_variance = nn.Parameter(torch.zeros(k))  # [K], s
 
     def loss(self, losses: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -54,6 +54,10 @@ class UncertaintyWeighting(nn.Module):
                 its s gets no gradient. Default None: no cluster is empty.
         """
         check_losses(losses, self.k)
+        if counts is not None:
+            as_tensor("counts", counts, kind="real")
+            if counts.shape != losses.shape:
+                raise ValueError(f"counts must have the shape of losses, [{self.k}]; got {list(counts.shape)}.")
         terms = self.factor * (torch.exp(-self.log_variance) * losses / self.k + self.log_variance)  # [K]
         return terms.sum() if counts is None else torch.where(counts > 0, terms, 0.0).sum()
 

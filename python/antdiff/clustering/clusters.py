@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, overload
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from antdiff import ops
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import MOST_TIMESTEPS, as_choice, as_count, as_counts, as_number, as_path, as_tensor, describe
 from antdiff._files import write_json
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -45,13 +44,17 @@ class TimestepClusters:
     __slots__ = ("_boundaries", "_bounds", "_edges")
 
     def __init__(self, T: int, starts: Sequence[int] | Tensor, *, edges: Sequence[float] | None = None) -> None:
-        T = as_count("T", T)
-        values = tuple(as_count("starts", s, 0) for s in (starts.tolist() if isinstance(starts, Tensor) else starts))
+        T = as_count("T", T, most=MOST_TIMESTEPS)
+        if isinstance(starts, np.ndarray):
+            starts = torch.from_numpy(np.ascontiguousarray(starts)) if starts.dtype.kind in "iu" else starts.tolist()
+        values = tuple(as_counts("starts", starts))
         bounds = (*values, T)
         if not values or values[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(f"starts must ascend strictly from 0 and stay below T={T}; got {list(values)}.")
         if edges is not None:
-            edges = tuple(float(e) for e in edges)
+            if not isinstance(edges, (list, tuple)):
+                raise TypeError(f"edges must be a list of numbers; got {describe(edges)}.")
+            edges = tuple(as_number("edges", e, rule="positive and finite") for e in edges)
             if len(edges) != len(values) - 1:
                 raise ValueError(
                     f"edges must have k-1={len(values) - 1} entries, one between neighbours; got {len(edges)}."
@@ -71,7 +74,7 @@ class TimestepClusters:
         Cluster i starts at ``i * T // k``. Sizes differ by at most one, if k does not divide T. The dynamic program
         cannot do better: sizes m and m+1 often cost the same, so its optimum is one of many.
         """
-        T, k = as_count("T", T), as_count("k", k)
+        T, k = as_count("T", T, most=MOST_TIMESTEPS), as_count("k", k)
         if k > T:
             raise ValueError(f"k must be at most T, since no cluster may be empty; got k={k} with T={T}.")
         return cls(T, [i * T // k for i in range(k)])
@@ -133,6 +136,10 @@ class TimestepClusters:
                 are common.
         """
         affinity = _as_float64("tas", tas, 2)
+        if affinity.shape[0] != affinity.shape[1] or not bool(affinity.isfinite().all()):
+            raise ValueError(
+                f"tas must be finite and have shape [T, T]; got {describe(affinity)}. Interpolate NaN entries."
+            )
         starts, _ = ops.interval_partition_affinity(affinity, k, min_size=min_size, max_size=max_size)
         return cls(affinity.shape[0], starts)
 
@@ -140,7 +147,7 @@ class TimestepClusters:
     def from_cost(cls, cost: Array, k: int, *, min_size: int = 1, max_size: int | None = None) -> TimestepClusters:
         """Return the optimal clusters for any interval cost ``[T, T]``; see :func:`antdiff.ops.interval_partition`."""
         starts, _ = ops.interval_partition(cost, k, min_size=min_size, max_size=max_size)
-        return cls(cost.shape[0], starts)
+        return cls(int(cost.shape[0]), starts)
 
     @classmethod
     def from_sigmas(
@@ -200,12 +207,21 @@ class TimestepClusters:
         quantiles = [s / T for s in clusters._bounds[1:-1]]
         if distribution == "uniform":
             return cls(T, clusters.starts, edges=quantiles)
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        mean = as_number("mean", mean)
+        std = as_number("std", std)
+        if not std > 0:
             raise ValueError(f"mean must be finite, and std finite and positive; got mean={mean} and std={std}.")
-        normal = [NormalDist(mean, std).inv_cdf(q) for q in quantiles]
+        normal = [mean + std * NormalDist().inv_cdf(q) for q in quantiles]
         if distribution == "lognormal":
-            return cls(T, clusters.starts, edges=[math.exp(z) for z in normal])
-        return cls(T, clusters.starts, edges=[1 / (1 + math.exp(-z)) for z in normal])
+            levels = np.exp(normal)
+        else:
+            levels = 1 / (1 + np.exp(np.negative(normal)))
+        if not (np.isfinite(levels).all() and (levels > 0).all() and (np.diff(levels) > 0).all()):
+            raise ValueError(
+                f"mean and std must give distinct noise levels in float64; got mean={mean} and std={std}. "
+                "EDM uses -1.2 and 1.2."
+            )
+        return cls(T, clusters.starts, edges=levels.tolist())
 
     # ---- properties --------------------------------------------------------------------------------------------------
 
@@ -264,6 +280,10 @@ class TimestepClusters:
         if isinstance(t, Tensor):
             return self._cluster_of_tensor(t)
         if isinstance(t, np.ndarray):
+            if t.size > MOST_TIMESTEPS and 0 in t.strides:
+                raise ValueError(
+                    f"t must not be a broadcast array of more than {MOST_TIMESTEPS} elements; got {t.shape}."
+                )
             is_level = self._kind(t.dtype, np.issubdtype(t.dtype, np.floating), np.issubdtype(t.dtype, np.integer))
             levels = self._levels(is_level)
             ids = np.asarray(np.searchsorted(np.asarray(levels), t, side="right") - 1, dtype=np.int64)
@@ -272,12 +292,15 @@ class TimestepClusters:
         if isinstance(t, (bool, np.bool_)) or not isinstance(t, (int, float, np.integer, np.floating)):
             raise TypeError(f"t must be a tensor, an array or a number; got {type(t).__name__}.")
         is_level = self._kind(type(t).__name__, isinstance(t, (float, np.floating)), True)
-        id = bisect.bisect_right(self._levels(is_level), t) - 1 if t == t else self.k
+        id = bisect.bisect_right(self._levels(is_level), t.item() if isinstance(t, np.generic) else t) - 1
+        if t != t:
+            id = self.k
         self._check(0 <= id < self.k, is_level, t)
         return id
 
     def _cluster_of_tensor(self, t: Tensor) -> Tensor:
-        is_level = self._kind(t.dtype, t.is_floating_point(), not t.is_complex() and t.dtype != torch.bool)
+        as_tensor("t", t, kind="real")
+        is_level = self._kind(t.dtype, t.is_floating_point(), t.dtype != torch.bool)
         if is_level:
             t = t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32)
         else:
@@ -347,7 +370,7 @@ class TimestepClusters:
             "starts": list(self._bounds[:-1]),
             "edges": None if self._edges is None else list(self._edges),
         }
-        write_json(Path(path), content)
+        write_json(as_path("path", path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TimestepClusters:
@@ -358,7 +381,7 @@ class TimestepClusters:
             ValueError: the file is not JSON, does not contain clusters, has another version, or is damaged.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(as_path("path", path).read_text(encoding="utf-8"))
         except ValueError as error:  # includes UnicodeDecodeError, for files that are not text
             raise ValueError(
                 f"{path} must be JSON written by TimestepClusters.save; reading it failed: {error}."
@@ -393,4 +416,8 @@ def _as_float64(name: str, x: object, ndim: int) -> Tensor:
         raise TypeError(f"{name} must be a float tensor or NumPy array; got {received}.")
     if x.dim() != ndim or x.numel() == 0:
         raise ValueError(f"{name} must have shape [{', '.join('T' * ndim)}] with T >= 1; got {list(x.shape)}.")
-    return x.detach().to("cpu", torch.float64)
+    # A plain, contiguous copy, so that the solver finds no fault with what it would call by another name.
+    x = as_tensor(name, x).detach().as_subclass(Tensor).to("cpu", torch.float64).contiguous()
+    if bool((x.abs() > 2.0**960).any()) and not bool(x.isinf().any()):
+        raise ValueError(f"{name} must be at most 2^960 in magnitude; got {x.abs().max().item():.3g}. Rescale it.")
+    return x

@@ -8,11 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import (
+    as_count,
+    as_device,
+    as_flag,
+    as_generator,
+    as_seed,
+    as_state,
+    as_tensor,
+    describe,
+    generator_state,
+)
 from antdiff.clustering.clusters import TimestepClusters
 from antdiff.distributed.chunks import contiguous_counts
 from antdiff.distributed.ranks import Group, Ranks
 
+_MOST_SAMPLES = 2**24  # in one batch: more than any step holds, and few enough to be drawn
 _KEEP = 64  # the number of layouts to cache; one batch size needs up to k of them
 
 
@@ -73,8 +84,10 @@ class StratifiedTimesteps:
     ) -> None:
         _require_clusters(clusters)
         self.clusters = clusters
-        self.importance = bool(importance)
+        self.importance = as_flag("importance", importance)
         self.ranks = Ranks(group)
+        if seed is not None:
+            seed = as_seed("seed", seed)
         self.seed = 0 if seed is None and self.ranks.size > 1 else seed
         self._offset = 0  # the cluster that gets the next remaining sample
         self._layouts: dict[tuple[int, int, torch.device], _Layout] = {}
@@ -106,7 +119,9 @@ class StratifiedTimesteps:
             RuntimeError: the process group was initialised after this sampler was made.
         """
         sizes = self._sizes(B)
-        total = as_count("B", sum(sizes))
+        total = as_count("B", sum(sizes), most=_MOST_SAMPLES)
+        as_generator("generator", generator)
+        device = None if device is None else _device(device, generator)
         if generator is None and (
             self.seed is not None or self._generators
         ):  # the state of a seeded sampler was loaded
@@ -123,7 +138,7 @@ class StratifiedTimesteps:
 
     def shares(self, B: int) -> list[int]:
         """Return each cluster's number of samples in the next step, K ints, for B samples over all ranks."""
-        k = self.clusters.k
+        B, k = as_count("B", B, 0), self.clusters.k
         return [B // k + ((c - self._offset) % k < B % k) for c in range(k)]
 
     def counts(self, B: int | Sequence[int]) -> list[list[int]]:
@@ -152,12 +167,22 @@ class StratifiedTimesteps:
         Raises:
             ValueError: it is not the state of a sampler with the same number of clusters.
         """
-        k, offset = state.get("k"), state.get("offset")
-        if k != self.clusters.k or not isinstance(offset, int) or not 0 <= offset < k:
+        k, offset = as_state(state).get("k"), state.get("offset")
+        if type(k) is not int or k != self.clusters.k or type(offset) is not int or not 0 <= offset < k:
             raise ValueError(f"state must be that of a sampler with k={self.clusters.k} clusters; got {dict(state)}.")
+        generators = state.get("generators", {})
+        if not isinstance(generators, Mapping):
+            raise TypeError(f"state['generators'] must be a dict; got {describe(generators)}.")
+        loaded = {}
+        for name, value in generators.items():
+            device = as_device("every key of state['generators']", name)
+            loaded[device] = generator_state(
+                f"generators {name}", as_tensor("state['generators']", value, kind="int"), device
+            )
         self._offset = offset
-        for device, generator_state in state.get("generators", {}).items():
-            self._generator(torch.device(device)).set_state(generator_state)
+        for device, loaded_state in loaded.items():
+            if loaded_state is not None:
+                self._generator(device).set_state(loaded_state)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device.type == "cuda" and device.index is None:  # "cuda" and "cuda:0" share one generator
@@ -169,7 +194,7 @@ class StratifiedTimesteps:
     def _sizes(self, B: int | Sequence[int]) -> list[int]:
         """Return the number of samples on each rank."""
         self.ranks.require_all()
-        if not isinstance(B, Sequence):
+        if not isinstance(B, (list, tuple)):
             return [as_count("B", B)] * self.ranks.size
         if len(B) != self.ranks.size:
             raise ValueError(
@@ -205,7 +230,7 @@ class UniformTimesteps:
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> TimestepBatch:
         """Draw one batch. Arguments, result and errors are those of :meth:`StratifiedTimesteps.sample`."""
-        B = as_count("B", B)
+        B = as_count("B", B, most=_MOST_SAMPLES)
         device = _device(device, generator)
         t = torch.randint(self.clusters.T, (B,), device=device, generator=generator)
         return TimestepBatch(t, self.clusters.cluster_of(t), torch.ones(B, dtype=torch.float32, device=device))
@@ -216,7 +241,7 @@ class UniformTimesteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accept the state of a uniform sampler, which is empty."""
-        if state:
+        if as_state(state):
             raise ValueError(f"state must be that of a uniform sampler, which is empty; got {dict(state)}.")
 
 
@@ -235,12 +260,13 @@ def _device(device: torch.device | str | None, generator: torch.Generator | None
         raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
     if device is None:
         return torch.device("cpu") if generator is None else generator.device
-    device = torch.device(device)
+    device = as_device("device", device, present=False)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"generator must be on the device of the result, {device}; got one on {generator.device}. "
             f"Make it with torch.Generator('{device.type}')."
         )
+    as_device("device", device)
     return device
 
 

@@ -23,7 +23,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import (
+    MOST_TIMESTEPS,
+    as_choice,
+    as_count,
+    as_device,
+    as_number,
+    as_state,
+    as_tensor,
+    check_draws,
+    same_device,
+    state_tensor,
+)
 from antdiff.clustering import StratifiedTimesteps, TimestepClusters, UniformTimesteps
 from antdiff.clustering.timesteps import TimestepBatch
 
@@ -69,9 +80,8 @@ class Pacing:
         if steps_per_stage is not None:
             as_count("steps_per_stage", steps_per_stage)
         as_choice("order", order, ("easy-first", "hard-first"))
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1); got {smoothing}. Use 0 for no smoothing.")
-        self.device = torch.empty(0, device=device).device  # turns "cuda" into "cuda:0", like the device of a tensor
+        smoothing = as_number("smoothing", smoothing, least=0, below=1, remedy="Use 0 for no smoothing.")
+        self.device = as_device("device", "cpu" if device is None else device)
         self.edges = edges.to(self.device)  # [N+1]
         self.stages = len(edges) - 1
         self.patience = patience
@@ -154,19 +164,30 @@ class Pacing:
             KeyError: an entry of ``state`` is missing.
             ValueError: the stage is not one of 1..N.
         """
-        stage = int(state["stage"])
+        as_state(state, "stage", "best", "smoothed", "waited")
+        values = {}
+        for name in ("stage", "best", "smoothed", "waited"):
+            x = state[name]
+            if isinstance(x, (int, float)) and not isinstance(x, bool):
+                x = torch.tensor(float(x) if isinstance(x, float) else as_count(f"state[{name!r}]", x, 0))
+            x = state_tensor(name, x)
+            if x.numel() != 1:
+                raise ValueError(f"state[{name!r}] must be one number; got {list(x.shape)}.")
+            values[name] = x.reshape(())
+        stage = int(values["stage"]) if values["stage"].isfinite() else 0
         if not 1 <= stage <= self.stages:
             raise ValueError(
                 f"state must be of a curriculum of N={self.stages} clusters; got stage {stage}. Use the "
                 "number of clusters that the saved curriculum had."
             )
         for name, value in (("best", self._best), ("smoothed", self._smoothed), ("waited", self._waited)):
-            value.copy_(torch.as_tensor(state[name]))
+            value.copy_(values[name])
         self._stage.fill_(stage)
         self._mirror = _Mirror(self._stage)
 
     def _mean_over_ranks(self, loss: Tensor | float) -> Tensor:
         if isinstance(loss, Tensor):
+            as_tensor("loss", loss, kind="real", read=False)
             if loss.numel() != 1:
                 raise ValueError(
                     f"loss must be one number, the mean over the batch; got shape {list(loss.shape)}. Call .mean()."
@@ -177,8 +198,13 @@ class Pacing:
                     f"with device={str(loss.device)!r}."
                 )
             x = loss.detach().reshape(()).to(torch.float64, copy=True)
-        elif isinstance(loss, (int, float)):
-            x = torch.full((), float(loss), dtype=torch.float64, device=self.device)
+        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            x = torch.full(
+                (),
+                float(max(min(loss, 1e300), -1e300)) if abs(loss) != math.inf else loss,
+                dtype=torch.float64,
+                device=self.device,
+            )
         else:
             raise TypeError(f"loss must be a tensor or a number; got {type(loss).__name__}.")
         if dist.is_available() and dist.is_initialized():
@@ -188,7 +214,7 @@ class Pacing:
 
     def check_device(self, device: torch.device | str | None) -> None:
         """Raise a ValueError if ``device`` is given and differs from the curriculum's device."""
-        if device is not None and torch.empty(0, device=device).device != self.device:
+        if device is not None and not same_device(as_device("device", device, present=False), self.device):
             raise ValueError(
                 f"device must be the curriculum's own, {self.device}; got {device}. Make the curriculum with "
                 f"device={str(device)!r}."
@@ -222,12 +248,12 @@ class Curriculum(Pacing):
     @classmethod
     def from_log_snr(cls, log_snr: Tensor, n: int = STAGES, **pacing: Any) -> Curriculum:
         """Make a curriculum with clusters of similar log-SNR (float [T], falling with t), the paper's default."""
-        return cls(TimestepClusters.from_log_snr(log_snr, n), **pacing)
+        return cls(TimestepClusters.from_log_snr(log_snr, _stages(n, log_snr)), **pacing)
 
     @classmethod
     def uniform(cls, T: int, n: int = STAGES, **pacing: Any) -> Curriculum:
         """Make a curriculum with clusters of equal length, the paper's ablation."""
-        return cls(TimestepClusters.uniform(T, n), **pacing)
+        return cls(TimestepClusters.uniform(T, _stages(n, T)), **pacing)
 
     @staticmethod
     def edm(p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> SigmaCurriculum:
@@ -238,7 +264,9 @@ class Curriculum(Pacing):
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw timesteps int64 [B], uniform over the current range. ``device`` must be the curriculum's, or None."""
+        B = as_count("B", B, most=MOST_TIMESTEPS)
         self.check_device(device)
+        check_draws(generator, self.device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
         # Although u < 1, low + u (high - low) can round up to high, which is outside the range.
@@ -247,6 +275,15 @@ class Curriculum(Pacing):
     def restrict(self, sampler: StratifiedTimesteps | UniformTimesteps) -> RestrictedTimesteps:
         """Restrict ``sampler`` to the current range; see :class:`RestrictedTimesteps`."""
         return RestrictedTimesteps(self, sampler)
+
+
+def _stages(value: Any, timesteps: Any) -> int:
+    """Return the argument n if it is from 1 to the number of timesteps."""
+    n: int = as_count("n", value)
+    T = timesteps if isinstance(timesteps, int) else timesteps.numel() if isinstance(timesteps, Tensor) else n
+    if n > T:
+        raise ValueError(f"n must be at most T, since no cluster may be empty; got n={n} with T={T}.")
+    return n
 
 
 class SigmaCurriculum(Pacing):
@@ -258,11 +295,9 @@ class SigmaCurriculum(Pacing):
     """
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, n: int = STAGES, **pacing: Any) -> None:
-        n = as_count("n", n)
-        if not p_std > 0:
-            raise ValueError(f"p_std must be positive; got {p_std}. EDM uses 1.2.")
-        self.p_mean = p_mean
-        self.p_std = p_std
+        n = as_count("n", n, most=MOST_TIMESTEPS)
+        self.p_mean = as_number("p_mean", p_mean)
+        self.p_std = as_number("p_std", p_std, above=0, remedy="EDM uses 1.2.")
         super().__init__(torch.arange(n + 1, dtype=torch.float64) / n, **pacing)
 
     @property
@@ -274,7 +309,9 @@ class SigmaCurriculum(Pacing):
         self, B: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw noise levels sigma, float32 [B], in the current range. ``device`` must be the curriculum's, or None."""
+        B = as_count("B", B, most=MOST_TIMESTEPS)
         self.check_device(device)
+        check_draws(generator, self.device)
         low, high = self.range
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
         # Clamping cuts off one millionth at each end, 4.75 standard deviations from the mean: sigma stays within a
@@ -315,6 +352,8 @@ class RestrictedTimesteps:
                 f"sampler must be StratifiedTimesteps or UniformTimesteps; got {type(sampler).__name__}, whose density "
                 "is not known. Draw timesteps inside curriculum.range from your own density instead."
             )
+        if not isinstance(curriculum, Curriculum):
+            raise TypeError(f"curriculum must be a Curriculum; got {type(curriculum).__name__}.")
         clusters, T = sampler.clusters, curriculum.T
         if clusters.T != T:
             raise ValueError(
@@ -341,6 +380,7 @@ class RestrictedTimesteps:
         All are on the curriculum's device.
         """
         self.curriculum.check_device(device)
+        check_draws(generator, self.curriculum.device)
         t = self.sampler.sample(B, device=self.curriculum.device, generator=generator).t
         low, high = self.curriculum.range
         below, inside = torch.take(self._F, low), torch.take(self._F, high) - torch.take(self._F, low)
@@ -367,8 +407,14 @@ class RestrictedTimesteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
+        as_state(state, "sampler", "curriculum")
+        before = self.sampler.state_dict()
         self.sampler.load_state_dict(state["sampler"])
-        self.curriculum.load_state_dict(state["curriculum"])
+        try:
+            self.curriculum.load_state_dict(state["curriculum"])
+        except (TypeError, ValueError):
+            self.sampler.load_state_dict(before)
+            raise
 
 
 class _Mirror:

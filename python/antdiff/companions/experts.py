@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from antdiff._checks import MOST_TIMESTEPS, as_count, as_device, as_module, as_number, as_tensor, check_draws, describe
 from antdiff.clustering import TimestepClusters
 
 P_OWN = (0.8, 0.4, 0.2, 0.1)
+_WIDEST = 2**14  # channels; a wider layer would take gigabytes
 
 
 class SoftIntervalSampler:
@@ -52,8 +54,12 @@ class SoftIntervalSampler:
         *,
         clusters: TimestepClusters | None = None,
     ) -> None:
+        T, n_experts = as_count("T", T, most=MOST_TIMESTEPS), as_count("n_experts", n_experts, -(2**63))
         if not 1 <= n_experts <= T:
             raise ValueError(f"n_experts must be in [1, T={T}]; got {n_experts}.")
+        if not isinstance(p, (list, tuple)):
+            raise TypeError(f"p must be a list of probabilities, one per expert; got {describe(p)}.")
+        p = [as_number("p", q) for q in p]
         if len(p) != n_experts or not all(0 <= q <= 1 for q in p):
             raise ValueError(f"p must be n_experts={n_experts} probabilities, one per expert; got {tuple(p)}.")
         self.bounds = list(_intervals(n_experts, T, clusters).bounds)
@@ -70,6 +76,9 @@ class SoftIntervalSampler:
     ) -> Tensor:
         """Draw timesteps int64 [B] from q_expert."""
         low, high = self._interval(expert)
+        B = as_count("B", B, most=MOST_TIMESTEPS)
+        place = as_device("device", "cpu" if device is None else device)
+        check_draws(generator, place)
         own = torch.rand(B, device=device, generator=generator) < self.p[expert]  # [B]
         inside = torch.randint(low, high, (B,), device=device, generator=generator)
         anywhere = torch.randint(self.T, (B,), device=device, generator=generator)
@@ -116,8 +125,11 @@ class ExpertBank(nn.Module):
         self, experts: Sequence[nn.Module], T: int = 1000, *, clusters: TimestepClusters | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(experts, (list, tuple, nn.ModuleList)) or not all(isinstance(e, nn.Module) for e in experts):
+            raise TypeError(f"experts must be a list of networks, torch.nn.Module; got {describe(experts)}.")
         if not experts:
             raise ValueError("experts must be at least one network; got none. Pass one per interval.")
+        T = as_count("T", T, most=MOST_TIMESTEPS)
         self.clusters = _intervals(len(experts), T, clusters)
         self.experts = nn.ModuleList(experts)
         self.T = T
@@ -130,14 +142,16 @@ class ExpertBank(nn.Module):
 
     def expert_for(self, t: int) -> int:
         """Return the index of the expert whose interval contains t."""
+        t = as_count("t", t, -(2**63))
         if not 0 <= t < self.T:
             raise ValueError(f"t must be a timestep, 0 <= t < T={self.T}; got {t}. Timesteps are counted from 0.")
         return self.clusters.cluster_of(t)
 
     def offload(self, device: torch.device | str, *, home: torch.device | str = "cpu") -> ExpertBank:
         """Run experts on ``device`` and keep the others on ``home``, for sampling. Returns the bank itself."""
-        self._home, self._device, self._resident = torch.device(home), torch.device(device), None
-        self.experts.to(self._home)
+        place, rest = as_device("device", device, present=False), as_device("home", home, present=False)
+        _move(self.experts, rest)
+        self._home, self._device, self._resident = rest, place, None
         return self
 
     def expert(self, i: int) -> nn.Module:
@@ -145,8 +159,8 @@ class ExpertBank(nn.Module):
         _check_expert(i, len(self.experts))
         if self._device is not None and i != self._resident:
             if self._resident is not None:
-                self.experts[self._resident].to(self._home)
-            self.experts[i].to(self._device)
+                _move(self.experts[self._resident], self._home)
+            _move(self.experts[i], self._device)
             self._resident = i
         return self.experts[i]
 
@@ -157,11 +171,17 @@ class ExpertBank(nn.Module):
         """
         if self.only is not None:
             return self.expert(self.only)(x, t, *args, **kwargs)
-        if not isinstance(t, Tensor) or (t.numel() == 1 and t.device.type == "cpu"):
+        if not isinstance(t, Tensor):
+            return self.expert(self.expert_for(t))(x, t, *args, **kwargs)
+        as_tensor("t", t, kind="int")
+        if t.numel() == 1 and t.device.type == "cpu":
             return self.expert(self.expert_for(int(t)))(x, t, *args, **kwargs)
+        as_tensor("x", x, shape="[B, ...]", kind="real")
+        if x.dim() == 0:
+            raise ValueError("x must have shape [B, ...], one row per sample; got a 0-d tensor.")
         B = len(x)
         t = t.expand(B) if t.numel() == 1 else t
-        if t.shape != (B,):
+        if t.shape != (B,) or B == 0:
             raise ValueError(f"t must be one timestep, or int64 [B={B}]; got shape {list(t.shape)}.")
         ids = torch.searchsorted(self.bounds.to(t.device), t, right=True) - 1  # [B]
         present = ids.unique().tolist()  # the only host-device sync
@@ -191,10 +211,24 @@ class ExpertBank(nn.Module):
         return out
 
 
+def _move(module: nn.Module, device: torch.device | None) -> None:
+    try:
+        module.to(device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"device and home must be devices of this machine with enough memory; got {device}. torch says: {reason}"
+        ) from error
+
+
 def _intervals(n: int, T: int, clusters: TimestepClusters | None) -> TimestepClusters:
     """Return ``clusters`` if they fit n experts and T; for None, n intervals as equal as integers allow."""
     if clusters is None:
+        if n > T:
+            raise ValueError(f"experts must be at most T={T}, since no interval may be empty; got {n}.")
         return TimestepClusters.uniform(T, n)
+    if not isinstance(clusters, TimestepClusters):
+        raise TypeError(f"clusters must be TimestepClusters; got {describe(clusters)}.")
     if (clusters.k, clusters.T) != (n, T):
         raise ValueError(
             f"clusters must have one interval per expert, k={n}, and T={T}; got k={clusters.k} and T={clusters.T}. "
@@ -239,15 +273,14 @@ class InceptionMixer2d(nn.Module):
 
     def __init__(self, dim: int, high_ratio: float, head_dim: int = 32, pool: int = 2) -> None:
         super().__init__()
-        if not 0 < high_ratio < 1:
-            raise ValueError(f"high_ratio must be in (0, 1); got {high_ratio}. See high_ratio_schedule.")
+        high_ratio = as_number("high_ratio", high_ratio, above=0, below=1, remedy="See high_ratio_schedule.")
+        dim, head_dim = as_count("dim", dim, most=_WIDEST), as_count("head_dim", head_dim)
+        pool = as_count("pool", pool, most=_WIDEST)
         if dim % 2 or head_dim % 2 or head_dim < 2 or dim < head_dim + 2:
             raise ValueError(
                 f"dim and head_dim must be even with dim >= head_dim + 2; got {dim} and {head_dim}. Choose a smaller "
                 "head_dim or an even dim."
             )
-        if pool < 1:
-            raise ValueError(f"pool must be at least 1; got {pool}. Use 1 for no pooling.")
         self.heads = min(max(round((1 - high_ratio) * dim / head_dim), 1), (dim - 2) // head_dim)
         self.low = self.heads * head_dim
         self.high = dim - self.low
@@ -264,6 +297,7 @@ class InceptionMixer2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens: x [B, d, H, W] -> [B, d, H, W]."""
+        _check_image(x, self.out.weight, self.out.out_channels)
         z1, z2, low = x.split([self.high // 2, self.high // 2, self.low], dim=1)
         y1 = F.gelu(self.pooled(F.max_pool2d(z1, 3, stride=1, padding=1)))
         y2 = F.gelu(self.convolved(z2))
@@ -281,6 +315,17 @@ class InceptionMixer2d(nn.Module):
         return F.interpolate(self.attended(y), size=size, mode="nearest")
 
 
+def _check_image(x: object, like: Tensor, channels: int) -> None:
+    x = as_tensor("x", x, shape="[B, d, H, W]")
+    if x.device != like.device or (x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(
+            f"x must have the dtype and device of the weights, {like.dtype} on {like.device}; got {x.dtype} on "
+            f"{x.device}. Convert it with .to()."
+        )
+    if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(f"x must have shape [B, d={channels}, H, W] with H, W >= 1; got {list(x.shape)}.")
+
+
 def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: int = 4) -> float:
     """Return the share d_h / d of high-frequency channels in one encoder stage of one expert (both counted from 0).
 
@@ -288,7 +333,9 @@ def high_ratio_schedule(expert: int, stage: int, n_experts: int = 4, n_stages: i
     1:3 in the fourth for the first expert, and 1:4 and 1:15 for the last expert. All other entries interpolate
     d_h / d_l geometrically, which is our choice. Other numbers of experts and stages are spread over the same range.
     """
+    n_experts, n_stages = as_count("n_experts", n_experts), as_count("n_stages", n_stages)
     _check_expert(expert, n_experts)
+    stage = as_count("stage", stage, -(2**63))
     if not 0 <= stage < n_stages:
         raise ValueError(f"stage must be one of 0 .. {n_stages - 1}; got {stage}. Stages are counted from 0.")
     e = expert / (n_experts - 1) if n_experts > 1 else 0.0  # 0 for the least noise, 1 for the most
@@ -307,6 +354,9 @@ class InceptionBlock2d(nn.Module):
 
     def __init__(self, dim: int, high_ratio: float, head_dim: int = 32, *, mlp_ratio: int = 2, groups: int = 8) -> None:
         super().__init__()
+        dim, mlp_ratio = as_count("dim", dim, most=_WIDEST), as_count("mlp_ratio", mlp_ratio, most=64)
+        if dim % as_count("groups", groups):
+            raise ValueError(f"groups must divide dim={dim}; got {groups}.")
         self.norm1 = nn.GroupNorm(groups, dim)
         self.mixer = InceptionMixer2d(dim, high_ratio, head_dim)
         self.norm2 = nn.GroupNorm(groups, dim)
@@ -315,6 +365,7 @@ class InceptionBlock2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both branches: [B, d, H, W] -> [B, d, H, W]."""
+        _check_image(x, self.scale, self.scale.shape[1])
         x = x + self.scale[0] * self.mixer(self.norm1(x))
         out: Tensor = x + self.scale[1] * self.mlp(self.norm2(x))
         return out
@@ -350,16 +401,22 @@ def add_inception(unet: nn.Module, expert: int, n_experts: int, *, head_dim: int
     Raises:
         ValueError: ``unet`` has no encoder stages with residual blocks, or the expert is unknown.
     """
+    as_module("unet", unet)
+    if head_dim is not None:
+        head_dim = as_count("head_dim", head_dim)
     stages = [m for m in getattr(unet, "down_blocks", []) if len(getattr(m, "resnets", []))]
     if not stages:
         raise ValueError(
             "unet must be diffusers' UNet2DModel, with down_blocks that contain resnets; got "
             f"{type(unet).__name__}, which has none. Pass the UNet2DModel itself, not a wrapper."
         )
+    blocks = []  # all of them, before the network is changed
     for s, stage in enumerate(stages):
         last: Any = stage.resnets[-1]
         dim = int(last.out_channels)
         ratio = high_ratio_schedule(expert, s, n_experts, len(stages))
-        block = InceptionBlock2d(dim, ratio, head_dim or max(2, dim // 16 * 2), groups=last.norm2.num_groups)
-        stage.resnets[-1] = _ThenInception(last, block)
+        width = max(2, dim // 16 * 2) if head_dim is None else head_dim
+        blocks.append(InceptionBlock2d(dim, ratio, width, groups=last.norm2.num_groups))
+    for stage, block in zip(stages, blocks, strict=True):
+        stage.resnets[-1] = _ThenInception(stage.resnets[-1], block)
     return unet

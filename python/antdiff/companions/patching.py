@@ -22,8 +22,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import as_choice, as_count, as_flag, as_function, as_generator, as_module, as_number, as_tensor
 
+_LARGEST = 2**24
 NAME = "mixture_of_prompts"  # name of the patch among the submodules of the patched model
 
 
@@ -72,8 +73,16 @@ class MixtureOfPrompts(nn.Module):
         super().__init__()
         cond_dim = dim if cond_dim is None else cond_dim
         k = n_tokens if k is None else k
-        for name, value in (("depth", depth), ("n_tokens", n_tokens), ("dim", dim), ("cond_dim", cond_dim)):
-            as_count(name, value)
+        sizes = [("depth", depth), ("n_tokens", n_tokens), ("dim", dim), ("cond_dim", cond_dim), ("k", k)]
+        for name, value in sizes:
+            as_count(name, value, most=_LARGEST)
+        if depth * n_tokens * dim > 2**32 or cond_dim * n_tokens > 2**32:
+            raise ValueError(
+                "depth, n_tokens, dim and cond_dim must give at most 2^32 numbers; got "
+                f"{', '.join(f'{name}={value}' for name, value in sizes[:4])}. Lower one of them."
+            )
+        noisy = as_flag("noisy", noisy)
+        as_generator("generator", generator)
         if not 1 <= k <= n_tokens:
             raise ValueError(f"k must be in [1, n_tokens={n_tokens}]; got {k}. Leave it out to keep all prompts.")
         as_choice("balancing", balancing, ("corrected", "published"))
@@ -105,8 +114,8 @@ class MixtureOfPrompts(nn.Module):
         Raises:
             ValueError: i lies outside [0, depth), x has another number of tokens or width, or cond has another shape.
         """
-        if not 0 <= i < self.depth:
-            raise ValueError(f"i must be a block with prompts, 0 <= i < {self.depth}; got {i}.")
+        i = self._block(i)
+        as_tensor("x", x), as_tensor("cond", cond)
         if x.dim() != 3 or x.shape[1:] != self.prompts.shape[1:]:
             raise ValueError(
                 f"x must be [B, {self.n_tokens}, {self.prompts.shape[2]}] tokens; got {list(x.shape)}. Prompts belong "
@@ -125,6 +134,8 @@ class MixtureOfPrompts(nn.Module):
 
         In training mode they are noisy, and kept for the balancing losses.
         """
+        i = self._block(i)
+        self._check_condition("cond", cond)
         cond = cond.to(self.gate.weight.dtype)
         clean = self.gate(torch.cat([cond, cond.new_full((len(cond), 1), float(i))], dim=1))  # [B, N]
         logits, std = clean, None
@@ -159,6 +170,11 @@ class MixtureOfPrompts(nn.Module):
         if not self._gates:
             zero = self.prompts.new_zeros(())
             return {"importance": zero, "load": zero}
+        if len({g.shape for g in self._gates}) > 1:
+            raise ValueError(
+                "cond must have had the same number of rows in all calls of gates() since reset(); got "
+                f"{[len(g) for g in self._gates][:8]}. Call reset() before each forward pass."
+            )
         importance = torch.stack(self._gates).float().sum(0)  # [B, N], summed over blocks
         load = torch.stack(self._loads).float()  # [blocks, N]
         if self.balancing == "published":
@@ -175,6 +191,7 @@ class MixtureOfPrompts(nn.Module):
 
         The prompts have learning rate ``lr``; gate and noise have ``gate_factor`` times ``lr``.
         """
+        lr, gate_factor = as_number("lr", lr, least=0), as_number("gate_factor", gate_factor, least=0)
         gate = [p for name, p in self.named_parameters() if name != "prompts"]
         return [{"params": [self.prompts], "lr": lr}, {"params": gate, "lr": lr * gate_factor}]
 
@@ -185,12 +202,28 @@ class MixtureOfPrompts(nn.Module):
         The conditions are, for example, those of a sampler's timesteps. Gates depend only on condition and block, so
         ``table[s, i, :, None] * prompts[i]`` is a constant bias for the tokens of block i.
         """
+        self._check_condition("conds", conds)
         was_training = self.training
         self.eval()
         try:
             return torch.stack([self.gates(i, conds) for i in range(self.depth)], dim=1)
         finally:
             self.train(was_training)
+
+    def _block(self, value: Any) -> int:
+        i: int = as_count("i", value, -(2**63))
+        if not 0 <= i < self.depth:
+            raise ValueError(f"i must be a block with prompts, 0 <= i < {self.depth}; got {i}.")
+        return i
+
+    def _check_condition(self, name: str, cond: Any) -> None:
+        as_tensor(name, cond)
+        width = self.gate.in_features - 1
+        if cond.dim() != 2 or cond.shape[1] != width:
+            raise ValueError(
+                f"{name} must be [B, {width}]; got {list(cond.shape)}. Make the MixtureOfPrompts with the cond_dim of "
+                "this model."
+            )
 
     def _load(self, g: Tensor, clean: Tensor, logits: Tensor, std: Tensor | None, top: Tensor | None) -> Tensor:
         """Return the load of each prompt, [N]: the number of samples that keep it.
@@ -276,6 +309,12 @@ def patch_dit(
     Raises:
         ValueError: ``model`` contains no DiT, has fewer blocks than ``prompts.depth``, or is patched already.
     """
+    as_module("model", model)
+    freeze = as_flag("freeze", freeze)
+    if not isinstance(prompts, MixtureOfPrompts):
+        raise TypeError(f"prompts must be a MixtureOfPrompts; got {type(prompts).__name__}.")
+    if condition is not None:
+        as_function("condition", condition)
     dit, blocks = _find_dit(model)
     if hasattr(dit, NAME):
         raise ValueError("model must not be patched already; got one that is. Call unpatch(model) first.")
@@ -324,7 +363,7 @@ def save_patch(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _find_patch(model: nn.Module) -> tuple[nn.Module, MixtureOfPrompts]:
-    for module in model.modules():
+    for module in as_module("model", model).modules():
         prompts = getattr(module, NAME, None)
         if isinstance(prompts, MixtureOfPrompts):
             return module, prompts

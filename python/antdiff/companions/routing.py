@@ -28,7 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import (
+    MOST_TIMESTEPS,
+    as_choice,
+    as_count,
+    as_function,
+    as_module,
+    as_number,
+    as_tensor,
+    check_draws,
+    describe,
+)
 
 ALPHA = 4.0
 BETA = 0.8
@@ -42,8 +52,8 @@ def start_table(channels: int, T: int = 1000, alpha: float = ALPHA, beta: float 
     Raises:
         ValueError: ``beta`` lies outside (0, 1] or leaves no channel, ``alpha`` is not positive, or T < 2.
     """
+    T = as_count("T", T, 2, MOST_TIMESTEPS)
     width = _width(channels, alpha, beta)
-    T = as_count("T", T, 2)
     start = np.rint(np.linspace(0, 1, T) ** alpha * (channels - width))  # rint rounds half to even
     return torch.from_numpy(start.astype(np.int64)), width
 
@@ -58,8 +68,22 @@ def route(block: Callable[..., Tensor], x: Tensor, mask: Tensor, *args: Any, **k
             [B, C, 1, 1].
         args, kwargs: further arguments of ``block``.
     """
+    as_function("block", block)
+    as_tensor("x", x)
+    as_tensor("mask", mask, kind="real")
+    if x.device != mask.device or not _broadcasts(mask.shape, x.shape):
+        raise ValueError(
+            f"mask must broadcast to the shape of x, {list(x.shape)}, on its device; got {list(mask.shape)} on "
+            f"{mask.device}. Reshape it to [B, 1, C] or [B, C, 1, 1]."
+        )
     h = x * mask
     return block(h, *args, **kwargs) + (x - h)
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    return len(shape) <= len(target) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False)
+    )
 
 
 class ChannelRouting:
@@ -119,7 +143,13 @@ class ChannelRouting:
         generator: torch.Generator | None = None,
     ) -> None:
         as_choice("mode", mode, ("window", "random"))
-        owner, points = (model, [_Point(m, c, channel_dim) for m, c in blocks]) if blocks else find_blocks(model)
+        as_module("model", model)
+        T = as_count("T", T, 2, MOST_TIMESTEPS)
+        if rank is not None:
+            as_function("rank", rank)
+        channel_dim = as_count("channel_dim", channel_dim, -8, 8)
+        check_draws(generator, torch.device("cpu"))
+        owner, points = (model, _given_blocks(blocks, channel_dim)) if blocks is not None else find_blocks(model)
         if hasattr(owner, NAME):
             path = next((name for name, module in model.named_modules() if module is owner and name), "")
             place = f"model.get_submodule({path!r})" if path else "model"
@@ -158,6 +188,7 @@ class ChannelRouting:
             block: index among the blocks of this width, in the order in which they were found or given. Blocks of
                 equal width differ only in random mode.
         """
+        channels, block = as_count("channels", channels), as_count("block", block, -(2**63))
         if channels not in self._starts:
             raise ValueError(
                 f"channels must be the width of a routed block, one of {sorted(self._starts)}; got {channels}."
@@ -197,9 +228,17 @@ class ChannelRouting:
 
         The second value is None if the check has run here.
         """
-        t = torch.as_tensor(t, device=device).reshape(-1)  # [B] or [1]
+        if isinstance(t, np.ndarray) and t.dtype.kind not in "iuf":
+            raise TypeError(f"t must be timesteps, integers or floats; got an array of {t.dtype}.")
+        if not isinstance(t, (Tensor, np.ndarray)):
+            t = as_number("t", t) if isinstance(t, (float, np.floating)) else as_count("t", t, -(2**63))
+        t = torch.as_tensor(t, device=device)
+        as_tensor("t", t, kind="real")
+        t = t.reshape(-1)  # [B] or [1]
         if self.rank is not None:
-            u = self.rank(t).double()
+            u = self.rank(t)
+            as_tensor("rank(timestep)", u, dims=1, shape="[B]", kind="real")
+            u = u.double()
             bad = ~((u >= 0) & (u <= 1))
             rule, index = "rank(timestep) must be in [0, 1]", u.clamp(0, 1).nan_to_num(0)
             if self._choices:
@@ -245,6 +284,8 @@ def edm_rank(p_mean: float = -1.2, p_std: float = 1.2) -> Callable[[Tensor], Ten
     The rank of sigma is u = Phi((ln sigma - p_mean) / p_std). If a network is called with c_noise = ln(sigma) / 4, pass
     ``lambda c: edm_rank()(torch.exp(4 * c))``.
     """
+
+    p_mean, p_std = as_number("p_mean", p_mean), as_number("p_std", p_std, above=0)
 
     def rank(sigma: Tensor) -> Tensor:
         u: Tensor = torch.special.ndtr((sigma.double().log() - p_mean) / p_std)
@@ -353,11 +394,23 @@ def _timestep_argument(module: nn.Module) -> tuple[str, int]:
             return name, names.index(name)
     raise ValueError(
         f"{type(module).__name__}.forward must take the timestep as one of {', '.join(TIMESTEP_NAMES)}; it takes "
-        f"{', '.join(names)}. Route the submodule that takes the timestep, or rename the argument."
+        f"{', '.join(names)}. Pass the submodule that takes the timestep as model, or rename the argument."
     )
 
 
+def _given_blocks(blocks: object, channel_dim: int) -> list[_Point]:
+    pairs = blocks if isinstance(blocks, (list, tuple)) else []
+    if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"blocks must be a list of pairs (module, width); got {describe(blocks)}.")
+    return [
+        _Point(as_module("every module of blocks", module), as_count("every width of blocks", width), channel_dim)
+        for module, width in pairs
+    ]
+
+
 def _width(channels: int, alpha: float, beta: float) -> int:
+    channels = as_count("channels", channels, most=2**20)
+    alpha, beta = as_number("alpha", alpha, remedy="The paper uses 4."), as_number("beta", beta)
     if not (0 < beta <= 1 and int(beta * channels) >= 1):
         raise ValueError(
             f"beta must be in (0, 1] and keep at least one of {channels} channels; got {beta}. The paper uses 0.8."

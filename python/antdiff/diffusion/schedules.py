@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import MOST_TIMESTEPS, as_choice, as_count, as_tensor
 
-SCHEDULES = ("linear", "cosine", "ldm", "sd", "flow")
+SCHEDULES = ("linear", "cosine", "ldm", "sd", "flow")  # the last has no betas
 
 _ROOT_LINEAR = {"ldm": (0.0015, 0.0195), "sd": (0.00085, 0.012)}
 
@@ -36,7 +36,8 @@ def betas(name: str, T: int = 1000) -> Tensor:
     Raises:
         ValueError: the name is unknown, or T is so small that some beta would not lie in (0, 1).
     """
-    T = as_count("T", T)
+    T = as_count("T", T, most=MOST_TIMESTEPS)
+    as_choice("name", name, SCHEDULES[:4])
     if name == "cosine":
         t = torch.arange(T + 1, dtype=torch.float64) / T
         abar = torch.cos((t + 0.008) / 1.008 * (math.pi / 2)).square()
@@ -74,11 +75,11 @@ def log_snr(schedule: str | Any, T: int | None = None) -> Tensor:
         TypeError, ValueError: the name or object is unknown, or values lie outside the range of their kind.
     """
     if isinstance(schedule, str):
-        T = 1000 if T is None else as_count("T", T)
+        T = 1000 if T is None else as_count("T", T, most=MOST_TIMESTEPS)
         if schedule == "flow":
             return log_snr_from_flow((torch.arange(T, dtype=torch.float64) + 0.5) / T)
         if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or a scheduler; got {schedule!r}.")
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or a scheduler; got {schedule[:80]!r}.")
         return log_snr_from_betas(betas(schedule, T))
     if T is not None:
         raise ValueError(
@@ -148,6 +149,7 @@ def _level(name: str, x: object) -> Tensor:
         raise TypeError(
             f"{name} must be a float tensor [T]; got {x.dtype if isinstance(x, Tensor) else type(x).__name__}."
         )
+    x = as_tensor(name, x, shape="[T]")
     if x.dim() != 1 or x.numel() == 0:
         raise ValueError(f"{name} must have shape [T] with T >= 1; got {list(x.shape)}.")
     return x.detach().to("cpu", torch.float64)

@@ -18,14 +18,15 @@ A paper states its weight for one of these losses. The tables convert it to the 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from antdiff._checks import as_count
+from antdiff._checks import MOST_TIMESTEPS, as_choice, as_count, as_generator, as_number, as_tensor
 
 Prediction = Literal["epsilon", "x0", "v"]
+_PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
 def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "epsilon") -> Tensor:
@@ -42,6 +43,7 @@ def min_snr(log_snr: Tensor, *, gamma: float = 5.0, prediction: Prediction = "ep
         float64 ``[T]``. For epsilon, ``min(SNR, gamma) / SNR``.
     """
     gamma = _positive("gamma", gamma)
+    as_choice("prediction", prediction, _PREDICTIONS)
     # min(SNR, gamma) / SNR = min(1, gamma / SNR), which is 1 for SNR = 0. Logarithms avoid 0 / 0.
     log_weight = (math.log(gamma) - _checked(log_snr)).clamp(max=0)  # for epsilon
     return torch.where(log_snr == -math.inf, 1.0, _from_epsilon(log_weight, log_snr, prediction))
@@ -53,7 +55,10 @@ def truncated_snr(log_snr: Tensor, *, prediction: Prediction = "epsilon") -> Ten
     Returns:
         float64 ``[T]``. For epsilon, ``max(1, 1 / SNR)``, which is infinite if no signal is left (SNR = 0).
     """
-    return _from_epsilon((-_checked(log_snr)).clamp(min=0), log_snr, prediction)
+    as_choice("prediction", prediction, _PREDICTIONS)
+    table = _from_epsilon((-_checked(log_snr)).clamp(min=0), log_snr, prediction)
+    # SNR = 0: max(SNR, 1) = 1 on the loss of x_0, and 1 / (SNR + 1) of it on that of v.
+    return table if prediction == "epsilon" else torch.where(log_snr == -math.inf, 1.0, table)
 
 
 def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Prediction = "epsilon") -> Tensor:
@@ -67,8 +72,8 @@ def p2(log_snr: Tensor, *, k: float = 1.0, gamma: float = 1.0, prediction: Predi
     Returns:
         float64 ``[T]``.
     """
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be finite and at least 0; got {gamma}.")
+    gamma = as_number("gamma", gamma, least=0, rule="finite and at least 0")
+    as_choice("prediction", prediction, _PREDICTIONS)
     log_k = torch.tensor(math.log(_positive("k", k)), dtype=torch.float64)
     return _from_epsilon(-gamma * torch.logaddexp(log_k, _checked(log_snr)), log_snr, prediction)
 
@@ -87,10 +92,10 @@ def edm(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
         float64, of the shape of ``sigma``.
     """
     sigma_data = _positive("sigma_data", sigma_data)
-    sigma = sigma.double()
+    sigma = as_tensor("sigma", sigma, kind="real").double()
     if not bool((sigma > 0).all()):
         raise ValueError(f"sigma must be positive; got {float(sigma.min())}.")
-    return sigma.pow(-2) + sigma_data**-2
+    return sigma.pow(-2) + torch.tensor(sigma_data, dtype=torch.float64).pow(-2)
 
 
 class NoiseLevelUncertainty(nn.Module):
@@ -114,7 +119,8 @@ class NoiseLevelUncertainty(nn.Module):
 
     def __init__(self, channels: int = 128, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        channels = as_count("channels", channels)
+        channels = as_count("channels", channels, most=MOST_TIMESTEPS)
+        as_generator("generator", generator)
         self.register_buffer("frequency", 2 * math.pi * torch.randn(channels, generator=generator))
         self.register_buffer("phase", 2 * math.pi * torch.rand(channels, generator=generator))
         self.linear = nn.Linear(channels, 1, bias=False)
@@ -122,18 +128,27 @@ class NoiseLevelUncertainty(nn.Module):
 
     def u(self, log_sigma: Tensor) -> Tensor:
         """Return the log-uncertainty ``[B]`` at ``log_sigma [B]``, the natural log of sigma (-log_snr / 2)."""
+        as_tensor("log_sigma", log_sigma, dims=1, shape="[B]")
+        log_sigma = log_sigma.to(self.phase.dtype)
         features = math.sqrt(2) * torch.cos(log_sigma[:, None] / 4 * self.frequency + self.phase)  # [B, channels]
         u: Tensor = self.linear(features)[:, 0] / math.sqrt(len(self.phase))
         return u
 
     def forward(self, per_sample: Tensor, log_sigma: Tensor) -> Tensor:
         """Return ``per_sample / exp(u) + u``, ``[B]``, for losses ``[B]`` and the log of their noise levels ``[B]``."""
+        as_tensor("per_sample", per_sample, dims=1, shape="[B]")
+        as_tensor("log_sigma", log_sigma, dims=1, shape="[B]")
+        if per_sample.shape != log_sigma.shape or per_sample.device != log_sigma.device:
+            raise ValueError(
+                f"log_sigma must have the shape and device of per_sample, {list(per_sample.shape)} on "
+                f"{per_sample.device}; got {list(log_sigma.shape)} on {log_sigma.device}."
+            )
         u = self.u(log_sigma.to(self.phase.dtype))
         return per_sample * torch.exp(-u) + u
 
 
 def _checked(log_snr: Tensor) -> Tensor:
-    log_snr = log_snr.double()
+    log_snr = as_tensor("log_snr", log_snr).double()
     if bool((log_snr.isnan() | (log_snr == math.inf)).any()):
         raise ValueError(
             "log_snr must be finite, or -inf for timesteps without signal; got NaN or inf. An SNR of inf means that a "
@@ -143,9 +158,7 @@ def _checked(log_snr: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and positive; got {value}.")
-    return value
+    return as_number(name, value, above=0, rule="finite and positive")
 
 
 def _from_epsilon(log_weight: Tensor, log_snr: Tensor, prediction: str) -> Tensor:
@@ -155,6 +168,5 @@ def _from_epsilon(log_weight: Tensor, log_snr: Tensor, prediction: str) -> Tenso
         return log_weight.exp()
     if prediction == "x0":
         return (log_weight + log_snr).exp()  # since MSE of epsilon = SNR x MSE of x_0
-    if prediction == "v":
-        return (log_weight + nn.functional.logsigmoid(log_snr)).exp()  # since MSE of v = (SNR + 1) x MSE of x_0
-    raise ValueError(f"prediction must be one of 'epsilon', 'x0', 'v'; got {prediction!r}.")
+    # prediction is "v": MSE of v = (SNR + 1) x MSE of x_0
+    return (log_weight + nn.functional.logsigmoid(log_snr)).exp()

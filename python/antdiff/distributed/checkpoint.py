@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from antdiff._checks import as_count, as_path, as_state
 from antdiff._files import sync_folder
 from antdiff.distributed.ranks import Ranks, naming_lost_ranks
 
@@ -42,6 +43,8 @@ def save_checkpoint(
     from torch.distributed.checkpoint.state_dict_saver import save
 
     ranks = Ranks(group)
+    folder, step = as_path("folder", folder), as_count("step", step, 0)
+    state = as_state(state)
     path, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +80,13 @@ def load_checkpoint(folder: Path, state: dict[str, Any], *, group: dist.ProcessG
         CheckpointException: the checkpoint cannot be read, or does not have a key or shape of ``state`` (from
             torch.distributed.checkpoint).
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    folder = as_path("folder", folder)
+    if not isinstance(state, dict):
+        raise TypeError(f"state must be a dict, which the checkpoint fills; got {type(state).__name__}.")
     ranks = Ranks(group)
     found = _checkpoints(folder)
     newest: list[Path | None] = [found[-1] if found else None]
@@ -91,7 +98,11 @@ def load_checkpoint(folder: Path, state: dict[str, Any], *, group: dist.ProcessG
         return None
     with warnings.catch_warnings(), naming_lost_ranks("the load of a checkpoint"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        load(state, storage_reader=FileSystemReader(path), process_group=ranks.group)
+        try:
+            load(state, storage_reader=FileSystemReader(path), process_group=ranks.group)
+        except CheckpointException as error:  # not an Exception
+            first = next(iter(error.failures.values()))[0]
+            raise ValueError(f"state must have the entries and shapes of {path}; {str(first)[:300]}") from error
     return int(path.name.removeprefix("step-"))
 
 

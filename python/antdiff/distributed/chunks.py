@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from antdiff._checks import as_counts
+
 Counts = Sequence[Sequence[int]]  # [R][K], samples of each cluster on each rank
 
 
@@ -18,6 +20,11 @@ def contiguous_counts(shares: Sequence[int], sizes: Sequence[int]) -> list[list[
     Returns:
         R lists of K ints.
     """
+    shares, sizes = as_counts("shares", shares), as_counts("sizes", sizes)
+    if sum(shares) != sum(sizes):
+        raise ValueError(
+            f"shares and sizes must have the same sum, the samples of the batch; got {sum(shares)} and {sum(sizes)}."
+        )
     edges = [0, *itertools.accumulate(shares)]
     cuts = [0, *itertools.accumulate(sizes)]
     return [

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from antdiff._checks import as_count, as_counts, as_number, describe
+
+_MOST = 2**20  # clusters or ranks
+
 
 class Cost(NamedTuple):
     """The communication of one scheme per step.
@@ -64,6 +68,18 @@ def cost_model(
         A cost for each of ``ddp`` (the all-reduce of a plain step), ``all_reduce``, ``reduce_scatter``, ``cluster`` and
         ``fsdp`` (only the K x K numbers that are sent in addition to what fully_shard sends by itself).
     """
+    numel, k, world_size = as_count("numel", numel, 0), as_count("k", k), as_count("world_size", world_size)
+    itemsize, node = as_count("itemsize", itemsize), as_count("node", node)
+    step, latency = as_number("step", step, least=0), as_number("latency", latency, least=0)
+    nvlink, network = as_number("nvlink", nvlink, above=0), as_number("network", network, above=0)
+    if k > _MOST or world_size > _MOST:
+        raise ValueError(f"k and world_size must be at most {_MOST}; got k={k} and world_size={world_size}.")
+    if counts is not None:
+        if not isinstance(counts, (list, tuple)) or len(counts) != world_size:
+            raise ValueError(f"counts must be world_size={world_size} lists of k={k} ints; got {describe(counts)}.")
+        counts = [as_counts("counts", each) for each in counts]
+        if any(len(each) != k for each in counts):
+            raise ValueError(f"counts must be lists of k={k} ints; got lengths {[len(each) for each in counts][:8]}.")
     R, row = world_size, float(numel * itemsize)
     rho = (R - 1) / R
     ring = nvlink if node >= R else min(nvlink, node * network)

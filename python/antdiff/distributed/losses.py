@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import as_choice, as_flag, as_tensor, describe
 from antdiff.distributed.ranks import Group, Ranks, refuse_nonfinite, wait
 
 
@@ -47,6 +48,15 @@ def global_losses(
         LostRankError: another rank has died or hangs.
     """
     ranks = Ranks(group)
+    as_choice("nonfinite", nonfinite, ("raise", "poison"))
+    as_flag("averaged", averaged)
+    as_tensor("losses", losses, dims=1, shape="[K]")
+    as_tensor("counts", counts, kind="real")
+    if counts.shape != losses.shape or counts.device != losses.device:
+        raise ValueError(
+            f"counts must have the shape and device of losses, {list(losses.shape)} on {losses.device}; got "
+            f"{list(counts.shape)} on {counts.device}."
+        )
     if ranks.size == 1:
         return losses, counts
     sums = losses * counts  # [K]
@@ -82,9 +92,16 @@ def reduce_gradients(
         LostRankError: another rank has died or hangs.
     """
     ranks = Ranks(group)
+    as_flag("skip_unused", skip_unused)
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be a module or its parameters; got {describe(params)}.")
+    params = list(params)
+    if not all(isinstance(p, Tensor) for p in params):
+        raise TypeError("params must be a module or its parameters; got an entry that is no tensor.")
     if ranks.size == 1:
         return
-    params = params.parameters() if isinstance(params, nn.Module) else params
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for p in params:
         if p.requires_grad and not (skip_unused and p.grad is None):

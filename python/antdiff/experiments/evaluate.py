@@ -91,13 +91,13 @@ def evaluate(config: TrainConfig, data: ImageData, run: Path, *, progress: bool 
         "held_out_losses": held_out_losses(model, data, schedule, intervals(clusters), device).tolist(),
         "intervals": intervals(clusters),
     }
-    write_json(run / "results.json", results)
     with folder_written_whole(run / "model") as folder:
         model.save(folder)
     rows = read_csv(run / "metrics.csv")
     if rows:
         title = f"{data.name}, {config.label}, {config.timestep_sampling} timesteps, seed {config.seed}"
         save_curves(rows, intervals(clusters), title, run / "curves.png")
+    write_json(run / "results.json", results)  # last: it says that the run is finished
     return results
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from antdiff._checks import as_function
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.ranks import wait
 from antdiff.distributed.shards import Shards
@@ -51,6 +52,7 @@ class Accumulation:
     ) -> None:
         """Add a micro-batch; arguments as for :meth:`antdiff.ClusterGradients.__call__`."""
         self._require_open()
+        as_function("loss_fn", loss_fn)
         engine = self.engine
         clustered = ClusteredBatch.of(cluster, engine.k, rank_counts(counts, engine.ranks, engine.k))
         batch = Samples.of(with_dims(batch, in_dims), clustered.B)

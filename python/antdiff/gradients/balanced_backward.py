@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from antdiff import ops
+from antdiff._checks import as_choice, as_count, as_flag, as_function
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.losses import global_losses, reduce_gradients
 from antdiff.distributed.ranks import Group, refuse_nonfinite, wait
@@ -104,7 +105,12 @@ class BalancedBackward:
     ) -> None:
         needs = getattr(balancer, "needs", None)
         method_of = {"gram": "weights", "losses": "weights", "rows": "direction"}
-        if isinstance(balancer, type) or needs not in method_of or not hasattr(balancer, method_of[needs]):
+        if (
+            isinstance(balancer, type)
+            or not isinstance(needs, str)
+            or needs not in method_of
+            or not hasattr(balancer, method_of[needs])
+        ):
             raise TypeError(
                 f"balancer must be a method of antdiff.balancing, such as balancing.PCGrad(); got {balancer!r}."
             )
@@ -113,8 +119,12 @@ class BalancedBackward:
                 "balancer must be made with nonfinite='poison' if there is a scaler, which skips such steps; got "
                 "nonfinite='raise'. Make it with nonfinite='poison'."
             )
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1; got {micro_batch}.")
+        if micro_batch is not None:
+            micro_batch = as_count("micro_batch", micro_batch)
+        as_flag("skip_unused", skip_unused)
+        as_choice("nonfinite", nonfinite, ("raise", "poison"))
+        as_choice("hold", hold, ("jacobian", "gram"))
+        as_choice("scheme", scheme, get_args(Scheme))
         if micro_batch is not None and needs == "losses":
             raise ValueError(
                 "micro_batch must be None for a method that needs the losses of the whole batch first; got "
@@ -171,6 +181,7 @@ class BalancedBackward:
             ValueError: the loss of a cluster is not finite; see ``nonfinite``.
         """
         balancer = self.balancer
+        as_function("loss_fn", loss_fn)
         batch = with_dims(batch, in_dims)
         if balancer.needs == "losses":
             return self._from_losses(loss_fn, batch, cluster, counts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff._checks import describe
+from antdiff._checks import as_counts, as_tensor, describe
 from antdiff.gradients.samples import Samples
 from antdiff.gradients.samples import cut as cut
 from antdiff.gradients.samples import each_row as each_row
@@ -45,9 +45,10 @@ class ClusteredBatch:
         """Check, sort and count the ids. With ``counts`` the ids must be sorted, and there is no host-device sync."""
         if not isinstance(cluster, Tensor) or cluster.dtype != torch.int64 or cluster.dim() != 1:
             raise TypeError(f"cluster must be an int64 tensor [B]; got {describe(cluster)}.")
+        as_tensor("cluster", cluster, kind="int")
         B = cluster.numel()
         if counts is not None:
-            sizes = [int(n) for n in counts]
+            sizes = as_counts("counts", counts, -(2**63))
             if len(sizes) != k or min(sizes) < 0 or sum(sizes) != B:
                 raise ValueError(f"counts must be k={k} sizes >= 0 that add up to B={B}; got {sizes}.")
             if cluster.is_cpu:  # on CUDA a check would wait for the device
@@ -212,6 +213,8 @@ def check_losses(per_sample: object, size: int) -> None:
             f"{list(per_sample.shape) if isinstance(per_sample, Tensor) else type(per_sample).__name__}. "
             "Average over the other dimensions, not over the samples, and pass one cluster id per sample."
         )
+    if not per_sample.is_floating_point():
+        raise ValueError(f"loss_fn must return real numbers; got {per_sample.dtype}. Take their squared magnitude.")
     if not per_sample.requires_grad:
         raise ValueError(
             "loss_fn must return losses that depend on model's parameters; got a tensor without a graph. "

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from antdiff._checks import as_choice, as_count
+from antdiff._checks import as_choice, as_count, as_function, describe
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.ranks import Group, Ranks
 from antdiff.distributed.schemes import Scheme
@@ -137,6 +137,16 @@ class ClusterGradients:
         as_choice("hold", hold, ("jacobian", "gram"))
         as_choice("scheme", scheme, get_args(Scheme))
         as_choice("nonfinite", nonfinite, ("raise", "poison"))
+        if dtype is not None and (
+            not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2
+        ):
+            raise ValueError(f"dtype must be float32, float64, float16, bfloat16 or None; got {str(dtype)[:40]}.")
+        if not isinstance(separable, (list, tuple, set, frozenset)) or not all(map(callable, separable)):
+            raise TypeError(
+                f"separable must be a list of functions such as torch.ops.my.op; got {describe(separable)}."
+            )
+        if compile is not None and not (isinstance(compile, Mapping) and all(isinstance(key, str) for key in compile)):
+            raise TypeError(f"compile must be a dict of options of torch.compile, or None; got {describe(compile)}.")
         if audit is not None:
             audit = as_count("audit", audit)
         wrapper = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
@@ -226,6 +236,7 @@ class ClusterGradients:
             LostRankError: another rank has died or hangs.
         """
         self.ranks.require_all()
+        as_function("loss_fn", loss_fn)
         batch = with_dims(batch, in_dims)
         if self.several:
             return self._ranked.jacobian(loss_fn, batch, cluster, counts, scaler)
@@ -353,6 +364,7 @@ class ClusterGradients:
         """
         if self.is_sharded:
             raise ValueError("model must have whole parameters for verify(). Call it before fully_shard(model).")
+        as_function("loss_fn", loss_fn)
         with self.unsynchronised():
             return self._local.verify(
                 loss_fn, with_dims(batch, in_dims), cluster, rank_counts(counts, self.ranks, self.k)

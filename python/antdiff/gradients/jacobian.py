@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from antdiff._checks import as_tensor, describe
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.parameters import finish_grads
 from antdiff.gradients.sinks import GradientStore
@@ -172,12 +173,16 @@ def unscaled(gram: Tensor, loss_scale: Tensor | float) -> Tensor:
 
 def check_direction(rows: Sequence[Tensor | None], direction: Sequence[Tensor | None]) -> None:
     """Raise unless ``direction`` has one tensor ``[*shape]`` per ``[k, *shape]`` of ``rows``, and None for None."""
+    if not isinstance(direction, (list, tuple)) or not all(d is None or isinstance(d, Tensor) for d in direction):
+        raise TypeError(f"direction must be a list of tensors and None; got {describe(direction)}.")
     if len(direction) != len(rows):
         raise ValueError(
             f"direction must have one entry for each of the {len(rows)} parameters; got {len(direction)}. "
             "Pass what the method returned for jacobian.rows."
         )
     for row, d in zip(rows, direction, strict=True):
+        if d is not None:
+            as_tensor("direction", d)
         want, got = None if row is None else list(row.shape[1:]), None if d is None else list(d.shape)
         if want != got:
             raise ValueError(

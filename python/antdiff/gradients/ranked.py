@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from antdiff._checks import describe
 from antdiff.distributed.chunks import Counts
 from antdiff.distributed.exchange import Exchange
 from antdiff.distributed.ranks import Ranks, Work, refuse_nonfinite, wait
@@ -272,6 +273,9 @@ class RankedJacobian:
 
 def rank_counts(counts: Sequence[int] | Counts | None, ranks: Ranks, k: int) -> Sequence[int] | None:
     """Return this rank's k counts, given k ints for this rank or a list of k ints for each of R ranks."""
+    is_row = isinstance(counts, (list, tuple)) or (isinstance(counts, Tensor) and counts.dim() == 1)
+    if counts is not None and not is_row:
+        raise TypeError(f"counts must be a list of k={k} ints; got {describe(counts)}.")
     if counts is None or not len(counts) or not isinstance(counts[0], Sequence):
         return counts  # type: ignore[return-value]
     if len(counts) != ranks.size:

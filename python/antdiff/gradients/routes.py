@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from antdiff._checks import describe
 from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
 from antdiff.gradients.grouped.compiled import CompiledLoss
 from antdiff.gradients.grouped.mode import LEAK, GroupedMode
@@ -31,6 +32,8 @@ class Scaler(Protocol):
 
 def loss_scale(scaler: Scaler | None, device: torch.device) -> Tensor | float:
     """Return the loss scale, as a tensor because ``scaler.get_scale()`` would wait for the device."""
+    if scaler is not None and not callable(getattr(scaler, "scale", None)):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None; got {describe(scaler)}.")
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]
 
 

@@ -28,7 +28,11 @@ class _Dims(NamedTuple):
 
 
 def with_dims(batch: Sequence[Any], in_dims: InDims) -> Sequence[Any]:
-    """Attach ``in_dims`` to a batch, which is read once the number of its samples is known."""
+    """Check the kind of ``batch`` and attach ``in_dims``, which is read once the number of samples is known."""
+    if not isinstance(batch, Sequence) or isinstance(batch, (str, bytes, bytearray)):
+        raise TypeError(
+            f"batch must be a tuple or list of the arguments of loss_fn; got {describe(batch)}. Pass (x,) for one."
+        )
     return batch if in_dims is None else _Dims(batch, in_dims)
 
 

@@ -154,7 +154,7 @@ class Reader:
     def read_batch(self, batch: Sequence[Any], in_dims: InDims) -> list[Any]:
         """Return one node per argument."""
         remedy = "Write 0 for an argument that holds samples and None for one that all samples share."
-        if in_dims == 0 and type(in_dims) is int:
+        if type(in_dims) is int and in_dims == 0:
             return [self.read(x, i, "given") for i, x in enumerate(batch)]
         if not isinstance(in_dims, (list, tuple)):
             got = in_dims if isinstance(in_dims, int) else type(in_dims).__name__

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_count, as_device, overlaps_itself
+
 try:
     from antdiff import _C
 except ImportError as error:
@@ -74,25 +76,19 @@ def dense(name: str, x: Any) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {x.layout}. Call .to_dense().")
-    if x.is_contiguous():
-        return x
-    if _overlaps_itself(x):
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {kind}. Call .to_dense().")
+    tensor: Tensor = x
+    if not _is_compiling() and x.is_neg():  # a view such as z.conj().imag, whose memory holds the negated numbers
+        tensor = x.resolve_neg()
+    if tensor.is_contiguous():
+        return tensor
+    if overlaps_itself(x):
         raise ValueError(
             f"{name} must not overlap itself; got {list(x.shape)} with strides {x.stride()}. Call .contiguous()."
         )
-    return x.contiguous()
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    """Return whether the stride of some dimension is smaller than the extent of the dimensions inside it."""
-    reach = 1
-    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
-        if step < reach:
-            return True
-        reach += step * (size - 1)
-    return False
+    return tensor.contiguous()
 
 
 def checked(result: Tensor) -> Tensor:
@@ -118,7 +114,9 @@ def check_errors(device: torch.device | str | int | None = None) -> None:
     """
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{as_count('device', device, 0)}"
+    device = as_device("device", device)
     if device.type != "cuda":
         return
     index = torch.cuda.current_device() if device.index is None else device.index

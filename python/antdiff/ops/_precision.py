@@ -61,7 +61,7 @@ def entry_noise(precision: torch.dtype) -> float:
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
         raise ValueError(
             f"precision must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}. Pass the dtype of the gradients."
         )

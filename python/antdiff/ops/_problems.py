@@ -18,6 +18,8 @@ NonFinite = Literal["raise", "poison"]
 def as_gram(gram: Tensor) -> Tensor:
     """Return ``gram`` contiguous and detached, or raise an error unless it is float64 ``[..., k, k]``."""
     gram = dense("gram", gram)
+    if gram.device.type == "meta" and type(gram) is Tensor:
+        raise TypeError("gram must be a tensor with values; got a meta tensor. Compute it with antdiff.ops.gram(J).")
     if gram.dtype != torch.float64:
         raise TypeError(
             f"gram must be float64, since lower precision changes the weights; got {gram.dtype}. "

@@ -7,15 +7,17 @@ and can be differentiated once.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count, describe
+from antdiff._checks import MOST_TIMESTEPS, as_choice, as_count, as_number, describe
 from antdiff.ops._extension import _C, checked, define, dense, differentiate, traced
 
 Kind = Literal["mse", "huber", "l1"]
+_KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def cluster_loss(
@@ -51,8 +53,9 @@ def cluster_loss(
             CUDA an id out of range makes all losses of the call NaN and is reported by
             :func:`antdiff.ops.check_errors`.
     """
-    k = as_count("k", k)
+    k = as_count("k", k, most=MOST_TIMESTEPS)
     if traced(pred, target, cluster, weight):
+        _check_kind(kind, delta)
         losses, counts, _ = torch.ops.antdiff.cluster_loss(pred, target, cluster, weight, k, kind, float(delta))
         return losses, counts
     if torch.is_grad_enabled() and _wants_grad(pred, target, weight):
@@ -88,8 +91,9 @@ def cluster_loss_and_grad(
     Raises:
         TypeError, ValueError: as :func:`cluster_loss`.
     """
-    k = as_count("k", k)
+    k = as_count("k", k, most=MOST_TIMESTEPS)
     if traced(pred, target, cluster, weight, cluster_weight):
+        _check_kind(kind, delta)
         return torch.ops.antdiff.cluster_loss_and_grad(  # type: ignore[no-any-return]
             pred, target, cluster, weight, k, cluster_weight, kind, float(delta)
         )
@@ -111,9 +115,9 @@ def cluster_mean(per_sample: Tensor, cluster: Tensor, k: int, weight: Tensor | N
     Raises:
         TypeError, ValueError: as :func:`cluster_loss`.
     """
-    k = as_count("k", k)
+    k = as_count("k", k, most=MOST_TIMESTEPS)
     if isinstance(per_sample, Tensor) and per_sample.dtype in (torch.float16, torch.bfloat16):
-        per_sample = per_sample.float()
+        per_sample = dense("per_sample", per_sample).float()
     if traced(per_sample, cluster, weight):
         return torch.ops.antdiff.cluster_mean(per_sample, cluster, weight, k)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and _wants_grad(per_sample, None, weight):
@@ -137,12 +141,17 @@ def _read_order(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     A pair in channels_last is viewed as [B, H, W, C] without a copy, since the mean over the elements of a sample does
     not depend on their order. Any other non-contiguous tensor is copied once.
     """
-    if _channels_last(pred) and _channels_last(target):
+    if _channels_last(pred) and _channels_last(target) and not _negated(pred, target):
         return pred.permute(0, 2, 3, 1), target.permute(0, 2, 3, 1)
     pred, target = dense("pred", pred), dense("target", target)
     if pred.dim() == 0:
         raise ValueError("pred must have a batch dimension, [B, ...]; got a 0-d tensor. Add one with pred[None].")
     return pred, target
+
+
+def _negated(*tensors: Tensor) -> bool:
+    """Whether a tensor is a negated view, which has to be copied before a kernel can read it."""
+    return not torch.compiler.is_compiling() and any(x.is_neg() for x in tensors)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -175,7 +184,7 @@ def _outputs(pred: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
 def _forward(
     pred: Tensor, target: Tensor, cluster: Tensor, weight: Tensor | None, k: int, kind: str, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_delta(kind, delta)
+    _check_kind(kind, delta)
     pred, target = _read_order(pred, target)
     losses, counts, per_sample, scratch = _outputs(pred, k)
     _C.cluster_loss_forward(
@@ -230,7 +239,7 @@ def _loss_and_grad(
     kind: str,
     delta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_delta(kind, delta)
+    _check_kind(kind, delta)
     rows, target_rows = _read_order(pred, target)
     losses, counts, per_sample, scratch = _outputs(rows, k)
     if cluster_weight is None:
@@ -260,6 +269,7 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
             f"per_sample must be a floating-point tensor [B]; got {describe(per_sample)}. "
             "Average over its other dimensions."
         )
+    per_sample = dense("per_sample", per_sample)
     losses, counts, _, _ = _outputs(per_sample, k)
     _C.cluster_mean_forward(
         dense("per_sample", per_sample), dense("cluster", cluster), _optional("weight", weight), k, losses, counts
@@ -269,7 +279,7 @@ def _mean(per_sample: Tensor, cluster: Tensor, weight: Tensor | None, k: int) ->
 
 def _restore_layout(grad: Tensor, rows: Tensor, pred: Tensor) -> Tensor:
     """View ``grad``, which has the layout that the kernel read (``rows``), in the shape of pred."""
-    viewed = rows is not pred and rows.data_ptr() == pred.data_ptr()
+    viewed = rows is not pred and pred.numel() > 0 and rows.data_ptr() == pred.data_ptr()
     return grad.permute(0, 3, 1, 2) if viewed else grad
 
 
@@ -282,9 +292,10 @@ def _per_sample_scale(grad_losses: Tensor, cluster: Tensor, counts: Tensor) -> T
     return torch.where((cluster >= 0) & (cluster < k), scale, torch.nan)
 
 
-def _check_delta(kind: str, delta: float) -> None:
-    if kind == "huber" and not delta > 0:
-        raise ValueError(f"delta must be positive; got {delta}. Use kind='l1' for the limit 0.")
+def _check_kind(kind: str, delta: float) -> None:
+    as_choice("kind", kind, _KINDS)
+    if type(delta) is not float or not 0 < delta < math.inf:
+        as_number("delta", delta, above=0 if kind == "huber" else -math.inf, remedy="Use kind='l1' for the limit 0.")
 
 
 # ---- eager autograd --------------------------------------------------------------------------------------------------

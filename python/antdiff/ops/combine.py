@@ -96,6 +96,10 @@ def _checked_outputs(out: object, J: object, tensors: list[Tensor | None]) -> li
                 f"out[{i}] must be None exactly where J[{i}] is None; got {describe(o)} for {describe(x)}. "
                 "Pass p.grad of trainable parameters and None for frozen ones."
             )
+        if isinstance(o, Tensor) and not torch.compiler.is_compiling() and o.is_neg():
+            raise ValueError(
+                f"out[{i}] must not be a negated view, because it is overwritten. Pass a tensor of its own."
+            )
         if o is not None and getattr(o, "requires_grad", False):
             raise ValueError(
                 f"out[{i}] must not require grad, because it is overwritten. Pass p.grad, or .detach() it."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antdiff._checks import describe
 from antdiff.ops._extension import _C, define, dense, traced
 from antdiff.ops._precision import note
 
@@ -60,6 +61,8 @@ def gram_(out: Tensor, J: Jacobian) -> Tensor:
     tensors = as_tensors(J)
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor; got {type(out).__name__}. Start from torch.zeros(k, k, ...).")
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError("out must not be a negated view, because it is written in place. Pass a tensor of its own.")
     if out.requires_grad:
         raise ValueError("out must not require grad, because it is written in place. Pass out.detach().")
     if traced(out, *tensors):
@@ -79,6 +82,8 @@ def as_tensors(J: object) -> list[Tensor | None]:
     Only metadata is read, and a non-contiguous tensor is copied once. The extension checks everything else.
     """
     if isinstance(J, Tensor):
+        if J.is_nested:
+            raise TypeError("J must be a dense tensor [k, P] or a list of [k, *shape]; got a nested tensor. Stack it.")
         if J.dim() < 2:
             raise ValueError(
                 f"J must be [k, P] or a list of [k, *shape]; got shape {list(J.shape)}. Stack the gradients."
@@ -90,10 +95,13 @@ def as_tensors(J: object) -> list[Tensor | None]:
         raise TypeError(f"J must be a torch.Tensor [k, P] or a list of [k, *shape]; got {type(J).__name__}.")
     try:  # check the whole list with one map over a C function, since a model has hundreds of parameters
         if not torch.compiler.is_compiling() and all(map(Tensor.is_contiguous, tensors)):  # type: ignore[arg-type]
-            return tensors
+            return tensors if not any(map(Tensor.is_neg, tensors)) else [dense("J", x) for x in tensors]  # type: ignore[arg-type]
     except (TypeError, RuntimeError):  # an entry is None, sparse or not a tensor
         pass
     return [None if x is None else dense(f"J[{i}]" if len(tensors) > 1 else "J", x) for i, x in enumerate(tensors)]
+
+
+_MOST_ROWS = 2**14  # G then takes 2 GiB
 
 
 def first_tensor(tensors: list[Tensor | None]) -> Tensor:
@@ -101,6 +109,8 @@ def first_tensor(tensors: list[Tensor | None]) -> Tensor:
         if isinstance(x, Tensor):
             if x.dim() < 1:
                 raise ValueError("J must hold tensors [k, *shape]; got a 0-d tensor. Stack the gradients.")
+            if isinstance(x.shape[0], int) and x.shape[0] > _MOST_ROWS:
+                raise ValueError(f"J must have at most {_MOST_ROWS} rows, since G is [k, k]; got {describe(x)}.")
             return x
     raise ValueError("J must hold at least one tensor; got an empty list or None entries only.")
 

@@ -178,7 +178,7 @@ def _number(name: str, value: float) -> float:
     """Return ``value`` as a float. A tensor is refused, because reading it would wait for its device."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}. Pass a Python float.")
-    return float(value)
+    return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
 
 
 def _weights(gram: Tensor, method: str, option: float, mean: bool, poison: bool) -> Tensor:

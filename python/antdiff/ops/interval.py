@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antdiff._checks import as_count
+from antdiff._checks import as_count, as_tensor
 from antdiff.ops._extension import _C, dense
 
 Array = Tensor | np.ndarray[Any, np.dtype[np.float64]]
@@ -157,6 +157,10 @@ def _float64(name: str, x: object, ndim: int, shape: str) -> Tensor:
     if isinstance(x, np.ndarray):
         if x.dtype != np.float64:
             raise TypeError(f"{name} must be float64; got a {x.dtype} array. Convert it with .astype(numpy.float64).")
+        if any(step == 0 and size > 1 for step, size in zip(x.strides, x.shape, strict=True)):
+            raise ValueError(
+                f"{name} must not overlap itself; got shape {list(x.shape)} with strides {x.strides}. Copy it."
+            )
         x = torch.from_numpy(x if x.flags.writeable and min(x.strides, default=0) >= 0 else x.copy())
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -171,7 +175,7 @@ def _float64(name: str, x: object, ndim: int, shape: str) -> Tensor:
         raise ValueError(f"{name} must be on the CPU, where the partition runs; got {x.device}. Call .cpu().")
     if x.dim() != ndim or x.numel() == 0:
         raise ValueError(f"{name} must have shape {shape} with T >= 1; got {list(x.shape)}. Drop or add dimensions.")
-    return dense(name, x)
+    return as_tensor(name, dense(name, x))
 
 
 def _square(name: str, x: object) -> Tensor:

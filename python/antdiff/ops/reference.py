@@ -27,7 +27,7 @@ def cluster_loss(
 ) -> tuple[Tensor, Tensor]:
     """Twin of :func:`antdiff.ops.cluster_loss`."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    d = (pred.to(dtype) - target.to(dtype)).flatten(1)  # [B, N]
+    d = (pred.to(dtype) - target.to(dtype)).unsqueeze(-1).flatten(1)  # [B, N]
     if kind == "mse":
         error = d.square()
     elif kind == "huber":

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from antdiff._checks import as_count, as_number
 from antdiff._files import written_atomically
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def new_figure(
     """
     from matplotlib.figure import Figure
 
+    width, height = as_number("width", width, above=0, most=100), as_number("height", height, above=0, most=100)
+    columns, rows = as_count("columns", columns, most=100), as_count("rows", rows, most=100)
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antdiff._checks import as_tensor, describe
 from antdiff.plotting._figure import new_figure
 from antdiff.plotting.palette import cluster_colours
 
@@ -34,6 +35,12 @@ def plot_clusters(
     Returns:
         The axes. ``ax.figure.savefig(path)`` writes them to a file.
     """
+    if not hasattr(clusters, "bounds") or not hasattr(clusters, "k"):
+        raise TypeError(f"clusters must be TimestepClusters; got {describe(clusters)}.")
+    if ax is not None and not hasattr(ax, "axvspan"):
+        raise TypeError(f"ax must be the axes of matplotlib; got {describe(ax)}. Leave it out for a new figure.")
+    if log_snr is not None and not (isinstance(log_snr, np.ndarray) and log_snr.dtype.kind in "iuf"):
+        as_tensor("log_snr", log_snr, kind="real")
     curve = None if log_snr is None else torch.as_tensor(log_snr).detach().cpu().numpy()  # [T]
     if curve is not None and curve.shape != (clusters.T,):
         raise ValueError(f"log_snr must have shape [T] with T={clusters.T}; got {list(curve.shape)}.")

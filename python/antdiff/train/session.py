@@ -31,7 +31,8 @@ def open_session(
     ranks = RunRanks()
     with locked_by_first(run, ranks):
         if ranks.is_first:
-            remove_temporary(run / "checkpoints")
+            for folder in (run, run / "checkpoints", run / "samples", run / "model"):
+                remove_temporary(folder)
         parts = prepare(config, data, run)
         active = ranks.is_first
         rows = MetricLog(run, start=parts.start, also=loggers) if active else None
@@ -94,14 +95,16 @@ class Session:
         """Write the checkpoint and the grid of samples that are due after a step. Return whether to stop."""
         parts = self.parts
         stopping = parts.ranks.any(self.stop.is_set(), parts.device, now=step % parts.log_every == 0)
-        if step % parts.checkpoint_every == 0 or step == parts.steps or stopping:
+        due = step % parts.checkpoint_every == 0 or step == parts.steps or stopping
+        if due:
             check_finite(sum(p.detach().abs().sum().item() for p in parts.model.parameters()), step, self.run)
-            if parts.ranks.is_first:
-                parts.state.save(step)
+        # The grid first: if the process is killed between the two, the step and its grid are made again.
         if parts.ranks.is_first and parts.grid_every and (step % parts.grid_every == 0 or step == parts.steps):
             save_progress_grid(
                 parts.ema.module, parts.schedule, parts.shape, self.run, step, parts.sample_steps, parts.device
             )
+        if due and parts.ranks.is_first:
+            parts.state.save(step)
         return stopping
 
 
