@@ -119,6 +119,8 @@ def test_a_gap_is_paired_by_seed_and_its_sign_is_told() -> None:
     ("call", "error", "message"),
     [
         (lambda: measured(0.0, batches=1), ValueError, "batches must be at least 2; got 1"),
+        (lambda: measured(0.0, batches=10**12), ValueError, "batches must be .*got 1000000000000"),
+        (lambda: measured(0.0, repeats=10**12), ValueError, "repeats must be .*got 1000000000000"),
         (lambda: measured(0.0, batch_size=2), ValueError, "batch_size must be at least 3; got 2"),
         (lambda: measured(0.0, repeats=0), ValueError, "repeats must be at least 1; got 0"),
         (

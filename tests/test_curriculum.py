@@ -92,6 +92,12 @@ def test_edm_samples_keep_to_the_quantiles_of_the_stage() -> None:
     assert abs(float(whole.mean()) + 1.2) < 5 * 1.2 / math.sqrt(len(whole))
 
 
+@pytest.mark.parametrize("options", [{"p_mean": -200.0}, {"p_mean": 200.0}, {"p_std": 30.0}, {"p_std": 1e300}])
+def test_noise_levels_outside_float32_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="p_mean and p_std must give noise levels in the range of float32"):
+        SigmaCurriculum(**options)
+
+
 # ---- pacing ----------------------------------------------------------------------------------------------------------
 
 

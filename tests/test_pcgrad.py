@@ -107,6 +107,15 @@ def test_no_conflict_and_one_row() -> None:
     assert ops.pcgrad_weights(torch.zeros(4, 4, dtype=torch.float64), reduction="sum").tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("scale", [2.0**-600, 1.0, 2.0**600])
+def test_other_entries_of_a_row_with_a_zero_diagonal_are_not_used(scale: float) -> None:
+    G = torch.tensor([[0.0, -1.0, -2.0], [-1.0, 4.0, -1.0], [-2.0, -1.0, 1.0]], dtype=torch.float64) * scale
+    perms = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    expected = torch.tensor([1.0, 1.25, 2.0], dtype=torch.float64)  # rows 1 and 2 alone: 1 + 1/4 and 1 + 1/1
+    for weights in (ops.pcgrad_weights, ops.reference.pcgrad_weights):
+        assert torch.equal(weights(G, perms, reduction="sum"), expected)
+
+
 def test_exactly_opposed_rows_cancel() -> None:
     J = torch.tensor([[3.0, -4.0], [-6.0, 8.0]], dtype=torch.float64)
     assert (ops.pcgrad_weights(J @ J.T, reduction="sum") @ J).abs().max() <= 1e-14

@@ -86,8 +86,8 @@ def cluster_conflict(
         clusters: K clusters, where K is at most ``batch_size``.
         log_snr, loss: as for :func:`antdiff.analysis.task_affinity`.
         batch_size: images per batch. In smaller batches, more of the conflict is noise.
-        batches: batches per repetition, at least 2.
-        repeats: S, the number of independent repetitions. Their spread gives the intervals.
+        batches: batches per repetition, from 2 to 2^24 / K^2, since their Gram matrices are kept.
+        repeats: S, the number of independent repetitions, at most 2^24 / K^2. Their spread gives the intervals.
         generator: all random numbers, on the CPU; default torch's global generator.
 
     Raises:
@@ -109,7 +109,7 @@ def cluster_conflict(
         )
     if not data.is_floating_point() or data.dim() < 2 or not len(data):
         raise TypeError(f"data must be float [N, ...], scaled as in training; got {data.dtype} {list(data.shape)}.")
-    as_count("batches", batches, 2), as_count("repeats", repeats)
+    as_count("batches", batches, 2, _most_matrices(k)), as_count("repeats", repeats, most=_most_matrices(k))
     per_sample = epsilon_loss(levels) if loss is None else loss
     gradients = ClusterGradients(model, k, route="split", group="local")
     device = next(model.parameters()).device
@@ -146,6 +146,11 @@ def cluster_conflict(
     finally:
         model.train(training)
     return Conflict(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+def _most_matrices(k: int) -> int:
+    """Return how many matrices [K, K] the measurement may keep: 2^24 numbers, 128 MiB."""
+    return max(2, 2**24 // k**2)
 
 
 def conflict_of(each: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:

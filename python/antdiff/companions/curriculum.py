@@ -42,6 +42,7 @@ Order = Literal["easy-first", "hard-first"]
 # N and tau of the best cell of the paper's ablation (DiT-B, ImageNet).
 STAGES = 20
 PATIENCE = 200
+_CUT = 1e-6  # quantile at which SigmaCurriculum cuts off both ends of its distribution
 
 
 class Pacing:
@@ -298,6 +299,15 @@ class SigmaCurriculum(Pacing):
         n = as_count("n", n, most=MOST_TIMESTEPS)
         self.p_mean = as_number("p_mean", p_mean)
         self.p_std = as_number("p_std", p_std, above=0, remedy="EDM uses 1.2.")
+        extremes = self._sigma(torch.tensor([_CUT, 1 - _CUT], dtype=torch.float64))  # [2], least and greatest sigma
+        least, greatest = extremes.tolist()
+        float32 = torch.finfo(torch.float32)
+        if not float32.tiny <= least <= greatest <= float32.max:
+            raise ValueError(
+                "p_mean and p_std must give noise levels in the range of float32, which reach 4.75 p_std on both sides "
+                f"of p_mean in ln sigma; got p_mean={p_mean} and p_std={p_std}, with noise levels from {least:.3g} to "
+                f"{greatest:.3g}. EDM uses -1.2 and 1.2."
+            )
         super().__init__(torch.arange(n + 1, dtype=torch.float64) / n, **pacing)
 
     @property
@@ -316,7 +326,7 @@ class SigmaCurriculum(Pacing):
         u = torch.rand(B, dtype=torch.float64, device=self.device, generator=generator)  # [B]
         # Clamping cuts off one millionth at each end, 4.75 standard deviations from the mean: sigma stays within a
         # factor exp(4.75 p_std) of the median.
-        return self._sigma((low + u * (high - low)).clamp(1e-6, 1 - 1e-6)).float()
+        return self._sigma((low + u * (high - low)).clamp(_CUT, 1 - _CUT)).float()
 
     def _sigma(self, u: Tensor) -> Tensor:
         return torch.exp(self.p_mean + self.p_std * torch.special.ndtri(u))

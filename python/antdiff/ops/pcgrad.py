@@ -36,7 +36,8 @@ def pcgrad_weights(
     ``<p_i, g_j> / |g_j|^2 g_j``, always with the original ``g_j``. The direction is the mean of the p_i (in the paper,
     their sum), so that without conflict it is the gradient of the mean loss. Nothing is added to the denominator:
     scaling rows by powers of two gives the same direction bit for bit. Zero rows are skipped; their own weight is 1/k,
-    or 1 with ``reduction="sum"``.
+    or 1 with ``reduction="sum"``. A row is zero if its diagonal entry of G is zero. Its other
+    entries are then not used: they are zeros too, unless ``|g_i|^2`` underflows and the products do not.
 
     Args:
         gram: float64 ``[..., k, k]``, symmetric up to rounding; its symmetric part is used. A non-contiguous input

@@ -115,6 +115,8 @@ def pcgrad_weights(
         options: dict[str, Any] = {} if generator is None else {"generator": generator}
         perms = pcgrad_perms(torch.rand(gram.shape, dtype=torch.float64, device=gram.device, **options))
     k = gram.shape[-1]
+    zero = gram.diagonal(dim1=-2, dim2=-1) == 0  # [..., k]: zero rows, whose other entries are not used
+    gram = gram.masked_fill(zero[..., None] | zero[..., None, :], 0.0)
     c = torch.eye(k, dtype=gram.dtype, device=gram.device).expand(gram.shape)  # [..., k, k]: p_i = sum_j c_ij g_j
     for s in range(k - 1):  # visit number s of every row i
         j = perms[..., s]  # [..., k]
