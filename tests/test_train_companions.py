@@ -14,13 +14,13 @@ import torch
 from antdiff import TimestepClusters
 from antdiff.cli import main
 from antdiff.companions import ExpertBank, MixtureOfPrompts
+from antdiff.companions.turns import ExpertTurns
 from antdiff.data import ImageData, load_data
 from antdiff.experiments.compare import compare
 from antdiff.experiments.evaluate import execute
 from antdiff.experiments.patch import start_patch
 from antdiff.experiments.quality import FeatureNet, held_out_losses
 from antdiff.train.checkpoint import latest_checkpoint, load_checkpoint
-from antdiff.train.companions import ExpertTurns
 from antdiff.train.config import TrainConfig, resumed
 from antdiff.train.generators import make_generators
 from antdiff.train.log import read_csv

@@ -16,21 +16,12 @@ from antdiff._devices import choose_device
 from antdiff._files import read_json
 from antdiff.analysis import Telemetry
 from antdiff.companions import ChannelRouting, Curriculum, ExpertBank, RestrictedTimesteps
+from antdiff.companions.turns import ExpertTurns, IntervalTimesteps, Sampler, importance_of
 from antdiff.data import ImageData
 from antdiff.data.recorded import record
 from antdiff.diffusion import log_snr
 from antdiff.train.checkpoint import CheckpointError, RunState, latest_checkpoint, load_checkpoint
-from antdiff.train.companions import (
-    Experts,
-    ExpertTurns,
-    IntervalTimesteps,
-    Sampler,
-    add_prompts,
-    importance_of,
-    make_experts,
-    parameter_groups,
-    prompts_of,
-)
+from antdiff.train.companions import Experts, add_prompts, make_experts, parameter_groups, prompts_of
 from antdiff.train.config import TrainConfig
 from antdiff.train.data import Batches
 from antdiff.train.ema import MovingAverage
