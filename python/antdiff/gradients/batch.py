@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,25 @@ class GroupingError(RuntimeError):
     """The gradients of the clusters cannot be told apart. The message says where, why and what to do."""
 
 
+class RowsError(GroupingError):
+    """The rows of a tensor are not those of the samples in the order of its first dimension."""
+
+
 class ClusteredBatch:
     """The clusters of a batch of B samples, and so of the rows of any tensor ``[R, ...]`` computed from the batch.
 
-    R is a multiple of B, and row r belongs to sample ``r // (R / B)``.
+    R is a multiple of B, and row r belongs to sample ``r // (R / B)``. For a tensor with another layout, each row
+    counts as a sample of its own.
 
     Attributes:
         cluster: int64 ``[B]``, on the device of the batch.
         sizes: samples of each cluster, K Python ints, so that no kernel launch waits for the device.
         order: int64 ``[B]``, the permutation that sorts the samples by cluster; None if they are sorted already.
+        lead: how many leading dimensions count rows; more than 1 only for a layout with the batch further back.
     """
 
-    def __init__(self, cluster: Tensor, sizes: list[int], order: Tensor | None) -> None:
-        self.cluster, self.sizes, self.order = cluster, sizes, order
+    def __init__(self, cluster: Tensor, sizes: list[int], order: Tensor | None, lead: int = 1) -> None:
+        self.cluster, self.sizes, self.order, self.lead = cluster, sizes, order, lead
         self.k, self.B = len(sizes), sum(sizes)
         self._one_hot: dict[torch.dtype, Tensor] = {}
         self._orders: dict[int, Tensor] = {}
@@ -39,6 +45,7 @@ class ClusteredBatch:
         self._counts: Tensor | None = None
         equal = order is None and bool(sizes) and sizes.count(sizes[0]) == self.k and sizes[0] * self.k == len(cluster)
         self._equal_size = sizes[0] if equal else 0  # of all clusters of a sorted batch; 0 if they differ
+        self._derived: dict[Any, ClusteredBatch] = {}
 
     @classmethod
     def of(cls, cluster: Tensor, k: int, counts: Sequence[int] | None = None) -> ClusteredBatch:
@@ -80,6 +87,12 @@ class ClusteredBatch:
             return self, samples.detached()
         return ClusteredBatch(self.cluster[self.order], self.sizes, None), samples.select(self.order)
 
+    def derived(self, key: Any, make: Callable[[ClusteredBatch], ClusteredBatch]) -> ClusteredBatch:
+        """Return ``make(self)``, which is computed once per key."""
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
+
     @property
     def counts(self) -> Tensor:
         """``sizes`` as int64 ``[k]`` on the device. Computed there, since a CUDA graph cannot copy it from the host."""
@@ -93,12 +106,25 @@ class ClusteredBatch:
         stops = list(itertools.accumulate(self.sizes))
         return list(zip([0, *stops[:-1]], stops, strict=True))
 
+    def flat(self, x: Tensor) -> Tensor:
+        """Return ``x`` with its rows in the first dimension."""
+        if self.lead == 1 or x.shape[0] % self.B == 0 or x.shape[: self.lead].numel() != self.B:
+            return x
+        return x.flatten(0, self.lead - 1)
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return ``values [k]`` in the rows of the clusters, to be multiplied with ``x``."""
+        rows = self.flat(x)
+        spread = values[self.row_cluster(self.repeats(rows))]
+        lead = x.shape[: 1 + x.dim() - rows.dim()]
+        return spread.view(*lead, *[1] * (rows.dim() - 1))
+
     def repeats(self, x: Tensor) -> int:
         """Return the number of rows per sample in ``x [R, ...]``."""
         R = x.shape[0] if x.dim() else 0
         m, left = divmod(R, self.B)
         if left or m == 0:
-            raise GroupingError(
+            raise RowsError(
                 f"a tensor {list(x.shape)} computed from the batch meets a parameter, but its first dimension is no "
                 f"multiple of the batch size {self.B}, so it does not have one or more rows per sample. {REMEDY}"
             )
@@ -110,7 +136,7 @@ class ClusteredBatch:
         The caller must compute something that is linear in the rows of ``grad``.
         """
         grouped = []
-        for x in (grad, *tensors):
+        for x in map(self.flat, (grad, *tensors)):
             m = self.repeats(x)
             if self.order is not None:
                 x = x.index_select(0, self._row_order(m))
@@ -131,6 +157,7 @@ class ClusteredBatch:
         would spread it (0 * NaN). The order of the additions is fixed. On the CPU and on CUDA the number of kernel
         launches does not depend on K.
         """
+        x = self.flat(x)
         m = self.repeats(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         n = x.numel() // x.shape[0]  # not -1, which is ambiguous for tensors without elements

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,21 @@ from antdiff.gradients.audit import (
     plain_gradient,
     same_losses,
 )
-from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, RowsError, check_losses
 from antdiff.gradients.grouped.compiled import compiler_of
 from antdiff.gradients.grouped.deferred import GramMode
+from antdiff.gradients.grouped.layout import Layout
 from antdiff.gradients.grouped.mode import GroupedMode
-from antdiff.gradients.probe import binary_codes, probe, random_code, uncompiled
+from antdiff.gradients.probe import binary_codes, locate, probe, random_code, uncompiled
 from antdiff.gradients.replay import Replay, repeatable, tentative
 from antdiff.gradients.routes import Chosen, LossFn, Network
 from antdiff.gradients.samples import Samples
 from antdiff.gradients.sinks import GradientStore
+
+Layouts = Mapping[int, Layout] | None
+# A random code tells two given samples apart with probability 1/2, the binary one always, with log2(B) times as many
+# forwards. Networks with more structures than this get random codes, so that probes do not dominate their steps.
+_PROBED_IN_FULL = 32
 
 
 class CompilationError(RuntimeError):
@@ -37,6 +43,8 @@ class CheckedRoutes:
 
     - Route ``grouped`` needs to know which rows belong to which sample. Before the rows of a batch of a new structure
       are used, a probe of this batch has to pass (``probe.py``).
+    - If the rows are elsewhere, a route ``grouped`` that the user has asked for looks where they are, in a probe of
+      every batch (``locate``). ``auto`` takes ``split`` instead, which costs less.
     - At call 1, 2, 4, 8, ... and then every ``every`` calls, the row of one cluster is compared with a plain backward
       (``audit.py``), and the probe is repeated.
     - ``auto`` takes the first of ``grouped``, ``split`` and ``loop`` that runs and passes both.
@@ -49,7 +57,9 @@ class CheckedRoutes:
         self.network = network
         self.choice = choice
         self.audit = Audit(every)
+        self.locates = choice is not None and choice[0] == "grouped" and network.compiled is None and every is not None
         self._structures: set[int] = set()
+        self._is_odd = False  # the first dimension is not the batch everywhere
         self._uncompared = False  # the route was chosen without rows
 
     def run(
@@ -71,31 +81,60 @@ class CheckedRoutes:
         route = self.choice[0]
         if route != "grouped" or self.audit.every is None:
             return call.run(route)
-        if not (fresh and self.audit.due()):
-            sums = call.run(route)
-            self._require_probed(call, random_code)
-            return sums
-        before = Replay(self.network.model, loss_fn)
-        sums = call.run(route)
-        self._require_probed(call, random_code, again=True)
-        self._compare(call, sums, before)
-        return sums
+        return self._run_grouped(call, due=fresh and self.audit.due())
 
     def run_deferred(
-        self, mode: GramMode, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, scale: Tensor | float
-    ) -> Tensor:
-        """As :meth:`run`, for a mode that leaves the Gram matrix; the route must be ``grouped``."""
+        self,
+        make_mode: Callable[[Layouts], GramMode],
+        loss_fn: LossFn,
+        batch: Sequence[Any],
+        clustered: ClusteredBatch,
+        scale: Tensor | float,
+    ) -> tuple[GramMode, Tensor]:
+        """As :meth:`run`, for a mode that leaves the Gram matrix, which is returned; the route must be ``grouped``."""
         call = _Call(self.network, None, loss_fn, batch, clustered, scale, True, True)
-        call.mode = mode
+        call.make_mode = make_mode
         if self.audit.every is None and not self._uncompared:
-            return call.run("grouped")
+            sums = call.run("grouped")
+            return call.deferred, sums
         due = self.audit.due() or self._uncompared
-        before = Replay(self.network.model, loss_fn) if due else None
-        sums = call.run("grouped")
-        self._require_probed(call, random_code, again=due)
+        sums = self._run_grouped(call, due=due)
+        self._uncompared = self._uncompared and not due
+        return call.deferred, sums
+
+    def _run_grouped(self, call: _Call, *, due: bool) -> Tensor:
+        """Run ``grouped``, with the probe of a new structure and, if it is due, the audit."""
+        before = Replay(self.network.model, call.loss_fn) if due else None
+        if self._is_odd:
+            sums = self._run_located(call)
+        else:
+            try:
+                sums = call.run("grouped")
+                self._require_probed(call, random_code, again=due)
+            except RowsError as first:
+                if before is None or not self.locates or not call.fresh or self.network.compiled is not None:
+                    raise
+                before.rewind()
+                try:
+                    sums = self._run_located(call)
+                except GroupingError as second:
+                    raise GroupingError(f"{first} {second}") from None
+                self._is_odd = True
         if before is not None:
             self._compare(call, sums, before)
-            self._uncompared = False
+        return sums
+
+    def _run_located(self, call: _Call) -> Tensor:
+        """Run ``grouped`` on a batch whose rows are looked for first."""
+        with repeatable(self.network.model, call.loss_fn) as replay:
+            located = locate(self.network, call.loss_fn, call.batch, call.clustered, replay)
+        call.layouts = located.layouts
+        sums = call.run("grouped")
+        if call.mode is None or call.mode.recorded != located.structure:
+            raise GroupingError(
+                "the network must arrange the rows of a batch as it did in the probe of the same batch, and it did "
+                "not. Use route='split', which needs no more than independent samples."
+            )
         return sums
 
     def settle_deferred(self, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch) -> Chosen:
@@ -201,7 +240,7 @@ class CheckedRoutes:
         net, clustered = self.network, call.clustered
         if not finite_parameters(net):  # NaN everywhere says nothing about places; a later call is probed
             return
-        if self._structures:
+        if structure in self._structures or len(self._structures) >= _PROBED_IN_FULL:
             codes = code(clustered.B, len(self._structures) + self.audit.calls, clustered.cluster.device)
         else:
             codes = binary_codes(clustered.B, clustered.cluster.device)
@@ -273,6 +312,8 @@ class _Call:
         self.network, self.store, self.loss_fn, self.batch, self.clustered = network, store, loss_fn, batch, clustered
         self.scale, self.mean, self.fresh = scale, mean, fresh
         self.mode: GroupedMode | None = None
+        self.make_mode: Callable[[Layouts], GramMode] | None = None
+        self.layouts: Layouts = None
         self.is_compiled = False  # whether the latest run used a compiled program of the grouped route
         self.plain_losses: Tensor | None = None  # [B], of a plain forward from the same random state
 
@@ -281,17 +322,25 @@ class _Call:
         self.is_compiled = route == "grouped" and net.compiled is not None
         options: dict[str, Any] = {"mean": self.mean, "scale": self.scale}
         if self.store is None:
-            mode: Any = self.mode
+            assert self.make_mode is not None
+            mode = self.mode = self.make_mode(self.layouts)
             return routes.run(route, net, self.loss_fn, self.batch, clustered, mode._roots, mode=mode, **options)
         self.store.reuse = route != "grouped" or net.compiled is None
         sinks = self.store.sinks(fresh=self.fresh)
         self.mode = None
         if route == "grouped" and net.compiled is None:
             samples = Samples.of(self.batch, clustered.B)
-            self.mode = GroupedMode(net.model, clustered, sinks, net.separable, batch=samples.tensors())
+            self.mode = GroupedMode(
+                net.model, clustered, sinks, net.separable, batch=samples.tensors(), layouts=self.layouts
+            )
         sums = routes.run(route, net, self.loss_fn, self.batch, clustered, sinks, mode=self.mode, **options)
         self.store.keep(sinks)
         return sums
+
+    @property
+    def deferred(self) -> GramMode:
+        assert isinstance(self.mode, GramMode)
+        return self.mode
 
     def structure(self) -> int:
         if self.mode is not None:

@@ -347,8 +347,8 @@ class ClusterGradients:
         """Check the route on a batch of this process, once, before training. Arguments are those of a call.
 
         The first check is a probe. All values of one sample are NaN, and no other sample may become NaN at any op that
-        applies a parameter, or in the losses. The probe finds BatchNorm, attention over the batch, losses over the
-        batch and layouts whose first dimension is not the batch, and names the op. The second check compares the rows
+        applies a parameter, or in the losses. The probe finds BatchNorm, attention over the batch and losses over the
+        batch, and names the op. The second check compares the rows
         with those of the ``loop`` route, from the same random numbers. It is skipped for ``split`` if the forward draws
         random numbers, since the slices draw others.
 

@@ -13,7 +13,7 @@ from torch.overrides import _pop_mode_temporarily
 from antdiff.gradients import routes
 from antdiff.gradients import verify as checks
 from antdiff.gradients.batch import ClusteredBatch
-from antdiff.gradients.checked import CheckedRoutes
+from antdiff.gradients.checked import CheckedRoutes, Layouts
 from antdiff.gradients.grouped.deferred import GramMode
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.jacobian import DeferredJacobian, HeldJacobian, Latest, mean_losses
@@ -80,12 +80,17 @@ class LocalGradients:
                 f"hold='gram' needs the grouped route in eager mode; use hold='jacobian'. {self.explain()}"
             )
         named = self.network.model.named_parameters()
-        sinks = [Sink(name, p, self.k, dtype=self.store.dtype) for name, p in named if p.requires_grad]
-        samples = Samples.of(batch, clustered.B).tensors()
-        mode = GramMode(self.network.model, clustered, sinks, self.network.separable, None, samples)
-        sums = clustered.cluster.new_zeros(self.k, dtype=torch.float32)
+        trained = [(name, p) for name, p in named if p.requires_grad]
+        samples = list(Samples.of(batch, clustered.B).tensors())
+
+        def make_mode(layouts: Layouts) -> GramMode:
+            sinks = [Sink(name, p, self.k, dtype=self.store.dtype) for name, p in trained]
+            return GramMode(self.network.model, clustered, sinks, self.network.separable, None, samples, None, layouts)
+
         if clustered.B:
-            sums = self.checked.run_deferred(mode, loss_fn, batch, clustered, scale)
+            mode, sums = self.checked.run_deferred(make_mode, loss_fn, batch, clustered, scale)
+        else:
+            mode, sums = make_mode(None), clustered.cluster.new_zeros(self.k, dtype=torch.float32)
         return self.latest.set(DeferredJacobian(mode, *mean_losses(sums, clustered.counts), scale))
 
     def run(
@@ -116,7 +121,8 @@ class LocalGradients:
         clustered, batch = ClusteredBatch.of(cluster, self.k, counts).sort(batch)
         if clustered.B == 0:
             raise ValueError("batch must hold a sample for verify(); got none. Pass a batch of the training data.")
-        return checks.verify(self.checked.settle(loss_fn, batch, clustered), self.network, loss_fn, batch, clustered)
+        route, locates = self.checked.settle(loss_fn, batch, clustered), self.checked.locates
+        return checks.verify(route, self.network, loss_fn, batch, clustered, locates=locates)
 
     @contextmanager
     def record(self, cluster: Tensor, counts: Sequence[int] | None, scaler: Scaler | None) -> Iterator[Recording]:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antdiff.gradients.batch import ClusteredBatch, GroupingError, check_losses
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, RowsError, check_losses
+from antdiff.gradients.grouped.layout import Located, Survey, decode, shared_layouts
 from antdiff.gradients.grouped.mode import GroupedMode
 from antdiff.gradients.replay import Replay
 from antdiff.gradients.routes import Chosen, LossFn, Network
@@ -87,8 +88,65 @@ def _poisoned_forward(
     check_losses(losses, clustered.B)
     others = int((torch.isnan(losses) & ~poisoned).sum())
     if others:
-        raise GroupingError(
+        raise RowsError(
             f"the values of some samples have reached the losses of {others} other samples: the network or the loss "
             "mixes samples. Only route='loop' gives cluster gradients of such a network."
         )
     return structure
+
+
+def locate(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, replay: Replay) -> Located:
+    """Find the rows of every sample wherever this batch meets a parameter, for route ``grouped`` in eager mode.
+
+    Returns:
+        What holds for this batch. The values of another one may put its rows elsewhere.
+
+    Raises:
+        GroupingError: a row depends on several samples or on none, or floating-point values decide where rows are.
+    """
+    codes = binary_codes(clustered.B, clustered.cluster.device)
+    surveys = []
+    structures = set()
+    for poisoned in codes:
+        replay.rewind()
+        surveys.append(Survey(poisoned))
+        structures.add(_survey(net, loss_fn, batch, clustered, surveys[-1]))
+    odd = {place: said for survey in surveys for place, said in survey.odd.items()}
+    masks: list[dict[int, list[Tensor]]] = []
+    for poisoned in codes if odd else ():
+        replay.rewind()
+        survey = Survey(poisoned, frozenset(odd))
+        structures.add(_survey(net, loss_fn, batch, clustered, survey))
+        masks.append(survey.masks)
+    if len(structures) > 1:
+        raise GroupingError(
+            "floating-point values of the batch decide where the rows of the samples are, or how many there are, so a "
+            "probe with NaN cannot show it. Use route='split'."
+        )
+    found = []
+    for place, said in odd.items():
+        layout = decode([forward[place] for forward in masks], codes)
+        if layout is None:
+            raise GroupingError(
+                f"{said}, and the probe has not shown one sample for each row: an op before it mixes samples "
+                "(BatchNorm, attention over the batch), or a row belongs to all samples or to none. Use route='loop' "
+                "for a network that mixes samples, and route='split' for one that does not."
+            )
+        found.append((place, layout))
+    return Located(structures.pop(), shared_layouts(found))
+
+
+def _survey(net: Network, loss_fn: LossFn, batch: Sequence[Any], clustered: ClusteredBatch, survey: Survey) -> int:
+    samples = Samples.of(batch, clustered.B).with_nan(survey.poisoned)
+    sinks = [Sink(name, p, clustered.k) for name, p in net.model.named_parameters() if p.requires_grad]
+    mode = GroupedMode(net.model, clustered, sinks, net.separable, batch=samples.tensors(), survey=survey)
+    with tolerating_nan(), mode:
+        losses = loss_fn(*samples)
+    check_losses(losses, clustered.B)
+    others = int((torch.isnan(losses.detach()) & ~survey.poisoned).sum())
+    if others:
+        raise GroupingError(
+            f"the values of some samples have reached the losses of {others} other samples: the network or the loss "
+            "mixes samples. Only route='loop' gives cluster gradients of such a network."
+        )
+    return mode.structure

@@ -31,6 +31,7 @@ class DeferredGradient(NamedTuple):
     """
 
     write: Write
+    rows: ClusteredBatch
     sinks: Sinks
     grad: Tensor
     saved: tuple[Tensor, ...]
@@ -87,11 +88,11 @@ class GramMode(GroupedMode):
             self._keeps[sink] = True
         return sink
 
-    def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+    def _fill(self, write: Write, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
         written = [s for s in sinks if s is not None]
         self._refuse_folded(written)
-        write(self.clustered, sinks, grad, *saved)
-        deferred = DeferredGradient(write, sinks, grad, saved)
+        write(rows, sinks, grad, *saved)
+        deferred = DeferredGradient(write, rows, sinks, grad, saved)
         nbytes = deferred.nbytes()
         for sink in written:
             self._uses[sink] = self._uses.get(sink, 0) - 1
@@ -131,7 +132,6 @@ class GramMode(GroupedMode):
                 "combine() works once, since it frees the tensors that it uses, and it was called a second time. "
                 "Compute the cluster gradients again."
             )
-        one_cluster = ClusteredBatch(torch.zeros_like(self.clustered.cluster), [self.clustered.B], None)
         kept: list[tuple[Tensor, Tensor]] = []
         totals: dict[Sink, Sink] = {}
         missed = unreached(self._roots)
@@ -144,10 +144,14 @@ class GramMode(GroupedMode):
         with torch.no_grad(), no_autocast(self.clustered.cluster.device.type):
             if kept:
                 mixed.combine(weights, [rows for rows, _ in kept], [grad for _, grad in kept])
-            for write, sinks, grad, saved in self._deferred:
-                factors = weights.to(grad.dtype)[self.clustered.row_cluster(self.clustered.repeats(grad))]
-                weighted = grad * factors.view(-1, *[1] * (grad.dim() - 1))
-                write(one_cluster, [None if s is None else totals[s] for s in sinks], weighted, *saved)
+            for write, rows, sinks, grad, saved in self._deferred:
+                weighted = grad * rows.spread(weights.to(grad.dtype), grad)
+                write(
+                    rows.derived("one", _one_cluster),
+                    [None if s is None else totals[s] for s in sinks],
+                    weighted,
+                    *saved,
+                )
             for total in totals.values():
                 total.finish()
         self._deferred.clear()
@@ -155,6 +159,10 @@ class GramMode(GroupedMode):
             s.drop()
         self._combined = True
         finish_grads(self.model.parameters(), missed)
+
+
+def _one_cluster(rows: ClusteredBatch) -> ClusteredBatch:
+    return ClusteredBatch(torch.zeros_like(rows.cluster), [rows.B], None, rows.lead)
 
 
 def _parameters_of(x: Tensor) -> Iterator[Tensor]:

@@ -9,7 +9,8 @@ distinguishes two kinds of tensors:
 
 - A *shared* tensor is a parameter, a buffer, a constant that the loss function holds, or computed from such tensors
   alone. It does not depend on the batch.
-- Any other tensor is *varying*. Its first dimension is the batch.
+- Any other tensor is *varying*. Its first dimension is the batch, unless a probe of this batch has shown another
+  layout.
 
 If an op applies a shared tensor that needs a gradient to a varying one, the op runs on the detached shared tensor. A
 *tap* on the output writes the K gradients of the shared tensor when the gradient of the output arrives.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from antdiff.gradients.batch import ClusteredBatch, GroupingError
+from antdiff.gradients.batch import ClusteredBatch, GroupingError, RowsError
 from antdiff.gradients.grouped.broadcast import own_rows
+from antdiff.gradients.grouped.layout import Layout, Survey
 from antdiff.gradients.grouped.recorder import Write, detached_all
 from antdiff.gradients.grouped.rules import CROSS_SAMPLE, RULES
 from antdiff.gradients.grouped.slices import by_slices
@@ -59,6 +61,9 @@ class GroupedMode(TorchFunctionMode):
             these samples are NaN.
         batch: the tensors of samples. Without them, tensors count as rows of samples once they need a
             gradient.
+        survey: what is seen in a probe that asks where the rows of the samples are.
+        layouts: where they are, by place; None if the first dimension is the batch everywhere. Ops may then place rows
+            by integers and masks of the batch, whose values are part of the structure.
 
     Attributes:
         structure: a hash of everything that decides where rows are, except values: rows per sample wherever the batch
@@ -73,11 +78,19 @@ class GroupedMode(TorchFunctionMode):
         separable: Iterable[Any] = (),
         probe: Tensor | None = None,
         batch: Iterable[Tensor] = (),
+        survey: Survey | None = None,
+        layouts: Mapping[int, Layout] | None = None,
     ) -> None:
         super().__init__()
         self._model = model
         self.clustered = clustered
-        self.probe = probe
+        self.probe = probe if survey is None else survey.poisoned
+        self.rows: ClusteredBatch | None = clustered
+        self._survey, self._layouts = survey, layouts
+        self._locates = survey is not None or layouts is not None
+        self._checked = False  # whether the op that is being applied has set self.rows
+        self._seen: dict[Any, ClusteredBatch | None] = {}  # rows by shape and parameters; None if they are not unique
+        self.recorded = 0  # the structure at the end of the forward
         self._in_backward = False
         self._roots = sinks
         self._sinks = {id(s.tensor): s for s in sinks}
@@ -121,7 +134,7 @@ class GroupedMode(TorchFunctionMode):
             moved = structure_of(func, args, kwargs)
             if moved is not None:
                 self.structure = hash((self.structure, moved))
-        if trainable and (torch.is_grad_enabled() or self.probe is not None):
+        if trainable and (torch.is_grad_enabled() or (self.probe is not None and not self._locates)):
             out = self._apply(func, args, kwargs, tensors, trainable)
         else:
             out = func(*args, **kwargs)
@@ -161,11 +174,16 @@ class GroupedMode(TorchFunctionMode):
             if not out.numel():  # unlike cat([parameter, history])
                 return self.tap(out, lambda *_: None, ())
         rule = RULES.get(func)
-        out = NotImplemented if rule is None else rule(self, func, *args, **kwargs)
-        if out is NotImplemented and (
-            func in self._separable or getattr(func, "_overloadpacket", None) in self._separable
-        ):
-            out = by_slices(self, func, *args, **kwargs)
+        outer = self.rows, self._checked  # a rule may be composed of ops with rules
+        self.rows, self._checked = self.clustered, False
+        try:
+            out = NotImplemented if rule is None else rule(self, func, *args, **kwargs)
+            if out is NotImplemented and (
+                func in self._separable or getattr(func, "_overloadpacket", None) in self._separable
+            ):
+                out = by_slices(self, func, *args, **kwargs)
+        finally:
+            self.rows, self._checked = outer
         if out is NotImplemented:
             names = sorted({self.sink(x).name for x in trainable})
             raise GroupingError(
@@ -176,6 +194,10 @@ class GroupedMode(TorchFunctionMode):
         return out
 
     # ---- the interface of the rules: see Recorder --------------------------------------------------------------------
+
+    @property
+    def lead(self) -> int:
+        return 1 if self.rows is None else self.rows.lead
 
     def varies(self, x: Any) -> bool:
         return isinstance(x, Tensor) and id(x) not in self._shared and self._may_have_rows(x)
@@ -201,26 +223,55 @@ class GroupedMode(TorchFunctionMode):
         lost = self._lost_by(x) if self._untracked else None
         if lost is not None:
             names = ", ".join(sorted({self.sink(p).name for p in users if p is not None and self.trains(p)}))
-            raise GroupingError(
+            raise RowsError(
                 f"{lost} places rows by the values of the batch, so the rows that meet {names} "
                 "belong to unknown samples. Use route='split', which needs no more than independent samples."
             )
+        if self._locates:
+            return self._locate(x, *users)
         m = self.clustered.repeats(x)
         self.structure = hash((self.structure, m))
         if self.probe is not None and (x.is_floating_point() or x.is_complex()):
             self._probe(x, m, ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p)))
         return x
 
+    def _locate(self, x: Tensor, *users: Tensor | None) -> Tensor:
+        """Look where the rows of ``x`` are, or set ``rows`` to what the probe of this batch has shown."""
+        use = (x.shape, *map(id, users))
+        if self._in_backward:  # a checkpoint recomputes an op of the forward
+            self.rows = self._seen.get(use)
+            return x
+        self.structure = place = hash((self.structure, tuple(x.shape)))
+        if self._survey is not None and (x.is_floating_point() or x.is_complex()):
+            names = ", ".join(self.sink(p).name for p in users if p is not None and self.trains(p))
+            self._survey.see(place, x, names)
+            return x
+        layout = None if self._layouts is None else self._layouts.get(place)
+        if layout is None:
+            self.clustered.repeats(x)
+            rows = self.clustered
+        else:
+            rows = layout.rows(self.clustered)
+        if self._checked and rows is not self.rows:
+            raise RowsError(
+                f"{', '.join(self.sink(p).name for p in users if p is not None and self.trains(p))} meets two tensors "
+                "whose rows belong to the samples in different orders. Use route='split'."
+            )
+        self.rows, self._checked = rows, True
+        self._seen[use] = rows if self._seen.get(use, rows) is rows else None
+        return x
+
     def tap(self, out: Tensor, write: Write, users: Sequence[Tensor | None], *saved: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return out
         sinks = tuple(self.sink_of(x) for x in users)
-        return _Tap.apply(out, _ANCHOR, partial(self._write, write, sinks), *(x.detach() for x in saved))  # type: ignore
+        write = self._writer(write, sinks)
+        return _Tap.apply(out, _ANCHOR, write, *(x.detach() for x in saved))  # type: ignore
 
     def leaf(self, x: Tensor, write: Write, user: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return x.detach()
-        return _Leaf.apply(x.detach(), _ANCHOR, partial(self._write, write, (self.sink(user),)))  # type: ignore
+        return _Leaf.apply(x.detach(), _ANCHOR, self._writer(write, (self.sink(user),)))  # type: ignore
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -237,6 +288,7 @@ class GroupedMode(TorchFunctionMode):
         if id(per_sample) in self._shared:  # the losses do not depend on the batch
             per_sample = self.leaf(per_sample, own_rows, per_sample)
         edge = get_gradient_edge(per_sample)
+        self.recorded = self.structure
         for sink in self._roots:
             sink.tensor.grad = None
         # Given a gradient edge instead of a tensor, autograd leaves this mode on while it runs. The mode has to stay
@@ -268,19 +320,22 @@ class GroupedMode(TorchFunctionMode):
             if grads is not None:
                 sink.add_all(grads)
 
-    def _write(self, write: Write, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
+    def _writer(self, write: Write, sinks: Sinks) -> Callable[..., None]:
+        return _refuse_recomputed if self.rows is None else partial(self._write, write, self.rows, sinks)
+
+    def _write(self, write: Write, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
         if not self._in_backward:
             raise GroupingError(SECOND_ORDER)
         if torch.is_grad_enabled() or torch.is_autocast_enabled(grad.device.type):
             with torch._C.DisableTorchFunction(), torch.no_grad(), no_autocast(grad.device.type):
-                self._fill(write, sinks, grad, saved)
+                self._fill(write, rows, sinks, grad, saved)
         else:  # as in most backwards; every context costs some 0.5 us per op with parameters
             with torch._C.DisableTorchFunction():
-                self._fill(write, sinks, grad, saved)
+                self._fill(write, rows, sinks, grad, saved)
 
     # GramMode overrides this method.
-    def _fill(self, write: Write, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
-        write(self.clustered, sinks, grad, *saved)
+    def _fill(self, write: Write, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, saved: tuple[Tensor, ...]) -> None:
+        write(rows, sinks, grad, *saved)
 
     # ---- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -327,11 +382,9 @@ class GroupedMode(TorchFunctionMode):
 
     def _follow(self, out: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the result of an op that loses track of the samples, or that is computed from such a result."""
-        cause = (
-            (resolve_name(func) or str(func))
-            if loses_track(func, args, kwargs, self._differs, self._has_rows)
-            else None
-        )
+        cause = None
+        if loses_track(func, args, kwargs, self._differs, self._has_rows) and not self._noted(out, args, kwargs):
+            cause = resolve_name(func) or str(func)
         if cause is None and self._untracked:
             cause = next(filter(None, map(self._lost_by, tensors_in(args, kwargs))), None)
         if cause is None:
@@ -341,6 +394,16 @@ class GroupedMode(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and (func is Tensor.__setitem__ or out is args[0]):
             self._untracked[id(args[0])] = (args[0], cause)
             self._untracked_storages[args[0].untyped_storage()._cdata] = cause
+
+    def _noted(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Add the integers and masks that place rows to the structure of this batch, if its rows are located."""
+        if not self._locates:
+            return False
+        places = [x for x in tensors_in((*args, out), kwargs) if not (x.is_floating_point() or x.is_complex())]
+        with torch._C.DisableTorchFunction():
+            contents = [x.detach().cpu().contiguous().numpy().tobytes() for x in places]
+        self.structure = hash((self.structure, *contents))
+        return bool(places)
 
     def _lost_by(self, x: Tensor) -> str | None:
         """Return the op that lost track of the samples of ``x``, None if they are known."""
@@ -370,7 +433,7 @@ class GroupedMode(TorchFunctionMode):
         bad = torch.isnan(x).reshape(x.shape[0], -1).any(1)
         others = int((bad & ~self.probe.repeat_interleave(m)).sum())
         if others:
-            raise GroupingError(
+            raise RowsError(
                 f"where {name} meets the batch, the values of some samples have reached {others} rows of other "
                 "samples: an op before it mixes samples (BatchNorm, attention over the batch), or the batch is not the "
                 "first dimension. Use route='loop' for a network that mixes samples, and route='split' for another "
@@ -442,6 +505,15 @@ LEAK = (
     "received a gradient that is not split by cluster: it is used in a custom autograd Function, a compiled region, or "
     "another op that a torch function mode does not see. Use route='split'."
 )
+
+
+def _refuse_recomputed(*_: Any) -> None:
+    raise GroupingError(
+        "a checkpoint recomputes an op whose rows are not in the order of the samples, and their samples are unknown "
+        "there. Use use_reentrant=False, or route='split'."
+    )
+
+
 SECOND_ORDER = (
     "the forward computes a gradient (a gradient penalty, for example), and the grouped route supports first "
     "derivatives only. Use route='split'."

@@ -27,6 +27,8 @@ def group_norm(
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
     x = _norm_input(recorder.check(input, weight, bias))  # [R, C, ...]
+    if recorder.lead > 1:
+        return NotImplemented
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
         x = x.contiguous()
     R, C, *space = x.shape
@@ -112,6 +114,8 @@ def batch_norm(
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
     x = recorder.check(input, weight, bias)
+    if recorder.lead > 1:
+        return NotImplemented
     out = F.batch_norm(x, running_mean, running_var, detached(weight), detached(bias), False, momentum, eps)
     normalized = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
     return recorder.tap(out, partial(_affine_grads, normalized, True), (weight, bias), x)
@@ -133,6 +137,8 @@ def instance_norm(
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias):
         return NotImplemented
     x = recorder.check(input, weight, bias)
+    if recorder.lead > 1:
+        return NotImplemented
     stats = (None, None) if use_input_stats else (running_mean, running_var)
     out = F.instance_norm(
         x, running_mean, running_var, detached(weight), detached(bias), use_input_stats, momentum, eps

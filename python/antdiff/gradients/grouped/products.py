@@ -42,6 +42,8 @@ def matmul(recorder: Recorder, func: Op, input: Tensor, other: Tensor) -> Any:
     if recorder.varies(other) and input.dim() == 2 and other.dim() >= 3:
         letters = string.ascii_lowercase[: other.dim()]
         result = "".join([*letters[:-2], "z", letters[-1]])
+        if recorder.check(other, input) is not None and recorder.lead > 1:
+            return NotImplemented
         out = func(detached(input), autocast_operand(other))
         return _contract(recorder, out, "z" + letters[-2], letters, result, input, other)
     varying, shared = (input, other) if recorder.varies(input) else (other, input)
@@ -121,6 +123,8 @@ def einsum(recorder: Recorder, func: Op, equation: Any, *operands: Any) -> Any:
     if x_name[:1] != result[:1] or x_name[0] in p_name or not set(p_name) <= known or len(set(p_name)) < len(p_name):
         return NotImplemented
     recorder.check(x, p)
+    if recorder.lead > 1:
+        return NotImplemented
     x = autocast_operand(x)
     out = func(equation, *((x, detached(p)) if first else (detached(p), x)))
     return _contract(recorder, out, p_name, x_name, result, p, x)
@@ -185,6 +189,8 @@ def _convolve(
     if not recorder.varies(input) or recorder.varies(weight) or recorder.varies(bias) or input.dim() != weight.dim():
         return NotImplemented
     x = autocast_operand(recorder.check(input, weight, bias))  # [R, in, ...]
+    if recorder.lead > 1:
+        return NotImplemented
     stride, padding, dilation, transposed, output_padding, groups = options
     options = (
         *(_per_dimension(weight, v) for v in (stride, padding, dilation)),

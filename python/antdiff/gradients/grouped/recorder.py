@@ -20,15 +20,22 @@ class Recorder(Protocol):
     """The interface of :class:`antdiff.gradients.grouped.mode.GroupedMode` that rules may use.
 
     A tensor is *shared* if it is a parameter, a buffer, or computed from such tensors alone. Any other tensor *varies*,
-    and its first dimension is the batch.
+    and its rows belong to samples: those of its first dimension, unless a probe has shown another layout.
 
     Attributes:
         clustered: the clusters of the batch.
+        rows: the clusters of the rows of the tensors that :meth:`check` has seen in this op, and how many leading
+            dimensions count rows. None if a checkpoint recomputes an op whose rows are unknown; a tap then raises.
+        lead: ``rows.lead``, or 1 if the rows are unknown.
         probe: bool ``[B]``, the samples whose values are NaN, or None in an ordinary forward.
     """
 
     clustered: ClusteredBatch
+    rows: ClusteredBatch | None
     probe: Tensor | None
+
+    @property
+    def lead(self) -> int: ...
 
     def __enter__(self) -> Any:
         """Record the ops in this context, for a rule that is composed of ops with rules."""
@@ -52,16 +59,16 @@ class Recorder(Protocol):
         ...
 
     def check(self, x: Tensor, *users: Tensor | None) -> Tensor:
-        """Return the varying tensor ``x`` after a check that it has one or more rows per sample.
+        """Return the varying tensor ``x`` after a check that its rows are known to belong to samples.
 
-        With a probe, also check that only the rows of the probed samples are NaN.
+        In a probe the rows are looked at instead.
 
         Args:
             users: the shared tensors that the op applies to ``x``. The message names them.
 
         Raises:
-            GroupingError: the first dimension of ``x`` is no multiple of the batch size, samples have been mixed, or
-                an earlier op has placed rows by the values of the batch.
+            GroupingError: the first dimension of ``x`` is no multiple of the batch size and no probe has shown where
+                the rows of samples are, or an earlier op has placed rows by the values of the batch.
         """
         ...
 

@@ -31,7 +31,10 @@ def by_slices(recorder: Recorder, func: Op, *args: Any, **kwargs: Any) -> Any:
     out = call([items[i] if i in varying else x for i, x in enumerate(fixed)])
     if not isinstance(out, Tensor):
         return NotImplemented
-    recorder.clustered.repeats(out)  # raises if the output has no rows per sample
+    if recorder.lead > 1:
+        return NotImplemented
+    if recorder.probe is None and recorder.rows is not None:
+        recorder.rows.repeats(out)  # raises if the output has no rows per sample
     device = out.device.type
     autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     write = partial(_slice_grads, call, fixed, varying, trained, autocast)
