@@ -183,6 +183,18 @@ def test_a_reentrant_checkpoint_is_refused() -> None:
         ClusterGradients(model, K, "grouped")(lambda x: loss_fn(x.clone()), (x,), CLUSTER)
 
 
+def test_a_group_norm_whose_gradient_is_a_slice() -> None:
+    torch.manual_seed(0)
+    norm, weight = nn.GroupNorm(2, D).double(), torch.randn(D, 2 * L, dtype=torch.float64)
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return (torch.cat([x, norm(x)], -1) * weight).sum(1).square().mean(1)
+
+    x = torch.randn(B, D, L, dtype=torch.float64)
+    got = ClusterGradients(norm, K, "grouped", audit=None)(loss_fn, (x,), CLUSTER).rows
+    assert worst(got, plain_rows(norm, loss_fn, x)) < EXACT
+
+
 class Mixing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -76,6 +76,8 @@ class Survey:
 
     def see(self, place: int, x: Tensor, names: str) -> None:
         """Look at a floating-point tensor that meets the parameters ``names``."""
+        if x.dim() and not x.shape[0]:
+            return
         bad = torch.isnan(x)
         if place in self.asked:
             depths = range(1, max(2, min(x.dim(), _DEEPEST + 1)))
@@ -86,10 +88,10 @@ class Survey:
             self.odd[place] = f"a tensor {list(x.shape)} computed from the batch meets {names}"
             return
         rows = bad.flatten(1).any(1) if x.dim() > 1 else bad
-        others = int((rows & ~self.poisoned.repeat_interleave(m)).sum())
+        others = int((rows != self.poisoned.repeat_interleave(m)).sum())  # a constant row may belong to any sample
         if others:
             self.odd[place] = (
-                f"where {names} meets the batch, the values of some samples have reached {others} rows of other samples"
+                f"where {names} meets the batch, {others} rows depend on other samples than the first dimension says"
             )
 
 

@@ -321,7 +321,11 @@ class GroupedMode(TorchFunctionMode):
                 sink.add_all(grads)
 
     def _writer(self, write: Write, sinks: Sinks) -> Callable[..., None]:
-        return _refuse_recomputed if self.rows is None else partial(self._write, write, self.rows, sinks)
+        if self.rows is None or (self._locates and self._in_backward):
+            return (
+                _refuse_recomputed  # runs in a re-entrant checkpoint only: the others discard the graph they recompute
+            )
+        return partial(self._write, write, self.rows, sinks)
 
     def _write(self, write: Write, rows: ClusteredBatch, sinks: Sinks, grad: Tensor, *saved: Tensor) -> None:
         if not self._in_backward:

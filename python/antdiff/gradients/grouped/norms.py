@@ -46,7 +46,8 @@ def _group_norm_grads(
     channels of a single sample, so that it returns sums per sample.
     """
     R, C = x.shape[:2]
-    g, x = (_float(y).reshape(1, R * C, -1) for y in (grad, x))
+    # The kernel reads its arguments as contiguous, and the gradient of a slice of a concatenation is not.
+    g, x = (_float(y).reshape(1, R * C, -1).contiguous() for y in (grad, x))
     mean, rstd = (_float(y).view(1, -1) for y in (mean, rstd))  # [1, R groups]
     shape = (1, R * C, x.shape[2], mean.shape[1])
     _, weight_sums, bias_sums = torch.ops.aten.native_group_norm_backward.default(
